@@ -1,0 +1,119 @@
+"""From the words of a command line to a model that is ready to run."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from refmamba.arith import F32Array
+from refmamba.backend import Backend, Runner, load_backend
+from refmamba.calibrate import SUFFIX, calibrate, load_calibration, passage, read_text
+from refmamba.checkpoint import open_checkpoint
+from refmamba.config import MambaConfig
+from refmamba.errors import SchemeError
+from refmamba.hub import ModelFiles, resolve_model
+from refmamba.model import ParameterSource, QuantizedModel, quantize_model
+from refmamba.scheme import Scheme, parse_scheme
+from refmamba.tokenizer import Tokenizer, load_tokenizer
+
+DEFAULT_MODEL, DEFAULT_SCHEME = "small", "w8-all"
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model, under which scheme, on which backend: the options that every command shares."""
+
+    model: str = DEFAULT_MODEL
+    scheme: str = DEFAULT_SCHEME
+    backend: str = "cpu"
+    device: str | None = None
+    revision: str | None = None
+    calibrate: Path | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a ModelChoice became."""
+
+    choice: ModelChoice
+    files: ModelFiles
+    tokenizer: Tokenizer
+    backend: Backend
+    runner: Runner
+
+    def describe(self) -> dict[str, Any]:
+        """What every result names."""
+        return {"model": self.choice.model, "scheme": self.runner.scheme.name, "backend": self.backend.name,
+                "device": self.backend.device}  # fmt: skip
+
+
+def choose_scheme(scheme: str | None, bits: int | None, act_bits: int | None) -> str:
+    """--bits N is wN-all, --bits N --act-bits M is wNaM-all, --scheme NAME any. Raises SchemeError for a mixture."""
+    if scheme is not None and (bits is not None or act_bits is not None):
+        raise SchemeError("--scheme names the whole scheme; leave out --bits and --act-bits")
+    if act_bits is not None and bits is None:
+        raise SchemeError("--act-bits needs --bits")
+    if bits is not None and not 2 <= bits <= 8:
+        raise SchemeError(f"--bits {bits}: weights have 2 to 8 bits")
+    if act_bits is not None and not 2 <= act_bits <= 16:
+        raise SchemeError(f"--act-bits {act_bits}: activations have 2 to 16 bits")
+    if bits is not None:
+        return f"w{bits}-all" if act_bits is None else f"w{bits}a{act_bits}-all"
+    return scheme or DEFAULT_SCHEME
+
+
+class _Counted:
+    """A ParameterSource that moves a progress bar with every tensor read."""
+
+    def __init__(self, source: ParameterSource, bar: "tqdm[Any]") -> None:
+        self._source, self._bar = source, bar
+
+    @property
+    def config(self) -> MambaConfig:
+        return self._source.config
+
+    def read(self, name: str) -> F32Array:
+        x = self._source.read(name)
+        self._bar.update()
+        return x
+
+
+@contextmanager
+def progress(source: ParameterSource, what: str) -> Iterator[ParameterSource]:
+    """The source, with a bar on a terminal's stderr while it is read."""
+    total = len(source.config.shapes())
+    with tqdm(total=total, desc=what, unit="tensor", leave=False, disable=not sys.stderr.isatty()) as bar:
+        yield _Counted(source, bar)
+
+
+def calibration_for(source: ParameterSource, tokenizer: Tokenizer, file: Path | None) -> Mapping[str, F32Array]:
+    """Absolute maxima from a text, from a saved .json, or (None) from the passage inside the package."""
+    if file is not None and file.suffix == SUFFIX:
+        return load_calibration(file)
+    text = passage() if file is None else read_text(file)
+    print(f"calibrating on {file or 'the passage inside the package'}", file=sys.stderr)
+    return calibrate(source, tokenizer.encode_array(text))
+
+
+def load_model(choice: ModelChoice) -> tuple[ModelFiles, Tokenizer, QuantizedModel]:
+    """Find the model's files, read its tokenizer, and quantize it unless it was saved quantized. Raises RefmambaError."""
+    scheme: Scheme = parse_scheme(choice.scheme)
+    files = resolve_model(choice.model, choice.revision)
+    opened = open_checkpoint(files.folder)
+    tokenizer = load_tokenizer(files, opened.config)
+    if isinstance(opened, QuantizedModel):
+        return files, tokenizer, opened
+    calibration = calibration_for(opened, tokenizer, choice.calibrate) if scheme.needs_calibration else None
+    with progress(opened, f"quantizing {scheme.name}") as source:
+        return files, tokenizer, quantize_model(source, scheme, calibration)
+
+
+def load(choice: ModelChoice) -> Loaded:
+    """Everything that a command needs to run the model. Raises RefmambaError."""
+    backend = load_backend(choice.backend, choice.device)
+    files, tokenizer, model = load_model(choice)
+    return Loaded(choice, files, tokenizer, backend, backend.load(model))
