@@ -1,0 +1,378 @@
+"""Vectors of 16 lanes as numba types, and the few machine operations that the CPU kernels are written in.
+
+numba's own vectorizer decides anew for every loop; here each vector operation is one LLVM instruction on <16 x T>, which
+LLVM cuts to whatever registers the machine has. No operation carries a fast-math flag, so none is fused or reordered.
+Memory is named by address (int64): the kernels see no arrays, so nothing is bounds-checked, aliased or counted.
+"""
+
+import operator
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
+
+LANES = 16
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+# What numba compiles for: the host's features unless NUMBA_CPU_NAME or NUMBA_CPU_FEATURES say otherwise.
+FEATURES = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
+VNNI = {"+avx512vnni", "+avx512bw", "+avx512vl"} <= FEATURES
+
+i8, i16, i32, i64, f32, f64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
+
+
+class Vector(types.Type):  # type: ignore[misc]
+    """16 lanes of one LLVM type."""
+
+    def __init__(self, name: str, lane: ir.Type) -> None:
+        super().__init__(name)
+        self.lane, self.llvm = lane, ir.VectorType(lane, LANES)
+
+
+@register_model(Vector)
+class VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    """A vector is an LLVM value."""
+
+    def __init__(self, manager: Any, vector: Vector) -> None:
+        super().__init__(manager, vector, vector.llvm)
+
+
+F, D = Vector("F", f32), Vector("D", f64)  # float32, float64
+I, L = Vector("I", i32), Vector("L", i64)  # int32, int64  # noqa: E741
+M = Vector("M", ir.IntType(1))  # the result of a comparison
+
+
+def _operator(symbol: Any, instructions: dict[Vector, str], result: Vector | None = None) -> None:
+    @type_callable(symbol)
+    def typing(context: Any) -> Callable[..., Any]:
+        return lambda a, b: (result or a) if isinstance(a, Vector) and a == b and a in instructions else None
+
+    @lower_builtin(symbol, Vector, Vector)
+    def lower(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        name, *comparison = instructions[signature.args[0]].split()
+        return getattr(builder, name)(*comparison, *arguments)
+
+
+_operator(operator.add, {F: "fadd", D: "fadd", I: "add", L: "add"})
+_operator(operator.sub, {F: "fsub", D: "fsub", I: "sub", L: "sub"})
+_operator(operator.mul, {F: "fmul", D: "fmul", I: "mul", L: "mul"})
+_operator(operator.truediv, {F: "fdiv"})
+_operator(operator.and_, {I: "and_", L: "and_", M: "and_"})
+_operator(operator.xor, {I: "xor"})
+_operator(operator.lshift, {I: "shl", L: "shl"})
+_operator(operator.rshift, {I: "ashr", L: "ashr"})
+_operator(operator.gt, {F: "fcmp_ordered >", I: "icmp_signed >"}, M)
+_operator(operator.ge, {F: "fcmp_ordered >="}, M)
+_operator(operator.le, {F: "fcmp_ordered <="}, M)
+_operator(operator.lt, {F: "fcmp_ordered <"}, M)
+
+
+def _intrinsic(result: types.Type, *parameters: types.Type) -> Callable[[Callable[..., Any]], Any]:
+    """An intrinsic of fixed types from a function (builder, *values) -> value."""
+
+    def wrap(build: Callable[..., Any]) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            value = build(builder, *arguments)
+            return context.get_dummy_value() if result is types.void else value
+
+        names = [f"a{i}" for i in range(len(parameters))]
+        scope = {"signature": result(*parameters), "codegen": codegen}
+        # numba wants an intrinsic's parameters by name.
+        exec(f"def {build.__name__}(typingctx, {', '.join(names)}): return signature, codegen", scope)
+        return intrinsic(scope[build.__name__])
+
+    return wrap
+
+
+def _pointer(builder: Any, address: Any, to: ir.Type) -> Any:
+    return builder.inttoptr(address, to.as_pointer())
+
+
+def _load(builder: Any, address: Any, of: ir.Type, align: int) -> Any:
+    return builder.load(_pointer(builder, address, of), align=align)
+
+
+def _call(builder: Any, name: str, result: ir.Type, *arguments: Any) -> Any:
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [a.type for a in arguments]), name)
+    return builder.call(function, arguments)
+
+
+def _splat(builder: Any, scalar: Any, lanes: int = LANES) -> Any:
+    vector = ir.VectorType(scalar.type, lanes)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(i32, 0))
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(i32, lanes), [0] * lanes))
+
+
+def _pick(builder: Any, vector: Any, lanes: range) -> Any:
+    return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(i32, len(lanes)), list(lanes)))
+
+
+# Memory: every vector is aligned to its own size, but for rows of logits.
+
+
+@_intrinsic(F, types.int64)
+def load_f(b: Any, address: Any) -> Any:
+    return _load(b, address, F.llvm, 64)
+
+
+@_intrinsic(I, types.int64)
+def load_i(b: Any, address: Any) -> Any:
+    return _load(b, address, I.llvm, 64)
+
+
+@_intrinsic(D, types.int64)
+def load_d(b: Any, address: Any) -> Any:
+    return _load(b, address, D.llvm, 64)
+
+
+@_intrinsic(types.void, types.int64, F)
+def store_f(b: Any, address: Any, value: Any) -> Any:
+    b.store(value, _pointer(b, address, F.llvm), align=64)
+
+
+@_intrinsic(types.void, types.int64, D)
+def store_d(b: Any, address: Any, value: Any) -> Any:
+    b.store(value, _pointer(b, address, D.llvm), align=64)
+
+
+@_intrinsic(types.void, types.int64, F, types.int64)
+def store_first(b: Any, address: Any, value: Any, count: Any) -> Any:
+    """The first `count` lanes, at any address."""
+    lanes = ir.Constant(I.llvm, list(range(LANES)))
+    mask = b.icmp_signed("<", lanes, _splat(b, b.trunc(count, i32)))
+    pointer = _pointer(b, address, F.llvm)
+    _call(b, "llvm.masked.store.v16f32.p0", ir.VoidType(), value, pointer, ir.Constant(i32, 4), mask)
+
+
+@_intrinsic(types.void, types.int64, I)
+def store_bytes(b: Any, address: Any, value: Any) -> Any:
+    """The low byte of every lane."""
+    b.store(b.trunc(value, ir.VectorType(i8, LANES)), _pointer(b, address, ir.VectorType(i8, LANES)), align=16)
+
+
+@_intrinsic(types.int64, types.int64)
+def get(b: Any, address: Any) -> Any:
+    return _load(b, address, i64, 8)
+
+
+@_intrinsic(types.void, types.int64, types.int64)
+def put(b: Any, address: Any, value: Any) -> Any:
+    b.store(value, _pointer(b, address, i64), align=8)
+
+
+@_intrinsic(types.float32, types.int64)
+def get_f(b: Any, address: Any) -> Any:
+    return _load(b, address, f32, 4)
+
+
+@_intrinsic(types.void, types.int64, types.float32)
+def put_f(b: Any, address: Any, value: Any) -> Any:
+    b.store(value, _pointer(b, address, f32), align=4)
+
+
+@_intrinsic(types.float32, types.int64)
+def float_of(b: Any, bits: Any) -> Any:
+    """The float32 of these bits."""
+    return b.bitcast(b.trunc(bits, i32), f32)
+
+
+# Lanes.
+@_intrinsic(F, types.float32)
+def splat_f(b: Any, x: Any) -> Any:
+    return _splat(b, x)
+
+
+@_intrinsic(I, types.int64)
+def splat_i(b: Any, x: Any) -> Any:
+    return _splat(b, b.trunc(x, i32))
+
+
+@_intrinsic(L, types.int64)
+def splat_l(b: Any, x: Any) -> Any:
+    return _splat(b, x)
+
+
+@_intrinsic(F, M, F, F)
+def where(b: Any, mask: Any, yes: Any, no: Any) -> Any:
+    return b.select(mask, yes, no)
+
+
+@_intrinsic(I, M, I, I)
+def where_i(b: Any, mask: Any, yes: Any, no: Any) -> Any:
+    return b.select(mask, yes, no)
+
+
+@_intrinsic(F, F)
+def rint(b: Any, x: Any) -> Any:
+    return _call(b, "llvm.roundeven.v16f32", F.llvm, x)
+
+
+@_intrinsic(F, F)
+def negative(b: Any, x: Any) -> Any:
+    return b.fneg(x)
+
+
+@_intrinsic(I, F)
+def bits(b: Any, x: Any) -> Any:
+    return b.bitcast(x, I.llvm)
+
+
+@_intrinsic(F, I)
+def from_bits(b: Any, x: Any) -> Any:
+    return b.bitcast(x, F.llvm)
+
+
+@_intrinsic(I, F)
+def to_int(b: Any, x: Any) -> Any:
+    return b.fptosi(x, I.llvm)
+
+
+@_intrinsic(F, I)
+def to_float(b: Any, x: Any) -> Any:
+    return b.sitofp(x, F.llvm)
+
+
+@_intrinsic(L, I)
+def widen(b: Any, x: Any) -> Any:
+    return b.sext(x, L.llvm)
+
+
+@_intrinsic(D, L)
+def to_double(b: Any, x: Any) -> Any:
+    return b.sitofp(x, D.llvm)
+
+
+@_intrinsic(D, F)
+def double(b: Any, x: Any) -> Any:
+    return b.fpext(x, D.llvm)
+
+
+@_intrinsic(F, D)
+def single(b: Any, x: Any) -> Any:
+    return b.fptrunc(x, F.llvm)
+
+
+@_intrinsic(types.int64, I)
+def largest(b: Any, x: Any) -> Any:
+    return b.sext(_call(b, "llvm.vector.reduce.smax.v16i32", i32, x), i64)
+
+
+@_intrinsic(types.int64, L)
+def total(b: Any, x: Any) -> Any:
+    return _call(b, "llvm.vector.reduce.add.v16i64", i64, x)
+
+
+@_intrinsic(types.float32, F)
+def lane_tree(b: Any, x: Any) -> Any:
+    """The tree sum of 16 lanes, eq. (6)."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        x = b.fadd(_pick(b, x, range(width)), _pick(b, x, range(width, 2 * width)))
+    return b.extract_element(x, ir.Constant(i32, 0))
+
+
+# Integer products.
+def _dot(b: Any, total: Any, w: Any, x: Any) -> Any:
+    """total + the four products of each lane: w <64 x u8>, x <16 x i32> of four signed bytes. Exact."""
+    if VNNI:
+        x = b.bitcast(x, w.type)
+        return _call(b, "llvm.x86.avx512.vpdpbusd.512", I.llvm, total, w, x)
+    # Pairs of 16-bit products, a pattern that LLVM knows as one instruction (pmaddwd): no saturation, unlike pmaddubsw.
+    short = ir.VectorType(i16, 32)
+    eight = ir.Constant(short, [8] * 32)
+    w, x = b.bitcast(w, short), b.bitcast(x, short)
+    evens = b.and_(w, ir.Constant(short, [255] * 32)), b.ashr(b.shl(x, eight), eight)
+    odds = b.lshr(w, eight), b.ashr(x, eight)
+    for a, c in (evens, odds):
+        product = b.mul(b.sext(a, ir.VectorType(i32, 32)), b.sext(c, ir.VectorType(i32, 32)))
+        pairs = b.add(_pick(b, product, range(0, 32, 2)), _pick(b, product, range(1, 32, 2)))
+        total = b.add(total, pairs)
+    return total
+
+
+def tile(packed: bool, strips: int, columns: int, unroll: int) -> Any:
+    """A register-blocked integer product, as an intrinsic (w, w_stride, x, x_stride, k, out).
+
+    Sums over k of w[strip][k][lane] x[column][k], for `strips` strips of 16 rows and `columns` rows of x: exact, int32,
+    to out[column][strip][lane]. w holds unsigned digits, [k/4][16 lanes][4], or packed, two digits a byte, [k/8][16][4]
+    with the first four k in the low halves. x holds int8. `unroll` sums are kept apart, to hide the latency.
+    k is a multiple of 16.
+    """
+
+    def build(b: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, k: Any, out: Any) -> Any:
+        code = ir.VectorType(i8, 64)
+        groups = 2 if packed else 1  # of four k in 64 bytes
+        step = 4 * groups * unroll
+        before, loop = b.block, b.append_basic_block("tile")
+        after = b.append_basic_block("tile.end")
+        b.branch(loop)
+        b.position_at_end(loop)
+        at = b.phi(i64)
+        at.add_incoming(ir.Constant(i64, 0), before)
+        sums = [[[b.phi(I.llvm) for _ in range(columns)] for _ in range(strips)] for _ in range(unroll)]
+        new = [[list(row) for row in part] for part in sums]
+        w_at = b.add(w, b.mul(at, ir.Constant(i64, 16 // groups)))
+        x_at = b.add(x, at)
+        for u in range(unroll):
+            digits = []
+            for s in range(strips):
+                address = b.add(b.add(w_at, ir.Constant(i64, 64 * u)), b.mul(w_stride, ir.Constant(i64, s)))
+                raw = _load(b, address, code, 64)
+                if packed:
+                    low = ir.Constant(code, [15] * 64)
+                    digits.append([b.and_(raw, low), b.lshr(raw, ir.Constant(code, [4] * 64))])
+                else:
+                    digits.append([raw])
+            for g in range(groups):
+                for c in range(columns):
+                    offset = b.add(b.mul(x_stride, ir.Constant(i64, c)), ir.Constant(i64, 4 * (u * groups + g)))
+                    four = _splat(b, _load(b, b.add(x_at, offset), i32, 4))
+                    for s in range(strips):
+                        new[u][s][c] = _dot(b, new[u][s][c], digits[s][g], four)
+        for u in range(unroll):
+            for s in range(strips):
+                for c in range(columns):
+                    sums[u][s][c].add_incoming(ir.Constant(I.llvm, [0] * LANES), before)
+                    sums[u][s][c].add_incoming(new[u][s][c], loop)
+        following = b.add(at, ir.Constant(i64, step))
+        at.add_incoming(following, loop)
+        b.cbranch(b.icmp_signed("<", following, k), loop, after)
+        b.position_at_end(after)
+        for s in range(strips):
+            for c in range(columns):
+                value = new[0][s][c]
+                for u in range(1, unroll):
+                    value = b.add(value, new[u][s][c])
+                b.store(value, _pointer(b, b.add(out, ir.Constant(i64, 64 * (c * strips + s))), I.llvm), align=64)
+
+    return _intrinsic(types.void, *[types.int64] * 6)(build)
+
+
+# Threads.
+@_intrinsic(types.int64, types.int64)
+def fetch_add_one(b: Any, address: Any) -> Any:
+    return b.atomic_rmw("add", _pointer(b, address, i64), ir.Constant(i64, 1), "seq_cst")
+
+
+@_intrinsic(types.int64, types.int64)
+def fetch(b: Any, address: Any) -> Any:
+    return b.load_atomic(_pointer(b, address, i64), "seq_cst", 8)
+
+
+@_intrinsic(types.void, types.int64)
+def pause(b: Any, _: Any) -> Any:
+    """Tell the core that it waits in a loop."""
+    if X86:
+        _call(b, "llvm.x86.sse2.pause", ir.VoidType())
+
+
+@_intrinsic(types.void, types.int64)
+def give_way(b: Any, _: Any) -> Any:
+    """Let another thread have the core."""
+    _call(b, "SwitchToThread" if sys.platform == "win32" else "sched_yield", i32)
