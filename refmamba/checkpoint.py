@@ -1,15 +1,15 @@
-"""Reading a model folder, tensor by tensor: Hugging Face's layout and that of the original state-spaces repositories.
+"""Model folders: Hugging Face's layout, that of the original state-spaces repositories, and our own of quantized models.
 
-A file is opened as a memory map, its names and shapes are compared with config.json at once, and a tensor becomes float32
-only when it is asked for. So a model can be quantized without ever being held in float32.
+A weight file is a memory map. Its names and shapes are compared with config.json when it is opened, and a tensor becomes
+float32 only when it is asked for, so a model can be quantized without ever being held in float32.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,38 +22,152 @@ from refmamba import SPEC_VERSION
 from refmamba.arith import F32Array
 from refmamba.config import MambaConfig
 from refmamba.errors import CheckpointError, SchemeError
-from refmamba.model import ParameterSource, QuantizedModel
+from refmamba.model import ParameterSource, QuantizedModel, quantize_parameter
 from refmamba.quantize import Codes, FixedPoint, Param, pack4, unpack4
 from refmamba.scheme import LINEAR_WEIGHTS, scheme_from_json
+from refmamba.smooth import FOLDED
 
-# safetensors' names of the types used here. NumPy has no bfloat16: its 16 bits are carried as an unsigned integer.
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "|i1", "U8": "|u1", "I16": "<i2", "I32": "<i4"}
-BFLOAT16 = np.dtype("<u2")
-FLOATS = (np.dtype("<f4"), np.dtype("<f2"), BFLOAT16)
+# The types that are read, by their names in safetensors. NumPy has no bfloat16: its 16 bits are carried as an unsigned
+# integer.
+DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "|i1", "U8": "|u1", "I32": "<i4"}
+FLOAT32, FLOAT16, BFLOAT16 = np.dtype("<f4"), np.dtype("<f2"), np.dtype("<u2")
+INT8, UINT8, INT32 = np.dtype("i1"), np.dtype("u1"), np.dtype("<i4")
 
-# Field of MambaConfig: key in config.json, value where the key is absent (REQUIRED: it must not be).
-REQUIRED = object()
-HUGGING_FACE = {
-    "d_model": ("hidden_size", REQUIRED),
-    "n_layer": ("num_hidden_layers", REQUIRED),
-    "vocab_size": ("vocab_size", REQUIRED),
-    "d_state": ("state_size", 16),
-    "d_conv": ("conv_kernel", 4),
-    "expand": ("expand", 2),
-    "dt_rank": ("time_step_rank", "auto"),
-    "norm_eps": ("layer_norm_epsilon", 1e-5),
-    "use_bias": ("use_bias", False),
-    "use_conv_bias": ("use_conv_bias", True),
+# MambaConfig's fields: the key in config.json, the type there, and the default (None: the key must be there).
+Fields = dict[str, tuple[str, type, Any]]
+Only = dict[str, list[Any]]
+HUGGING_FACE: Fields = {
+    "d_model": ("hidden_size", int, None),
+    "n_layer": ("num_hidden_layers", int, None),
+    "vocab_size": ("vocab_size", int, None),
+    "d_state": ("state_size", int, 16),
+    "d_conv": ("conv_kernel", int, 4),
+    "expand": ("expand", int, 2),
+    "dt_rank": ("time_step_rank", int, "auto"),
+    "norm_eps": ("layer_norm_epsilon", float, 1e-5),
+    "use_bias": ("use_bias", bool, False),
+    "use_conv_bias": ("use_conv_bias", bool, True),
 }
-STATE_SPACES = {key: (key, REQUIRED) for key in ("d_model", "n_layer", "vocab_size")}
-STATE_SPACES_SSM = {
-    "d_state": ("d_state", 16),
-    "d_conv": ("d_conv", 4),
-    "expand": ("expand", 2),
-    "dt_rank": ("dt_rank", "auto"),
-    "use_bias": ("bias", False),
-    "use_conv_bias": ("conv_bias", True),
+STATE_SPACES: Fields = {key: (key, int, None) for key in ("d_model", "n_layer", "vocab_size")}
+STATE_SPACES_SSM: Fields = {
+    "d_state": ("d_state", int, 16),
+    "d_conv": ("d_conv", int, 4),
+    "expand": ("expand", int, 2),
+    "dt_rank": ("dt_rank", int, "auto"),
+    "use_bias": ("bias", bool, False),
+    "use_conv_bias": ("conv_bias", bool, True),
 }
+# Keys that tell other models apart: the values that are implemented, the first of them the default.
+HUGGING_FACE_ONLY: Only = {"model_type": ["mamba", "refmamba"], "hidden_act": ["silu"]}
+STATE_SPACES_ONLY: Only = {"rms_norm": [True], "attn_layer_idx": [[], None], "d_intermediate": [0]}
+STATE_SPACES_SSM_ONLY: Only = {"layer": ["Mamba1"]}
+
+
+def open_checkpoint(folder: Path) -> ParameterSource | QuantizedModel:
+    """The model in a folder: a QuantizedModel where `save_quantized` wrote it, else a float checkpoint.
+
+    Raises CheckpointError, which names the file and says what to do, for a file that is missing, truncated or not what it
+    should be, for a model that is not a Mamba of the first kind, and for a tensor that is missing, superfluous, or of
+    another shape or type.
+    """
+    file = folder / "config.json"
+    values = _read_json(file)
+    if "refmamba" in values:
+        return _open_quantized(folder, _config(file, values), values["refmamba"])
+    return Checkpoint(folder, _config(file, values))
+
+
+class Checkpoint:
+    """A float model folder: a ParameterSource."""
+
+    def __init__(self, folder: Path, config: MambaConfig) -> None:
+        self._tensors = _open_weights(folder)
+        embedding, head = self._tensors.get("embedding.weight"), self._tensors.get("lm_head.weight")
+        if embedding is not None and embedding.array.ndim == 2 and len(embedding.array) > config.vocab_size:
+            config = replace(config, vocab_size=len(embedding.array))  # the vocabulary is padded
+        if head is not None and embedding is not None and np.array_equal(head.array, embedding.array):
+            del self._tensors["lm_head.weight"]  # tied, and saved twice
+        self.config = replace(config, tie_embeddings="lm_head.weight" not in self._tensors)
+        for name, shape in self.config.shapes().items():
+            _checked(folder, self._tensors, name, _file_shape(name, shape), FLOAT32, FLOAT16, BFLOAT16)
+        _no_others(self._tensors, self.config.shapes())
+
+    def read(self, name: str) -> F32Array:
+        """One parameter: a new float32 array, its shape that of MambaConfig.shapes. Nothing is kept."""
+        array = self._tensors[name].array
+        if array.dtype == BFLOAT16:  # the upper half of a float32
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        return np.array(array, np.float32).reshape(self.config.shapes()[name])
+
+
+def content_hash(model: ParameterSource | QuantizedModel) -> str:
+    """SHA-256 of what a model is: the norm's epsilon, then each tensor's name, type, shape and little-endian values.
+
+    Of a float checkpoint the float32 values count, so all layouts and types that hold the same give the same hash.
+    """
+    if isinstance(model, QuantizedModel):
+        arrays: Iterator[tuple[str, NDArray[Any]]] = _arrays(model)
+    else:
+        arrays = ((name, model.read(name)) for name in model.config.shapes())
+    digest = hashlib.sha256(f"norm_eps {model.config.norm_eps!r}\n".encode())
+    for name, array in arrays:
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+    return digest.hexdigest()
+
+
+# --- config.json ------------------------------------------------------------------------------------------------------
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file; a model folder has a config.json and the weights") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not JSON ({error}); download it again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: not a JSON object; download it again")
+    return values
+
+
+def _config(file: Path, values: dict[str, Any]) -> MambaConfig:
+    """The model's shape as config.json states it."""
+    # Hugging Face's published files carry the original keys as well, so theirs are looked for first.
+    if "model_type" in values or "hidden_size" in values:
+        fields = _fields(file, values, HUGGING_FACE, HUGGING_FACE_ONLY)
+    else:
+        ssm = values.get("ssm_cfg") or {}
+        if not isinstance(ssm, dict):
+            raise CheckpointError(f"{file}: ssm_cfg is not a JSON object; download it again")
+        fields = _fields(file, values, STATE_SPACES, STATE_SPACES_ONLY)
+        fields |= _fields(file, ssm, STATE_SPACES_SSM, STATE_SPACES_SSM_ONLY)
+    try:
+        return MambaConfig(**fields)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+
+
+def _fields(file: Path, values: dict[str, Any], fields: Fields, only: Only) -> dict[str, Any]:
+    for key, implemented in only.items():
+        if values.get(key, implemented[0]) not in implemented:
+            raise CheckpointError(f"{file}: {key} is {values[key]!r}; only Mamba-1 with RMS norms is implemented")
+    found = {}
+    for field, (key, kind, default) in fields.items():
+        value = values.get(key, default)
+        if value is None:
+            raise CheckpointError(f"{file}: {key} is missing; this is not the config.json of a Mamba, or not all of it")
+        if field == "dt_rank" and value == "auto":
+            value = 0  # MambaConfig's word for it
+        if type(value) is not kind:
+            raise CheckpointError(f"{file}: {key} is {value!r}; it must be of type {kind.__name__}")
+        found[field] = value
+    return found
+
+
+# --- weight files -----------------------------------------------------------------------------------------------------
 
 
 class Stored(NamedTuple):
@@ -63,172 +177,48 @@ class Stored(NamedTuple):
     array: NDArray[Any]
 
 
-class Checkpoint:
-    """A float model folder (a ParameterSource).
-
-    Raises CheckpointError, with the file's name and what to do, for a file that is missing, truncated or not what it should
-    be, a model that is not a Mamba of the first kind, and a tensor that is missing, superfluous or of another shape.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        config = read_config(folder)
-        self._tensors = _tensors(folder)
-        embedding, head = self._tensors.get("embedding.weight"), self._tensors.get("lm_head.weight")
-        if embedding is not None and embedding.array.ndim == 2 and len(embedding.array) > config.vocab_size:
-            config = replace(config, vocab_size=len(embedding.array))  # rows that pad the vocabulary
-        if head is not None and embedding is not None and np.array_equal(head.array, embedding.array):
-            del self._tensors["lm_head.weight"]
-            head = None
-        self.config = replace(config, tie_embeddings=head is None)
-        self._check(folder)
-
-    def _check(self, folder: Path) -> None:
-        """The files hold what config.json promises: every tensor, of this shape, of a float type, and nothing else."""
-        shapes = self.config.shapes()
-        for name, expected in shapes.items():
-            if name not in self._tensors:
-                raise CheckpointError(f"{folder}: the weights have no tensor {name}; the download is not complete")
-            file, array = self._tensors[name]
-            if name.endswith("conv1d.weight"):
-                expected = (expected[0], 1, expected[1])  # PyTorch's middle axis: input channels of a group
-            if array.shape != expected:
-                raise CheckpointError(
-                    f"{file}: tensor {name} has the shape {array.shape}, config.json asks for {expected}; "
-                    "the two are not of one model"
-                )
-            if array.dtype not in FLOATS:
-                raise CheckpointError(f"{file}: tensor {name} is {array.dtype}; only float32, float16 and bfloat16 are read")
-        for name in self._tensors.keys() - shapes.keys():
-            raise CheckpointError(f"{self._tensors[name].file}: tensor {name} is not part of a Mamba of this config.json")
-
-    def read(self, name: str) -> F32Array:
-        """One parameter: a new float32 array, its shape that of MambaConfig.shapes()."""
-        array = self._tensors[name].array
-        if array.dtype == BFLOAT16:  # the upper half of a float32
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        return np.array(array, np.float32).reshape(self.config.shapes()[name])
-
-
-def content_hash(source: ParameterSource) -> str:
-    """SHA-256 of the model: the norm's epsilon, then each name, shape and little-endian float32 values, in order.
-
-    The same for a checkpoint in every layout and, where the values are, in every float type.
-    """
-    digest = hashlib.sha256(f"norm_eps {source.config.norm_eps!r}\n".encode())
-    for name in source.config.shapes():
-        values = source.read(name)
-        digest.update(f"{name} {values.shape}\n".encode())
-        digest.update(values.astype("<f4", copy=False).data)
-    return digest.hexdigest()
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises CheckpointError where there is none."""
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file; a model folder has a config.json and the weights") from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: a JSON object is expected; download it again")
-    return value
-
-
-def read_config(folder: Path) -> MambaConfig:
-    """The shape of the model in a folder, as its config.json states it. Raises CheckpointError."""
-    file = folder / "config.json"
-    values = read_json(file)
-
-    def refuse(what: str) -> CheckpointError:
-        return CheckpointError(f"{file}: {what}; only Mamba (the first, with RMS norms) is implemented")
-
-    # Hugging Face's published files carry the original keys as well, so theirs are looked for first.
-    if "model_type" in values or "hidden_size" in values:
-        if values.get("model_type", "mamba") != "mamba":
-            raise refuse(f"model_type is {values['model_type']!r}")
-        if values.get("hidden_act", "silu") != "silu":
-            raise refuse(f"hidden_act is {values['hidden_act']!r}")
-        fields = _fields(file, values, HUGGING_FACE)
-    elif "d_model" in values:
-        ssm = values.get("ssm_cfg") or {}
-        if ssm.get("layer", "Mamba1") != "Mamba1":
-            raise refuse(f"ssm_cfg.layer is {ssm['layer']!r}")
-        if values.get("attn_layer_idx"):
-            raise refuse(f"attn_layer_idx is {values['attn_layer_idx']!r}")
-        if values.get("d_intermediate"):
-            raise refuse(f"d_intermediate is {values['d_intermediate']!r}")
-        if not values.get("rms_norm", True):
-            raise refuse("rms_norm is false")
-        fields = _fields(file, values, STATE_SPACES) | _fields(file, ssm, STATE_SPACES_SSM)
-    else:
-        raise refuse("there is neither a model_type nor a d_model")
-    try:
-        return MambaConfig(**fields)
-    except CheckpointError as error:
-        raise CheckpointError(f"{file}: {error}") from None
-
-
-def _fields(file: Path, values: dict[str, Any], table: dict[str, tuple[str, Any]]) -> dict[str, Any]:
-    """The fields of MambaConfig that a table finds in config.json, their types checked."""
-    fields = {}
-    for field, (key, default) in table.items():
-        value = values.get(key, default)
-        if value is REQUIRED:
-            raise CheckpointError(f"{file}: the field {key} is missing; download it again")
-        if field == "dt_rank" and value == "auto":
-            value = 0  # MambaConfig's word for ceil(d_model / 16)
-        elif field == "norm_eps":
-            if not isinstance(value, float) or not value > 0:
-                raise CheckpointError(f"{file}: {key} is {value!r}; it must be a positive number")
-        elif field.startswith("use_"):
-            if not isinstance(value, bool):
-                raise CheckpointError(f"{file}: {key} is {value!r}; it must be true or false")
-        elif type(value) is not int or value < 1:
-            raise CheckpointError(f"{file}: {key} is {value!r}; it must be a whole number of at least 1")
-        fields[field] = value
-    return fields
-
-
-def _tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors of a folder by canonical name, whatever the format; one file, or shards and their index."""
+def _open_weights(folder: Path) -> dict[str, Stored]:
+    """All tensors of a folder by canonical name: in one file, or in shards with an index."""
     formats: dict[str, Callable[[Path], dict[str, Stored]]] = {
-        "model.safetensors": open_safetensors,
+        "model.safetensors": _open_safetensors,
         "pytorch_model.bin": _open_torch,
     }
     for name, open_file in formats.items():
-        index = folder / f"{name}.index.json"
-        if (folder / name).exists():
-            files = [folder / name]
+        file, index = folder / name, folder / f"{name}.index.json"
+        if file.exists():
+            shards = [name]
         elif index.exists():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-                raise CheckpointError(f"{index}: weight_map is missing or not a map of file names; download it again")
-            files = [folder / shard for shard in sorted(set(shards.values()))]
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+                raise CheckpointError(f"{index}: weight_map is missing or broken; download it again")
+            shards = sorted(set(weight_map.values()))
         else:
             continue
-        return {_canonical(key): tensor for file in files for key, tensor in open_file(file).items()}
+        return {_canonical(key): tensor for shard in shards for key, tensor in open_file(folder / shard).items()}
     raise CheckpointError(f"{folder}: no weights; a model folder has a model.safetensors or a pytorch_model.bin")
 
 
 def _canonical(name: str) -> str:
-    """A checkpoint's name of a parameter without what differs: backbone.layers.0.mixer.D is layers.0.D."""
+    """Our name of a parameter: `layers.0.D` for `backbone.layers.0.mixer.D`."""
     name = name.removeprefix("backbone.").replace(".mixer.", ".")
     return "embedding.weight" if name == "embeddings.weight" else name
 
 
-def open_safetensors(file: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file as views of its memory map. Raises CheckpointError."""
+def _file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a parameter in a checkpoint: PyTorch's convolution has a middle axis, the channels of a group."""
+    return (shape[0], 1, shape[1]) if name.endswith("conv1d.weight") else shape
+
+
+def _open_safetensors(file: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file as views of a private memory map."""
     try:
-        with safe_open(file, framework="numpy"):  # the library checks the header, every offset and the file's length
+        with safe_open(file, framework="numpy"):  # the library checks the header, each offset and the file's length
             pass
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file; the download is not complete") from None
+        raise CheckpointError(f"{file}: no such file; download it again") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: truncated or not a safetensors file ({error}); download it again") from None
-    data = np.memmap(file, np.uint8, "r")
+        raise CheckpointError(f"{file}: truncated, or not safetensors ({error}); download it again") from error
+    data = np.memmap(file, np.uint8, "c")
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
     header: dict[str, Any] = json.loads(data[8:start].tobytes())
     header.pop("__metadata__", None)
@@ -237,110 +227,142 @@ def open_safetensors(file: Path) -> dict[str, Stored]:
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(f"{file}: tensor {name} is {entry['dtype']}; only {', '.join(DTYPES)} are read")
         first, last = entry["data_offsets"]
-        array = np.asarray(data[start + first : start + last]).view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        tensors[name] = Stored(file, array)
+        array = np.asarray(data[start + first : start + last]).view(DTYPES[entry["dtype"]])
+        tensors[name] = Stored(file, array.reshape(entry["shape"]))
     return tensors
 
 
 def _open_torch(file: Path) -> dict[str, Stored]:
-    """The tensors of a pytorch_model.bin as views of its memory map. Raises CheckpointError."""
+    """The tensors of a file that torch saved, as views of a memory map."""
     try:
         import torch
     except ImportError:
-        raise CheckpointError(f"{file}: reading this format needs torch; pip install 'refmamba[torch]'") from None
-    if not file.exists():
-        raise CheckpointError(f"{file}: no such file; the download is not complete")
+        raise CheckpointError(f"{file}: to read this format install torch: pip install 'refmamba[torch]'") from None
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; download it again")
     try:
-        # weights_only: an ordinary unpickle would run whatever program the file holds.
+        # weights_only: a plain unpickle runs whatever program the file holds.
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        views = {name: t.view(torch.uint16) if t.dtype == torch.bfloat16 else t for name, t in tensors.items()}
-        return {name: Stored(file, t.detach().numpy()) for name, t in views.items()}
-    except Exception:  # what torch and its unpickler raise for a broken file is not a closed list
+        views = {key: t.view(torch.uint16) if t.dtype == torch.bfloat16 else t for key, t in tensors.items()}
+        return {key: Stored(file, t.detach().numpy()) for key, t in views.items()}
+    except Exception as error:  # what torch and its unpickler raise for a broken file is no closed list
         raise CheckpointError(
-            f"{file}: truncated, or not a file of plain tensors as torch 1.6 and later write it; download it again"
-        ) from None
+            f"{file}: truncated, or not plain tensors as torch 1.6 and later save them; download it again"
+        ) from error
 
 
-# ---------------------------------------------------------------------------------------------- quantized model folders
+def _checked(
+    where: Path, tensors: dict[str, Stored], name: str, shape: tuple[int, ...], *dtypes: np.dtype[Any]
+) -> NDArray[Any]:
+    """The named tensor, which must be there, of this shape and of one of these types."""
+    if name not in tensors:
+        raise CheckpointError(f"{where}: the weights have no tensor {name}; download or save the model again")
+    file, array = tensors[name]
+    if array.shape != shape:
+        raise CheckpointError(
+            f"{file}: tensor {name} has the shape {array.shape}, config.json asks for {shape}; they are of two models"
+        )
+    if array.dtype not in dtypes:
+        raise CheckpointError(f"{file}: tensor {name} is {array.dtype}, not {' or '.join(map(str, dtypes))}")
+    return array
 
-SAVED = "refmamba"  # the key of config.json that marks a quantized folder
+
+def _no_others(tensors: dict[str, Stored], names: Iterable[str]) -> None:
+    """A tensor that nothing reads means that the model is not what config.json makes of it."""
+    for name in sorted(tensors.keys() - names):
+        raise CheckpointError(f"{tensors[name].file}: tensor {name} has no place in the model of config.json")
 
 
-def open_checkpoint(folder: Path) -> Checkpoint | QuantizedModel:
-    """A model folder: float weights, or a model that `save_quantized` wrote. Raises CheckpointError."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    return load_quantized(folder) if SAVED in read_json(folder / "config.json") else Checkpoint(folder)
+# --- quantized models -------------------------------------------------------------------------------------------------
+# config.json: as Hugging Face's, with "refmamba": {"spec_version", "scheme"}.
+# model.safetensors: of a parameter X that is coded X.q (int8, or up to 4 bits two codes a byte) and X.scale; in fixed
+# point X.q (int32) and X.exponent; else X itself, float32. Of a static input its .absmax and .smooth. A tied head is not
+# saved: it is the embedding's codes, or follows from the embedding.
 
 
 def save_quantized(model: QuantizedModel, folder: Path, tokenizer: Path) -> None:
-    """Write a folder that `open_checkpoint` reads: config.json, model.safetensors, and the tokenizer's files.
+    """Save a model, and its tokenizer.json with what lies beside that, in a new folder: whole or not at all.
 
-    Codes are stored in their width (two a byte up to 4 bits), beside them `{name}.scale` or `{name}.exponent`. The folder
-    is written aside and renamed. Raises CheckpointError where it exists and is not empty, or cannot be written.
+    Raises CheckpointError for a folder that is there and not empty, or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: is there already; name a folder that is new or empty")
-    tensors: dict[str, NDArray[Any]] = {}
-    for name, param in model.params.items():
-        if name == "lm_head.weight" and param is model.params["embedding.weight"]:
-            continue
-        if isinstance(param, Codes):
-            tensors[name] = pack4(param.q) if param.bits <= 4 and param.q.ndim == 2 else param.q
-            tensors[f"{name}.scale"] = np.asarray(param.scale)
-        elif isinstance(param, FixedPoint):
-            tensors[name], tensors[f"{name}.exponent"] = param.q, param.exponent
-        else:
-            tensors[name] = np.asarray(param)
-    saved = {"spec_version": SPEC_VERSION, "config": asdict(model.config), "scheme": model.scheme.to_json()}
+    config = {key: getattr(model.config, field) for field, (key, _, _) in HUGGING_FACE.items()}
+    saved = {"spec_version": SPEC_VERSION, "scheme": model.scheme.to_json()}
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        try:
-            aside.mkdir(parents=True)
-            save_file({name: np.ascontiguousarray(t) if t.ndim else t for name, t in tensors.items()}, aside / "model.safetensors")
-            for file in (tokenizer, tokenizer.with_name("tokenizer_config.json")):
-                if file.is_file():
-                    shutil.copyfile(file, aside / file.name)
-            (aside / "config.json").write_text(json.dumps({SAVED: saved}, indent=2) + "\n", "utf-8")
-            if folder.exists():
-                folder.rmdir()
-            aside.rename(folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written: {error.strerror}") from error
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(f"{folder}: is there already and not an empty folder; name another")
+        aside.mkdir(parents=True)
+        save_file(dict(_arrays(model)), aside / "model.safetensors")
+        for file in (tokenizer, tokenizer.with_name("tokenizer_config.json")):
+            if file.exists():
+                shutil.copyfile(file, aside / file.name)
+        text = json.dumps({"model_type": "refmamba", **config, "refmamba": saved}, indent=2)
+        (aside / "config.json").write_text(text + "\n", "utf-8")
+        aside.replace(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-def load_quantized(folder: Path) -> QuantizedModel:
-    """Read what `save_quantized` wrote; the codes stay in the memory map. Raises CheckpointError."""
-    file = folder / "config.json"
-    saved = read_json(file)[SAVED]
+def _arrays(model: QuantizedModel) -> Iterator[tuple[str, NDArray[Any]]]:
+    """What is saved of a model, by name."""
+    for name, param in sorted(model.params.items()):
+        if name == "lm_head.weight" and model.config.tie_embeddings:
+            continue
+        if isinstance(param, Codes):
+            yield f"{name}.q", pack4(np.atleast_2d(param.q)) if param.bits <= 4 else param.q
+            yield f"{name}.scale", np.asarray(param.scale)
+        elif isinstance(param, FixedPoint):
+            yield f"{name}.q", param.q
+            yield f"{name}.exponent", param.exponent
+        else:
+            yield name, np.asarray(param)
+
+
+def _open_quantized(folder: Path, config: MambaConfig, saved: Any) -> QuantizedModel:
+    """What `save_quantized` wrote. Codes of more than 4 bits stay in the memory map."""
+    if not isinstance(saved, dict) or saved.get("spec_version") != SPEC_VERSION:
+        raise CheckpointError(f"{folder}: not saved under specification {SPEC_VERSION}; quantize the model again")
     try:
-        version, config, scheme = saved["spec_version"], MambaConfig(**saved["config"]), scheme_from_json(saved["scheme"])
-    except (KeyError, TypeError, SchemeError, CheckpointError) as error:
-        raise CheckpointError(f"{file}: not written by `refmamba quantize`, or changed since ({error})") from None
-    if version != SPEC_VERSION:
-        raise CheckpointError(f"{file}: of specification {version}, this is {SPEC_VERSION}: quantize the model again")
-    tensors = {name: stored.array for name, stored in open_safetensors(folder / "model.safetensors").items()}
-    shapes = config.shapes() | {"lm_head.weight": (config.vocab_size, config.d_model)}
-    params: dict[str, Param] = {}
-    try:
-        for name, shape in shapes.items():
-            if name == "lm_head.weight" and name not in tensors:
-                params[name] = params["embedding.weight"]
-                continue
-            kind, array = name.split(".", 2)[2] if name.startswith("layers.") else name, tensors.pop(name)
-            if quantizer := scheme.weights.get(kind):
-                q = unpack4(array, shape[1]) if array.dtype == np.uint8 else array
-                params[name] = Codes(q, tensors.pop(f"{name}.scale"), quantizer.bits)
-            elif kind in LINEAR_WEIGHTS or kind == "lm_head.weight":
-                q = array
-                params[name] = FixedPoint(array, tensors.pop(f"{name}.exponent"))
+        scheme = scheme_from_json(saved.get("scheme"))
+    except SchemeError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}; quantize the model again") from error
+    tensors = _open_safetensors(folder / "model.safetensors")
+    config = replace(config, tie_embeddings="lm_head.weight.q" not in tensors)
+    shapes, taken, params = config.shapes(), set[str](), dict[str, Param]()
+
+    def take(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        taken.add(name)
+        return _checked(folder, tensors, name, shape, dtype)
+
+    for name, shape in shapes.items():
+        kind = name.split(".", 2)[2] if name.startswith("layers.") else name
+        if quantizer := scheme.weights.get(kind):
+            if quantizer.bits <= 4:
+                rows, columns = (1, *shape)[-2:]
+                q = unpack4(take(f"{name}.q", (rows, -(-columns // 2)), UINT8), columns).reshape(shape)
             else:
-                q = array
-                params[name] = array
-            if q.shape != shape:
-                raise CheckpointError(f"{folder}: tensor {name} has the shape {q.shape}, not {shape}: quantize the model again")
-    except KeyError as error:
-        raise CheckpointError(f"{folder}: the weights have no tensor {error}: quantize the model again") from None
-    return QuantizedModel(config, scheme, params | tensors)
+                q = take(f"{name}.q", shape, INT8)
+            scale = take(f"{name}.scale", (*shape[:-1], 1) if quantizer.scale == "per_channel" else (), FLOAT32)
+            params[name] = Codes(q, scale, quantizer.bits)
+        elif kind in LINEAR_WEIGHTS or kind == "lm_head.weight":
+            params[name] = FixedPoint(take(f"{name}.q", shape, INT32), take(f"{name}.exponent", shape[:1], INT32))
+        else:
+            params[name] = take(name, shape, FLOAT32)
+    if config.tie_embeddings:
+        embedding = params["embedding.weight"]
+        if isinstance(embedding, np.ndarray):
+            params["lm_head.weight"] = quantize_parameter(embedding, "lm_head.weight", "embedding.weight", scheme)
+        else:
+            params["lm_head.weight"] = embedding
+    if scheme.needs_calibration:
+        for name, shape in (shapes | {"lm_head.weight": (config.vocab_size, config.d_model)}).items():
+            site = name.removesuffix(".weight")
+            layer = site.rsplit(".", 1)[-1]
+            if layer in scheme.inputs and name.endswith(".weight"):
+                params[f"{site}.absmax"] = take(f"{site}.absmax", (), FLOAT32)
+                if scheme.smooth and layer not in (*FOLDED, "lm_head"):
+                    params[f"{site}.smooth"] = take(f"{site}.smooth", shape[1:], INT32)
+    _no_others(tensors, taken)
+    return QuantizedModel(config, scheme, params)
