@@ -1,0 +1,618 @@
+"""The CPU backend's kernels: a pass through any range of layers in one call, by all threads (docs/SPEC.md, 1 to 6).
+
+Every thread calls `run` with its rank. A pass is a sequence of regions; in a region the threads take items from a shared
+counter until none is left, and meet before the next. Which thread computes an item never changes a bit.
+
+Activations lie in strips: [strip of 16 channels][row][16 lanes], float32, where a row is one token of one sequence and
+`stride` rows are reserved a strip. So one vector is 16 channels of one token, and sizes that are no multiple of 16 are
+padded with zeros. Codes of activations lie in rows [row][slice][K], int8: one slice where they have 8 bits or fewer; else
+four, the balanced base-256 digits of a 31-bit code. Codes of weights are unsigned digits in the layout of `tile`: a
+weight is its digits' sum less an offset, which is taken off with the sum of the row's codes.
+"""
+
+import math
+from enum import IntEnum
+
+import numba
+import numpy as np
+
+from refmamba import arith
+from refmamba.backends.cpu_vectors import (
+    F, bits, double, fetch, fetch_add_one, float_of, from_bits, get, get_f, give_way, lane_tree, largest, load_d, load_f,
+    load_i, negative, pause, put, put_f, rint, single, splat_f, splat_i, splat_l, store_bytes, store_d, store_f,
+    store_first, tile, to_double, to_float, to_int, total, where, where_i, widen,
+)  # fmt: skip
+from refmamba.quantize import ABSMAX_ZERO
+
+f32 = np.float32
+FLOATS = 64  # bytes of 16 float32
+BLOCK = 4096  # columns whose integer product is joined in one piece, eq. (12)
+ROWS_OF_ITEM, ROWS_OF_TILE = 4, 64  # rows of one item of a row region, and of a product
+LINE = 64  # bytes between two threads' counters
+INFINITE = 0x7F800000
+
+
+class Run(IntEnum):
+    """The int64 arguments of `run`. Names of buffers stand for their addresses."""
+
+    (THREADS, SYNC, SCRATCH, SCRATCH_BYTES, FIRST, LAST, LAYERS, LAYER_TABLES, HEAD, EPSILON, D_MODEL, MODEL_STRIPS,
+     INNER_STRIPS, RANK_STRIPS, STATE_STRIPS, D_STATE, TAPS, VOCABULARY, ROWS, STRIDE, SEQUENCES, START, SEQUENCE, OUT_ROWS,
+     OUT_ROW, OUT_START, OUT_SEQUENCE, X, NORMED, XZ, U, XBC, DELTA, CODES, FACTOR, SCALE, SUMS, SUM_BLOCKS, ABSMAX, ERRORS,
+     CONV_IN, CONV_OUT, SSM_IN, SSM_OUT, LOGITS) = range(45)  # fmt: skip
+
+
+class Site(IntEnum):
+    """One linear layer: int64 each."""
+
+    (CODES, KIND, PAIRS, K, SLICES, FACTOR, SCALE, BIAS, IN, IN_LARGEST, IN_SCALE, SMOOTH, OUT, OUT_LARGEST,
+     NUMBER) = range(15)  # fmt: skip
+
+
+class Layer(IntEnum):
+    """One block: int64 each, then its four sites. The head is a table like it: NORM, and IN_PROJ for the head's own product."""
+
+    NORM, CONV, CONV_BIAS, A, DT_BIAS, D = range(6)
+    IN_PROJ, X_PROJ, DT_PROJ, OUT_PROJ, SIZE = range(6, 6 + 5 * len(Site), len(Site))
+
+
+class Kind(IntEnum):
+    """Digits of a weight: two codes a byte, one code a byte, or three bytes of a fixed-point code, a plane each."""
+
+    PACKED, BYTES, FIXED = 0, 1, 3
+
+
+class Mode(IntEnum):
+    """Where a site's scale comes from; NONE: not quantized, which on the `in` side is fixed point."""
+
+    NONE, TOKEN, TENSOR, STATIC = range(4)
+
+
+
+def kernel(**options):  # type: ignore[no-untyped-def]
+    """A function compiled into `run`. The numpy error model: a float division by zero is an infinity, as in the specification."""
+    return numba.njit(error_model="numpy", nogil=True, **options)
+
+
+inlined = kernel(forceinline=True)
+
+
+@inlined
+def at(table, field):
+    """One int64 of a table."""
+    return get(table + 8 * field)
+
+
+TILES = [[tile(packed, 2, columns, unroll) for columns, unroll in ((8, 1), (4, 1), (1, 4 >> packed))] for packed in (0, 1)]
+BYTES_8, BYTES_4, BYTES_1, PACKED_8, PACKED_4, PACKED_1 = (*TILES[0], *TILES[1])
+
+LOG2_E, LN2_HIGH, LN2_LOW, EXP_LOW, EXP_HIGH = arith.LOG2_E, arith.LN2_HIGH, arith.LN2_LOW, arith.EXP_LOW, arith.EXP_HIGH
+E0, E1, E2, E3, E4 = arith.EXP_TERMS
+G0, G1, G2, G3, G4, G5, G6, G7 = arith.LOG_TERMS
+SQRT_HALF_BITS, SOFTPLUS_LINEAR = int(arith.SQRT_HALF_BITS), arith.SOFTPLUS_LINEAR
+ABSMAX_ZERO_BITS = int(ABSMAX_ZERO.view(np.int32))
+ZERO, HALF, ONE, INFINITY = f32(0), f32(0.5), f32(1), f32(np.inf)
+
+
+# Arithmetic, the polynomials of refmamba.arith on 16 lanes: see there for the reasons.
+@inlined
+def exp_parts(a):
+    """n and p of e^a = p 2^n."""
+    n = rint(a * splat_f(LOG2_E))
+    r = (a - n * splat_f(LN2_HIGH)) - n * splat_f(LN2_LOW)
+    p = splat_f(E0) * r + splat_f(E1)
+    p = p * r + splat_f(E2)
+    p = p * r + splat_f(E3)
+    p = p * r + splat_f(E4)
+    return to_int(n), (p * (r * r) + r) + splat_f(ONE)
+
+
+@inlined
+def two_to(n):
+    return from_bits((n + splat_i(127)) << splat_i(23))
+
+
+@inlined
+def exp(x):
+    """Eq. (1)."""
+    inside = (x >= splat_f(EXP_LOW)) & (x <= splat_f(EXP_HIGH))
+    n, p = exp_parts(where(inside, x, splat_f(ZERO)))
+    half = n >> splat_i(1)
+    y = (p * two_to(half)) * two_to(n - half)
+    outside = where(x > splat_f(EXP_HIGH), splat_f(INFINITY), where(x < splat_f(EXP_LOW), splat_f(ZERO), x))
+    return where(inside, y, outside)
+
+
+@inlined
+def exp_negative(x):
+    """Eq. (1) where no x is above zero: n is at most 0, so one factor 2^n does; it is exact, as the two are."""
+    inside = x >= splat_f(EXP_LOW)
+    n, p = exp_parts(where(inside, x, splat_f(ZERO)))
+    return where(inside, p * two_to(n), where(x < splat_f(EXP_LOW), splat_f(ZERO), x))
+
+
+@inlined
+def log1p(y):
+    """Eq. (2, 3) for 0 <= y <= 1, where log needs none of its special cases; NaN for NaN."""
+    u = splat_f(ONE) + y
+    whole = bits(u)
+    k = (whole - splat_i(SQRT_HALF_BITS)) >> splat_i(23)
+    f = from_bits(whole - (k << splat_i(23))) - splat_f(ONE)
+    n = to_float(k)
+    p = splat_f(G0) * f + splat_f(G1)
+    p = p * f + splat_f(G2)
+    p = p * f + splat_f(G3)
+    p = p * f + splat_f(G4)
+    p = p * f + splat_f(G5)
+    p = p * f + splat_f(G6)
+    p = p * f + splat_f(G7)
+    square = f * f
+    log_u = (((p * f) * square + n * splat_f(LN2_LOW)) - splat_f(HALF) * square) + f
+    log_u = log_u + n * splat_f(LN2_HIGH)
+    return log_u + (y - (u - splat_f(ONE))) / u
+
+
+@inlined
+def magnitude(x):
+    """The bits of |x|. As integers they have the order of the magnitudes, and a NaN is above infinity."""
+    return bits(x) & splat_i(0x7FFFFFFF)
+
+
+@inlined
+def softplus(x):
+    """Eq. (4)."""
+    log = log1p(exp_negative(negative(from_bits(magnitude(x)))))
+    above = where(x < splat_f(ZERO), splat_f(ZERO), x)
+    return where(x > splat_f(SOFTPLUS_LINEAR), x, above + log)
+
+
+@inlined
+def silu(x):
+    """Eq. (5)."""
+    return x / (splat_f(ONE) + exp(negative(x)))
+
+
+# Threads.
+@inlined
+def item(counter):
+    """The next item of a region; a counter that has passed the last stays there."""
+    return fetch_add_one(counter)
+
+
+@kernel()
+def meet(run, counter):
+    """Wait until every thread has finished the region; its counter's place tells how many regions that makes.
+
+    Returns the next region's counter. Waiting spins, as a region is shorter than a sleep, and gives way when it is long.
+    """
+    sync, threads = at(run, Run.SYNC), at(run, Run.THREADS)
+    everybody = (counter - sync) // LINE * threads
+    fetch_add_one(sync)
+    spins = 0
+    while fetch(sync) < everybody:
+        spins += 1
+        if spins < 2000:
+            pause(0)
+        else:
+            give_way(0)
+    return counter + LINE
+
+
+# Rows: everything that sees a whole token.
+@kernel()
+def norm_row(run, weight, source, target):
+    """Eq. (16): row `source` of the residual stream to row `target` of NORMED."""
+    strips, step = at(run, Run.MODEL_STRIPS), at(run, Run.STRIDE) * FLOATS
+    x, y = at(run, Run.X) + source * FLOATS, at(run, Run.NORMED) + target * FLOATS
+    width = 1
+    while width < strips:
+        width *= 2
+    # The tree's first levels add strips; where it is wider than the strips are, the rest is zeros.
+    if width == 1:
+        v = load_f(x)
+        squares = lane_tree(v * v)
+    else:
+        width //= 2
+        for s in range(width):
+            v = load_f(x + s * step)
+            v = v * v
+            if s + width < strips:
+                other = load_f(x + (s + width) * step)
+                v = v + other * other
+            store_f(y + s * step, v)
+        while width > 1:
+            width //= 2
+            for s in range(width):
+                store_f(y + s * step, load_f(y + s * step) + load_f(y + (s + width) * step))
+        squares = lane_tree(load_f(y))
+    root = splat_f(math.sqrt(squares / f32(at(run, Run.D_MODEL)) + get_f(at(run, Run.EPSILON))))
+    for s in range(strips):
+        store_f(y + s * step, load_f(x + s * step) / root * load_f(weight + s * FLOATS))
+
+
+@kernel()
+def conv_row(run, layer, index, row):
+    """Eq. (17) and silu: row of XZ to row of U; the last row of a sequence keeps the inputs for the next call."""
+    strips, step, taps = at(run, Run.INNER_STRIPS), at(run, Run.STRIDE) * FLOATS, at(run, Run.TAPS)
+    sequence = get(at(run, Run.SEQUENCE) + 8 * row)
+    start = get(at(run, Run.START) + 8 * sequence)
+    line = strips * FLOATS  # bytes of one kept input
+    state = (sequence * at(run, Run.LAYERS) + index) * (taps - 1) * line
+    weight, bias = at(layer, Layer.CONV), at(layer, Layer.CONV_BIAS)
+    x, u = at(run, Run.XZ) + row * FLOATS, at(run, Run.U) + row * FLOATS
+    kept = min(taps - 1, max(0, taps - 1 - (row - start)))  # taps that reach back to the last call
+    for s in range(strips):
+        y = splat_f(ZERO)
+        for tap in range(taps):
+            back = taps - 1 - tap
+            if tap < kept:
+                v = load_f(at(run, Run.CONV_IN) + state + (row - start + tap) * line + s * FLOATS)
+            else:
+                v = load_f(x + s * step - back * FLOATS)
+            v = v * load_f(weight + tap * line + s * FLOATS)
+            y = v if tap == 0 else y + v
+        if bias != 0:
+            y = y + load_f(bias + s * FLOATS)
+        store_f(u + s * step, silu(y))
+    if row + 1 == get(at(run, Run.START) + 8 * (sequence + 1)):
+        length = row + 1 - start
+        for i in range(taps - 1):
+            target = at(run, Run.CONV_OUT) + state + i * line
+            time = length - (taps - 1) + i
+            for s in range(strips):
+                if time < 0:
+                    v = load_f(at(run, Run.CONV_IN) + state + (time + taps - 1) * line + s * FLOATS)
+                else:
+                    v = load_f(at(run, Run.XZ) + (start + time) * FLOATS + s * step)
+                store_f(target + s * FLOATS, v)
+
+
+@inlined
+def value(source, s, step, smooth):
+    """A strip of a row, divided by SmoothQuant's factors where there are any: eq. (29)."""
+    v = load_f(source + s * step)
+    if smooth != 0:
+        v = single(double(v) * load_d(smooth + 2 * s * FLOATS))
+    return v
+
+
+@kernel()
+def row_absmax(run, source, strips, smooth, number, sequence):
+    """Bits of a row's largest magnitude, eq. (7): zero where it counts as zero. Notes the site of a NaN or infinity."""
+    step = at(run, Run.STRIDE) * FLOATS
+    m = splat_i(0)
+    for s in range(strips):
+        v = magnitude(value(source, s, step, smooth))
+        m = where_i(v > m, v, m)
+    m = largest(m)
+    if m >= INFINITE:
+        errors = at(run, Run.ERRORS) + 8 * sequence
+        if get(errors) == 0:
+            put(errors, number)
+        return 0
+    return m if m >= ABSMAX_ZERO_BITS else 0
+
+
+@inlined
+def factors(mode, most, m, static):
+    """For an absolute maximum: what to multiply by, what to divide the product by, and the power of two to take off."""
+    if mode == Mode.NONE:  # eq. (10); for 2^(E-1) <= m < 2^E the bits of m hold E + 126
+        e = min(126, 30 - ((m >> 23) - 126))
+        return (ZERO, ONE, ONE) if m == 0 else (float_of((e + 127) << 23), ONE, float_of((127 - e) << 23))
+    if mode == Mode.STATIC:
+        return (ZERO, ONE, ONE) if static == ZERO else (static, static, ONE)
+    if m == 0:
+        return ZERO, ONE, ONE
+    scale = f32(most) / float_of(m)
+    return scale, scale, ONE
+
+
+@kernel()
+def code_row(run, site, source, row, m):
+    """Codes of a row, eq. (8) or (10), in slices; its factors; and the sum of its codes, a block of K at a time."""
+    slices, k, step = at(site, Site.SLICES), at(site, Site.K), at(run, Run.STRIDE) * FLOATS
+    smooth, most = at(site, Site.SMOOTH), at(site, Site.IN_LARGEST)
+    multiplier, scale, power = factors(at(site, Site.IN), most, m, get_f(at(site, Site.IN_SCALE)))
+    put_f(at(run, Run.SCALE) + 4 * row, scale)
+    put_f(at(run, Run.FACTOR) + 4 * row, power)
+    codes = at(run, Run.CODES) + row * slices * k
+    by, high, low = splat_f(multiplier), splat_f(f32(most)), splat_f(-f32(most))
+    sums = at(run, Run.SUMS) + 8 * row * at(run, Run.SUM_BLOCKS)
+    block = 0
+    while block * BLOCK < k:
+        s_sum = splat_l(0)
+        for s in range(block * BLOCK // 16, min(k, (block + 1) * BLOCK) // 16):
+            v = value(source, s, step, smooth) * by
+            v = where(v > high, high, where(v < low, low, v))
+            q = to_int(rint(v))
+            s_sum = s_sum + widen(q)
+            if slices == 1:
+                store_bytes(codes + 16 * s, q)
+            else:
+                # Adding 128 to the three lower bytes carries what a balanced digit borrows; ^ 128 takes it off again.
+                digits = (q + splat_i(0x00808080)) ^ splat_i(0x00808080)
+                store_bytes(codes + 16 * s, digits)
+                store_bytes(codes + k + 16 * s, digits >> splat_i(8))
+                store_bytes(codes + 2 * k + 16 * s, digits >> splat_i(16))
+                store_bytes(codes + 3 * k + 16 * s, digits >> splat_i(24))
+        put(sums + 8 * block, total(s_sum))
+        block += 1
+
+
+@kernel()
+def tensor_absmax(run, starts, sequence):
+    """Bits of the largest magnitude of all rows of a sequence."""
+    m = 0
+    for row in range(get(starts + 8 * sequence), get(starts + 8 * sequence + 8)):
+        m = max(m, get(at(run, Run.ABSMAX) + 8 * row))
+    return m
+
+
+NORM_ROW, LAST_NORM_ROW, CONV_ROW, NOTHING = range(4)  # what makes the rows that are coded
+
+
+@kernel()
+def code_rows(run, work, layer, index, site, source, counter):
+    """Regions: make the rows that go into a product, and their codes. Returns the next region's counter."""
+    head = work == LAST_NORM_ROW
+    rows = at(run, Run.OUT_ROWS) if head else at(run, Run.ROWS)
+    sequences = at(run, Run.OUT_SEQUENCE) if head else at(run, Run.SEQUENCE)
+    starts = at(run, Run.OUT_START) if head else at(run, Run.START)
+    strips, whole = at(site, Site.K) // 16, at(site, Site.IN) == Mode.TENSOR
+    part = ROWS_OF_ITEM if rows > 2 * ROWS_OF_ITEM * at(run, Run.THREADS) else 1
+    first = item(counter) * part
+    while first < rows:
+        for row in range(first, min(rows, first + part)):
+            if work == NORM_ROW:
+                norm_row(run, at(layer, Layer.NORM), row, row)
+            elif work == LAST_NORM_ROW:
+                norm_row(run, at(layer, Layer.NORM), get(at(run, Run.OUT_ROW) + 8 * row), row)
+            elif work == CONV_ROW:
+                conv_row(run, layer, index, row)
+            here = source + row * FLOATS
+            sequence = get(sequences + 8 * row)
+            m = row_absmax(run, here, strips, at(site, Site.SMOOTH), 2 * at(site, Site.NUMBER), sequence)
+            if whole:
+                put(at(run, Run.ABSMAX) + 8 * row, m)
+            else:
+                code_row(run, site, here, row, m)
+        first = item(counter) * part
+    counter = meet(run, counter)
+    if whole:
+        row = item(counter)
+        while row < rows:
+            m = tensor_absmax(run, starts, get(sequences + 8 * row))
+            code_row(run, site, source + row * FLOATS, row, m)
+            row = item(counter)
+        counter = meet(run, counter)
+    return counter
+
+
+@kernel()
+def requantize_rows(run, site, source, target, residual, counter):
+    """Regions: the `out` side of a product, eq. (8, 9), its bias, and the residual. Returns the next region's counter."""
+    rows, step, mode = at(run, Run.ROWS), at(run, Run.STRIDE) * FLOATS, at(site, Site.OUT)
+    strips, most, bias = 2 * at(site, Site.PAIRS), at(site, Site.OUT_LARGEST), at(site, Site.BIAS)
+    high, low = splat_f(f32(most)), splat_f(-f32(most))
+    row = item(counter)
+    while row < rows:
+        sequence = get(at(run, Run.SEQUENCE) + 8 * row)
+        m = row_absmax(run, source + row * FLOATS, strips, 0, 2 * at(site, Site.NUMBER) + 1, sequence)
+        put(at(run, Run.ABSMAX) + 8 * row, m)
+        row = item(counter)
+    counter = meet(run, counter)
+    row = item(counter)
+    while row < rows:
+        if mode == Mode.TENSOR:
+            m = tensor_absmax(run, at(run, Run.START), get(at(run, Run.SEQUENCE) + 8 * row))
+        else:
+            m = get(at(run, Run.ABSMAX) + 8 * row)
+        multiplier, scale, _ = factors(mode, most, m, ONE)
+        by, over = splat_f(multiplier), splat_f(scale)
+        for s in range(strips):
+            v = load_f(source + s * step + row * FLOATS) * by
+            y = to_float(to_int(rint(where(v > high, high, where(v < low, low, v))))) / over
+            if bias != 0:
+                y = y + load_f(bias + s * FLOATS)
+            here = target + s * step + row * FLOATS
+            store_f(here, load_f(here) + y if residual else y)
+        row = item(counter)
+    return meet(run, counter)
+
+
+# Products.
+@kernel()
+def tiles(packed, slices, count, w, w_stride, x, x_stride, k, out):
+    """The integer product of a pair of strips with `count` rows of `slices` slices."""
+    columns = count * slices
+    if packed:
+        if columns == 8:
+            PACKED_8(w, w_stride, x, x_stride, k, out)
+        elif columns == 4:
+            PACKED_4(w, w_stride, x, x_stride, k, out)
+        else:
+            PACKED_1(w, w_stride, x, x_stride, k, out)
+    elif columns == 8:
+        BYTES_8(w, w_stride, x, x_stride, k, out)
+    elif columns == 4:
+        BYTES_4(w, w_stride, x, x_stride, k, out)
+    else:
+        BYTES_1(w, w_stride, x, x_stride, k, out)
+
+
+@inlined
+def joined(sums, slices):
+    """The integer of a product from those of its slices."""
+    q = widen(load_i(sums))
+    if slices == 4:
+        q = q + (widen(load_i(sums + 2 * FLOATS)) << splat_l(8))
+        q = q + (widen(load_i(sums + 4 * FLOATS)) << splat_l(16))
+        q = q + (widen(load_i(sums + 6 * FLOATS)) << splat_l(24))
+    return q
+
+
+@inlined
+def exact(kind, slices, sums, plane, codes):
+    """One block's product in float64, eq. (11, 12). codes: the sum of the row's codes."""
+    if kind == Kind.FIXED:
+        # The weight's three digits give a number of up to 65 bits. In two parts it is rounded once, as high * 4096 + low is.
+        low = joined(sums, slices) + (joined(sums + plane, slices) << splat_l(8))
+        high = joined(sums + 2 * plane, slices) - splat_l(codes << 7)
+        high = high + (low >> splat_l(16))
+        return to_double(high) * double(splat_f(f32(65536))) + to_double(low & splat_l(65535))
+    offset = 8 if kind == Kind.PACKED else 128
+    return to_double(joined(sums, slices) - splat_l(offset * codes))
+
+
+@kernel()
+def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes, limit, residual):
+    """Rows first to last of a pair of strips of a product: eq. (11, 12, 13), the bias and the residual. limit: rows of w."""
+    kind, slices, k = at(site, Site.KIND), at(site, Site.SLICES), at(site, Site.K)
+    packed, planes = kind == Kind.PACKED, max(1, kind)
+    plane_bytes = 8 * k if packed else 16 * k  # of one strip's digits
+    weights = at(site, Site.CODES) + 2 * pair * planes * plane_bytes
+    bias = 0 if at(site, Site.OUT) != Mode.NONE else at(site, Site.BIAS)
+    sums = at(run, Run.SCRATCH) + rank * at(run, Run.SCRATCH_BYTES)
+    plane = 16 * FLOATS  # of sums
+    totals = sums + 3 * plane
+    blocks = (k + BLOCK - 1) // BLOCK
+    row = first
+    while row < last:
+        left = last - row
+        if slices == 1:
+            count = 8 if left >= 8 else (4 if left >= 4 else 1)
+        else:
+            count = 2 if left >= 2 else 1
+        for block in range(blocks):
+            start, width = block * BLOCK, min(BLOCK, k - block * BLOCK)
+            x = at(run, Run.CODES) + row * slices * k + start
+            for p in range(planes):
+                w = weights + p * plane_bytes + (start * 8 if packed else start * 16)
+                tiles(packed, slices, count, w, planes * plane_bytes, x, k, width, sums + p * plane)
+            for j in range(count):
+                codes = get(at(run, Run.SUMS) + 8 * ((row + j) * at(run, Run.SUM_BLOCKS) + block))
+                for s in range(2):
+                    acc = exact(kind, slices, sums + (2 * j * slices + s) * FLOATS, plane, codes)
+                    total_at = totals + (2 * j + s) * 2 * FLOATS
+                    store_d(total_at, acc if block == 0 else load_d(total_at) + acc)
+        for j in range(count):
+            power = double(splat_f(get_f(at(run, Run.FACTOR) + 4 * (row + j))))
+            scale = splat_f(get_f(at(run, Run.SCALE) + 4 * (row + j)))
+            for s in range(2):
+                strip = 2 * pair + s
+                acc = load_d(totals + (2 * j + s) * 2 * FLOATS) * power
+                y = single(acc * double(load_f(at(site, Site.FACTOR) + strip * FLOATS)))
+                y = y / (scale * load_f(at(site, Site.SCALE) + strip * FLOATS))
+                if bias != 0:
+                    y = y + load_f(bias + strip * FLOATS)
+                here = out + strip * strip_bytes + (row + j) * row_bytes
+                if limit:
+                    store_first(here, y, limit - 16 * strip)
+                else:
+                    store_f(here, load_f(here) + y if residual else y)
+        row += count
+
+
+@kernel()
+def product(rank, run, site, rows, out, strip_bytes, row_bytes, limit, residual, counter):
+    """Region: a product, a pair of strips and some rows an item. Returns the next region's counter."""
+    pairs = at(site, Site.PAIRS)
+    items = pairs * ((rows + ROWS_OF_TILE - 1) // ROWS_OF_TILE)
+    i = item(counter)
+    while i < items:
+        first = i // pairs * ROWS_OF_TILE
+        last = min(rows, first + ROWS_OF_TILE)
+        product_item(rank, run, site, i % pairs, first, last, out, strip_bytes, row_bytes, limit, residual)
+        i = item(counter)
+    return meet(run, counter)
+
+
+@kernel()
+def linear(rank, run, site, out, counter):
+    """Regions: a linear layer from its codes to its `out` side, in strips. Returns the next region's counter."""
+    step = at(run, Run.STRIDE) * FLOATS
+    counter = product(rank, run, site, at(run, Run.ROWS), out, step, FLOATS, 0, False, counter)
+    if at(site, Site.OUT) != Mode.NONE:
+        counter = requantize_rows(run, site, out, out, False, counter)
+    return counter
+
+
+@kernel()
+def scan_strip(rank, run, layer, index, sequence, s):
+    """Eq. (18, 20 to 23) for 16 channels of a sequence: step, scan, skip and gate. The result replaces DELTA."""
+    n, step = at(run, Run.D_STATE), at(run, Run.STRIDE) * FLOATS
+    inner = at(run, Run.INNER_STRIPS)
+    state = ((sequence * at(run, Run.LAYERS) + index) * inner + s) * n * FLOATS
+    h, A = at(run, Run.SSM_OUT) + state, at(layer, Layer.A) + s * n * FLOATS
+    for i in range(n):
+        store_f(h + i * FLOATS, load_f(at(run, Run.SSM_IN) + state + i * FLOATS))
+    bias, D = load_f(at(layer, Layer.DT_BIAS) + s * FLOATS), load_f(at(layer, Layer.D) + s * FLOATS)
+    terms = at(run, Run.SCRATCH) + rank * at(run, Run.SCRATCH_BYTES)
+    half = 1
+    while 2 * half < n:
+        half *= 2
+    B_strip = at(run, Run.XBC) + at(run, Run.RANK_STRIPS) * step
+    C_strip = B_strip + at(run, Run.STATE_STRIPS) * step
+    for row in range(get(at(run, Run.START) + 8 * sequence), get(at(run, Run.START) + 8 * sequence + 8)):
+        here = s * step + row * FLOATS
+        u = load_f(at(run, Run.U) + here)
+        delta = softplus(load_f(at(run, Run.DELTA) + here) + bias)
+        delta_u = delta * u
+        for i in range(n):
+            lane = i // 16 * step + row * FLOATS + i % 16 * 4
+            a = exp_negative(delta * load_f(A + i * FLOATS))
+            v = a * load_f(h + i * FLOATS) + delta_u * splat_f(get_f(B_strip + lane))
+            store_f(h + i * FLOATS, v)
+            store_f(terms + i * FLOATS, splat_f(get_f(C_strip + lane)) * v)
+        for i in range(n, 2 * half):
+            store_f(terms + i * FLOATS, splat_f(ZERO))
+        width = 2 * half if n > 1 else 1
+        while width > 1:
+            width //= 2
+            for i in range(width):
+                store_f(terms + i * FLOATS, load_f(terms + i * FLOATS) + load_f(terms + (i + width) * FLOATS))
+        y = load_f(terms) + D * u
+        z = load_f(at(run, Run.XZ) + here + inner * step)
+        store_f(at(run, Run.DELTA) + here, y * silu(z))
+
+
+@kernel()
+def scan(rank, run, layer, index, counter):
+    """Region: the scan, 16 channels of one sequence an item. Returns the next region's counter."""
+    strips = at(run, Run.INNER_STRIPS)
+    i = item(counter)
+    while i < strips * at(run, Run.SEQUENCES):
+        scan_strip(rank, run, layer, index, i // strips, i % strips)
+        i = item(counter)
+    return meet(run, counter)
+
+
+@kernel(cache=True)
+def run_layers(rank, run):
+    """The layers FIRST to LAST - 1, eq. (24), on the rows of X; then the head for OUT_ROWS rows of it."""
+    step = at(run, Run.STRIDE) * FLOATS
+    rows, x, normed, xz = at(run, Run.ROWS), at(run, Run.X), at(run, Run.NORMED), at(run, Run.XZ)
+    u, xbc, delta = at(run, Run.U), at(run, Run.XBC), at(run, Run.DELTA)
+    counter = at(run, Run.SYNC) + LINE
+    for index in range(at(run, Run.FIRST), at(run, Run.LAST)):
+        layer = at(run, Run.LAYER_TABLES) + 8 * index * Layer.SIZE
+        in_proj, x_proj = layer + 8 * Layer.IN_PROJ, layer + 8 * Layer.X_PROJ
+        dt_proj, out_proj = layer + 8 * Layer.DT_PROJ, layer + 8 * Layer.OUT_PROJ
+        counter = code_rows(run, NORM_ROW, layer, index, in_proj, normed, counter)
+        counter = linear(rank, run, in_proj, xz, counter)
+        counter = code_rows(run, CONV_ROW, layer, index, x_proj, u, counter)
+        counter = linear(rank, run, x_proj, xbc, counter)
+        counter = code_rows(run, NOTHING, layer, index, dt_proj, xbc, counter)
+        counter = linear(rank, run, dt_proj, delta, counter)
+        counter = scan(rank, run, layer, index, counter)
+        counter = code_rows(run, NOTHING, layer, index, out_proj, delta, counter)
+        if at(out_proj, Site.OUT) == Mode.NONE:
+            counter = product(rank, run, out_proj, rows, x, step, FLOATS, 0, True, counter)
+        else:
+            counter = product(rank, run, out_proj, rows, normed, step, FLOATS, 0, False, counter)
+            counter = requantize_rows(run, out_proj, normed, x, True, counter)
+    out_rows = at(run, Run.OUT_ROWS)
+    if out_rows > 0:
+        head = at(run, Run.HEAD)
+        site, vocabulary = head + 8 * Layer.IN_PROJ, at(run, Run.VOCABULARY)
+        counter = code_rows(run, LAST_NORM_ROW, head, 0, site, normed, counter)
+        product(rank, run, site, out_rows, at(run, Run.LOGITS), FLOATS, 4 * vocabulary, vocabulary, False, counter)
