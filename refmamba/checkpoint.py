@@ -47,8 +47,14 @@ HUGGING_FACE: Fields = {
     "norm_eps": ("layer_norm_epsilon", float, 1e-5),
     "use_bias": ("use_bias", bool, False),
     "use_conv_bias": ("use_conv_bias", bool, True),
+    "tie_embeddings": ("tie_word_embeddings", bool, True),
 }
-STATE_SPACES: Fields = {key: (key, int, None) for key in ("d_model", "n_layer", "vocab_size")}
+STATE_SPACES: Fields = {
+    "d_model": ("d_model", int, None),
+    "n_layer": ("n_layer", int, None),
+    "vocab_size": ("vocab_size", int, None),
+    "tie_embeddings": ("tie_embeddings", bool, True),
+}
 STATE_SPACES_SSM: Fields = {
     "d_state": ("d_state", int, 16),
     "d_conv": ("d_conv", int, 4),
@@ -85,9 +91,11 @@ class Checkpoint:
         embedding, head = self._tensors.get("embedding.weight"), self._tensors.get("lm_head.weight")
         if embedding is not None and embedding.array.ndim == 2 and len(embedding.array) > config.vocab_size:
             config = replace(config, vocab_size=len(embedding.array))  # the vocabulary is padded
-        if head is not None and embedding is not None and np.array_equal(head.array, embedding.array):
-            del self._tensors["lm_head.weight"]  # tied, and saved twice
-        self.config = replace(config, tie_embeddings="lm_head.weight" not in self._tensors)
+        if head is not None and embedding is not None:  # a tied head may have been saved all the same
+            config = replace(config, tie_embeddings=np.array_equal(head.array, embedding.array))
+            if config.tie_embeddings:
+                del self._tensors["lm_head.weight"]
+        self.config = config
         for name, shape in self.config.shapes().items():
             _checked(folder, self._tensors, name, _file_shape(name, shape), FLOAT32, FLOAT16, BFLOAT16)
         _no_others(self._tensors, self.config.shapes())
@@ -329,7 +337,6 @@ def _open_quantized(folder: Path, config: MambaConfig, saved: Any) -> QuantizedM
     except SchemeError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}; quantize the model again") from error
     tensors = _open_safetensors(folder / "model.safetensors")
-    config = replace(config, tie_embeddings="lm_head.weight.q" not in tensors)
     shapes, taken, params = config.shapes(), set[str](), dict[str, Param]()
 
     def take(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

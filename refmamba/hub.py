@@ -4,80 +4,94 @@ The hub is reached through huggingface-hub alone, so its cache, HF_HUB_OFFLINE, 
 mean there, and its progress bars go to stderr.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from refmamba.errors import HubError
 
-SMALL = "small"  # the model inside the package
-NEOX = "EleutherAI/gpt-neox-20b"  # whose tokenizer the original repositories use without shipping it
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]
+SMALL = "small"  # the model inside the package; ./small is a folder of that name
+NEOX = "EleutherAI/gpt-neox-20b"  # whose tokenizer the original state-spaces repositories use and do not ship
+BESIDE_WEIGHTS = ["config.json", "tokenizer.json", "tokenizer_config.json"]
+SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+TORCH = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where a model lies: the folder of config and weights, and the tokenizer.json (which may be missing)."""
+    """Where a model lies. tokenizer: its tokenizer.json, which a broken folder may lack."""
 
     folder: Path
     tokenizer: Path
 
 
 def resolve_model(name: str, revision: str | None = None) -> ModelFiles:
-    """The files of `small`, of a local folder, or of OWNER/NAME on the hub, downloaded where they are not cached.
+    """The files of `small`, of a local folder, or of OWNER/NAME on the hub, where what is not cached is downloaded.
 
-    A folder of that name wins over the hub. Raises HubError.
+    A folder wins over the hub. revision: a branch, tag or commit on the hub. A model in the original layout without a
+    tokenizer gets GPT-NeoX's from the hub. Raises HubError.
     """
-    if name == SMALL:
-        folder = Path(str(resources.files("refmamba").joinpath("small_model")))
-        return ModelFiles(folder, folder / "tokenizer.json")
-    folder = Path(name)
-    if folder.is_dir():
-        return ModelFiles(folder, folder / "tokenizer.json")
-    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
-        raise HubError(f"--model {name}: there is no such folder; give `small`, a folder, or OWNER/NAME on the hub")
-    return _download(name, revision)
+    folder = Path(str(resources.files("refmamba") / "small_model")) if name == SMALL else Path(name)
+    if not folder.is_dir():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise HubError(f"model {name}: no such folder; give `small`, a folder, or OWNER/NAME on the hub")
+        folder = _download(name, revision)
+    elif revision is not None:
+        raise HubError(f"model {name} is a folder and has no revision {revision}; revisions are of models on the hub")
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.exists() and _original_layout(folder):
+        tokenizer = _download_neox_tokenizer()
+    return ModelFiles(folder, tokenizer)
 
 
-def _download(name: str, revision: str | None) -> ModelFiles:
-    """Fetch config, tokenizer and one form of the weights (safetensors where there is one)."""
-    from huggingface_hub import constants, hf_hub_download, list_repo_files, snapshot_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError,
-        OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError,
-    )  # fmt: skip
+def _original_layout(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and b'"model_type"' not in config.read_bytes()
 
-    wanted, at = name, f" at revision {revision}" if revision else ""
+
+def _download(name: str, revision: str | None) -> Path:
+    """The folder in the cache with config, tokenizer, and one format of the weights."""
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(f"model {name}", revision):
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=BESIDE_WEIGHTS + SAFETENSORS))
+        if not any(folder.glob("model*.safetensors")):  # the folder's name is the commit
+            snapshot_download(name, revision=folder.name, allow_patterns=TORCH)
+    return folder
+
+
+def _download_neox_tokenizer() -> Path:
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(f"the model has no tokenizer.json, and that of {NEOX}", None):
+        return Path(hf_hub_download(NEOX, "tokenizer.json"))
+
+
+@contextmanager
+def _hub_errors(what: str, revision: str | None) -> Iterator[None]:
+    """Turn whatever the client raises into a HubError of one line."""
+    from huggingface_hub import constants, errors
+
     try:
-        weights = ["*.safetensors", "*.safetensors.index.json"]
-        if not constants.HF_HUB_OFFLINE and not any(f.endswith(".safetensors") for f in list_repo_files(name, revision=revision)):
-            weights = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"]
-        elif constants.HF_HUB_OFFLINE:
-            weights = [*weights, "pytorch_model*"]
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=["config.json", *TOKENIZER_FILES, *weights]))
-        if (folder / "tokenizer.json").is_file():
-            return ModelFiles(folder, folder / "tokenizer.json")
-        wanted, at = NEOX, ""
-        return ModelFiles(folder, Path(hf_hub_download(NEOX, "tokenizer.json")))
-    except GatedRepoError as error:
-        raise HubError(f"{wanted}: the hub asks for permission: accept its terms there, and set HF_TOKEN") from error
-    except RevisionNotFoundError as error:
-        raise HubError(f"{wanted}: the hub has no revision {revision} of it") from error
-    except RepositoryNotFoundError as error:
-        raise HubError(f"{wanted}: there is no such folder, and no such model on the hub (a private one needs HF_TOKEN)") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise HubError(f"{wanted}{at}: not in the cache, and the hub cannot be reached (offline?)") from error
-    except EntryNotFoundError as error:
-        raise HubError(f"{wanted}{at}: a file that the model needs is not there: {_line(error)}") from error
-    except HFValidationError as error:
-        raise HubError(f"--model {wanted}: there is no such folder, and it is no name on the hub") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise HubError(f"{wanted}{at}: the download failed: {_line(error)}") from error
-    except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2"):
-            raise
-        raise HubError(f"{wanted}{at}: the hub cannot be reached: {_line(error)}") from error
+        yield
+    except errors.GatedRepoError as error:
+        raise HubError(f"{what}: is gated; accept its terms on the hub and set HF_TOKEN") from error
+    except errors.RepositoryNotFoundError as error:
+        raise HubError(f"{what}: no such folder, and not on the hub, or private; check the name, or set HF_TOKEN") from error
+    except errors.RevisionNotFoundError as error:
+        raise HubError(f"{what}: the hub has no revision {revision} of it; give a branch, tag or commit") from error
+    except errors.LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            raise HubError(f"{what}: not in the cache, and HF_HUB_OFFLINE is set; unset it to download") from error
+        raise HubError(f"{what}: not in the cache, and the hub does not answer: {_line(error)}") from error
+    except errors.HFValidationError as error:
+        raise HubError(f"{what}: no such folder, and no name that the hub could have") from error
+    except (errors.HTTPError, errors.EntryNotFoundError, OSError) as error:  # type: ignore[attr-defined]  # of its HTTP client
+        raise HubError(f"{what}: the download failed, try again: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """What went wrong below the client's own words, on one line."""
+    return " ".join(str(error.__cause__ or error).split()) or type(error).__name__
