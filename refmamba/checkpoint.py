@@ -294,6 +294,9 @@ def save_quantized(model: QuantizedModel, folder: Path, tokenizer: Path) -> None
     Raises CheckpointError for a folder that is there and not empty, or cannot be written.
     """
     config = {key: getattr(model.config, field) for field, (key, _, _) in HUGGING_FACE.items()}
+    if tokenizer.with_name("config.json").is_file():  # names the end token where tokenizer_config.json does not
+        source = _read_json(tokenizer.with_name("config.json"))
+        config |= {key: source[key] for key in ("bos_token_id", "eos_token_id") if key in source}
     saved = {"spec_version": SPEC_VERSION, "scheme": model.scheme.to_json()}
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:

@@ -1,61 +1,51 @@
 """Text to tokens and back: a thin wrapper on `tokenizers`."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as HubTokenizer
+from tokenizers.decoders import DecodeStream
 
 from refmamba.config import MambaConfig
 from refmamba.errors import TokenizerError
 from refmamba.hub import ModelFiles
 
-END = "<|endoftext|>"
-HALF_CHARACTER = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
-LONGEST_CHARACTER = 4  # bytes of UTF-8, and so the most tokens one character can take
+END = "<|endoftext|>"  # GPT-NeoX's begin and end token
 
 
 class Stream:
-    """Decodes a growing sequence of tokens piece by piece, never in the middle of a character."""
+    """Decodes a growing sequence of tokens piece by piece. A token may end inside a character; no piece does."""
 
     def __init__(self, tokenizer: HubTokenizer) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._decoder = tokenizer, DecodeStream(skip_special_tokens=False)
         self._tokens: list[int] = []
-        self._context = 0  # tokens before this were printed a piece ago; those from here on are decoded again
-        self._printed = 0  # tokens before this are printed
-
-    def _text(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=False)
-        return text
+        self._given = 0  # characters
 
     def put(self, token: int) -> str:
         """The text that this token completes; empty while a character is unfinished."""
         self._tokens.append(token)
-        old = self._text(self._tokens[self._context : self._printed])
-        new = self._text(self._tokens[self._context :])
-        unfinished = len(self._tokens) - self._printed < LONGEST_CHARACTER and new.endswith(HALF_CHARACTER)
-        if unfinished or len(new) <= len(old):
-            return ""
-        self._context, self._printed = self._printed, len(self._tokens)
-        return new[len(old) :]
+        piece: str = self._decoder.step(self._tokenizer, token) or ""
+        self._given += len(piece)
+        return piece
 
     def flush(self) -> str:
-        """What was held back."""
-        old = self._text(self._tokens[self._context : self._printed])
-        new = self._text(self._tokens[self._context :])
-        self._context = self._printed = len(self._tokens)
-        return new[len(old) :]
+        """What was held back: all pieces together are `Tokenizer.decode` of all tokens."""
+        text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=False)
+        rest = text[self._given :]
+        self._given = len(text)
+        return rest
 
 
 class Tokenizer:
     """The tokenizer of a model. Tokens from n_ids on are padding rows of the embedding, which mean nothing."""
 
-    def __init__(self, tokenizer: HubTokenizer, eos: str | None, bos: str | None) -> None:
+    def __init__(self, tokenizer: HubTokenizer, eos_token_id: int | None, bos_token_id: int | None) -> None:
         self._tokenizer = tokenizer
-        self.n_ids: int = tokenizer.get_vocab_size(with_added_tokens=True)
-        self.eos_token_id: int | None = tokenizer.token_to_id(eos) if eos else None
-        self.bos_token_id: int | None = tokenizer.token_to_id(bos) if bos else None
+        self.n_ids: int = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.eos_token_id, self.bos_token_id = eos_token_id, bos_token_id
 
     @property
     def prefix_token_id(self) -> int | None:
@@ -66,8 +56,8 @@ class Tokenizer:
         """Tokens of a text; no begin or end token is added. Raises TokenizerError for a text that is not Unicode."""
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        except (TypeError, UnicodeEncodeError) as error:
-            raise TokenizerError("the text has a lone surrogate, which is no Unicode character: give valid UTF-8") from error
+        except TypeError as error:  # the library's word for a string with half of a surrogate pair
+            raise TokenizerError("the text has bytes that are not UTF-8, or half of a character; give valid text") from error
         return ids
 
     def encode_array(self, text: str) -> NDArray[np.int64]:
@@ -80,7 +70,7 @@ class Tokenizer:
         return np.array(ids, np.int64)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of some tokens."""
+        """The text of some tokens, special ones included."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
         return text
 
@@ -89,29 +79,41 @@ class Tokenizer:
         return Stream(self._tokenizer)
 
 
-def _special(values: dict[str, Any], name: str) -> str | None:
-    value = values.get(name)
-    return value.get("content") if isinstance(value, dict) else value
-
-
 def load_tokenizer(files: ModelFiles, config: MambaConfig) -> Tokenizer:
-    """The tokenizer of a model. Raises TokenizerError where it is missing, broken, or has tokens without a row."""
+    """The tokenizer of a model. Its begin and end tokens are those of tokenizer_config.json, else of the model's
+    config.json, else <|endoftext|>.
+
+    Raises TokenizerError where it is missing or broken, or has tokens for which the model has no row.
+    """
     file = files.tokenizer
     if not file.is_file():
-        raise TokenizerError(f"{file}: no such file; the model folder needs its tokenizer.json")
+        raise TokenizerError(f"{file}: no such file; put the model's tokenizer.json there")
     try:
         inner = HubTokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception for whatever is wrong
-        raise TokenizerError(f"{file}: not a tokenizer that this library reads: {error}") from error
-    names: dict[str, Any] = {}
-    beside = file.with_name("tokenizer_config.json")
-    if beside.is_file():
-        try:
-            names = json.loads(beside.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise TokenizerError(f"{beside}: not JSON: {error}") from error
-    tokenizer = Tokenizer(inner, _special(names, "eos_token") or END, _special(names, "bos_token") or END)
-    largest = max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
-    if largest >= config.vocab_size:
-        raise TokenizerError(f"{file}: has tokens up to {largest}, the model only {config.vocab_size} rows: it is another model's")
+    except Exception as error:  # the library raises nothing narrower, whatever is wrong
+        raise TokenizerError(f"{file}: cannot be read as a tokenizer ({error}); download it again") from error
+    names, ids = _json_object(file.with_name("tokenizer_config.json")), _json_object(files.folder / "config.json")
+
+    def special(kind: str) -> int | None:
+        token, index = names.get(f"{kind}_token"), ids.get(f"{kind}_token_id")
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            return inner.token_to_id(text)
+        return index if isinstance(index, int) else inner.token_to_id(END)
+
+    tokenizer = Tokenizer(inner, special("eos"), special("bos"))
+    if tokenizer.n_ids > config.vocab_size:
+        raise TokenizerError(
+            f"{file}: has {tokenizer.n_ids} tokens, and the model in {files.folder} only {config.vocab_size} rows for them; "
+            "it is another model's"
+        )
     return tokenizer
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    """What a JSON file that need not be there holds."""
+    try:
+        values = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{file}: not JSON ({error}); download it again") from error
+    return values if isinstance(values, dict) else {}
