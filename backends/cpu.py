@@ -1,0 +1,532 @@
+"""The fast CPU backend: numba kernels on packed codes, the specification's bits (see cpu_kernels for how)."""
+
+import hashlib
+import math
+import mmap
+import os
+import queue
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from refmamba import reference
+from refmamba.arith import F32Array, IntArray, f32
+from refmamba.config import MambaConfig
+from refmamba.errors import BackendError, NonFiniteError
+from refmamba.model import Positions, QuantizedModel, check_tokens
+from refmamba.ops import state_matrix
+from refmamba.quantize import Codes, FixedPoint, scale_of
+from refmamba.scheme import LINEAR_LAYERS, Scheme
+from refmamba.trace import Hook
+
+HERE = Path(__file__).resolve().parent
+
+
+def _cache_folder() -> Path:
+    """Where the compiled kernels lie: a folder for these very sources, as numba does not see an imported one change."""
+    sources = [HERE / "cpu_kernels.py", HERE / "cpu_vectors.py", HERE.parent / "arith.py", HERE.parent / "refmamba/arith.py"]
+    digest = hashlib.sha256(b"".join(s.read_bytes() for s in sources if s.exists())).hexdigest()[:16]
+    user = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(user) / "refmamba" / f"kernels-{digest}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="refmamba-kernels-"))
+
+
+def _import_kernels() -> Any:
+    # numba asks for its cache folder when a function is decorated.
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(CACHE)
+    try:
+        from refmamba.backends import cpu_kernels
+    finally:
+        numba.config.CACHE_DIR = before
+    return cpu_kernels
+
+
+CACHE = _cache_folder()
+kernels = _import_kernels()
+Run, Site, Layer, Kind, Mode = kernels.Run, kernels.Site, kernels.Layer, kernels.Kind, kernels.Mode
+
+LANES = 16
+PASS_ROWS = 256  # tokens that go through the layers together, to bound memory; the bits do not depend on it
+PACK_ROWS = 4096  # rows of a weight packed at a time, to bound memory
+REGIONS = 21  # of a layer, at most
+SCRATCH_BYTES = 5120  # of a product
+OFFSET = {Kind.PACKED: 8, Kind.BYTES: 128, Kind.FIXED: 1 << 23}  # makes the codes of a weight unsigned
+Job = Callable[[int, int], None]
+
+
+def aligned(shape: Sequence[int], dtype: Any = np.float32) -> NDArray[Any]:
+    """An uninitialized array on a cache line's boundary, as the kernels' vectors need it."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -address(memory) % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def address(array: NDArray[Any]) -> int:
+    """Where an array's values begin."""
+    return int(array.__array_interface__["data"][0])
+
+
+class Threads:
+    """One kernel at a time on `count` threads, the caller's among them.
+
+    numba's own pools are not used: one of them aborts on two callers, another dies in a forked child, and both take
+    longer to start a region than a region takes.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._lock, self._process, self._jobs = threading.Lock(), 0, list[queue.SimpleQueue[Any]]()
+
+    def _work(self, rank: int, jobs: "queue.SimpleQueue[Any]") -> None:
+        while True:
+            job, table, done = jobs.get()
+            job(rank, address(table))
+            done.put(rank)
+
+    def _start(self) -> None:
+        self._process, self._jobs = os.getpid(), [queue.SimpleQueue() for _ in range(self.count - 1)]
+        for rank, jobs in enumerate(self._jobs, 1):
+            threading.Thread(target=self._work, args=(rank, jobs), daemon=True).start()
+
+    def run(self, job: Job, table: NDArray[np.int64]) -> None:
+        """job(rank, address of table) on every thread."""
+        if self._process != os.getpid():  # the first call, or a forked child, which has none of its parent's threads
+            self._lock = threading.Lock()
+            self._start()
+        with self._lock:
+            done: queue.SimpleQueue[int] = queue.SimpleQueue()
+            for jobs in self._jobs:
+                jobs.put((job, table, done))
+            job(0, address(table))
+            for _ in self._jobs:
+                done.get()
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """The recurrent state of a batch in strips of 16 channels, a value: no call changes it.
+
+    conv: float32 (batch, n_layer, d_conv - 1, padded d_inner). ssm: float32 (batch, n_layer, strips, d_state, 16).
+    """
+
+    config: MambaConfig
+    conv: F32Array
+    ssm: F32Array
+
+    @classmethod
+    def empty(cls, config: MambaConfig, batch: int) -> "State":
+        """A state that is still to be written."""
+        strips = strips_of(config.d_inner)
+        conv = aligned((batch, config.n_layer, config.d_conv - 1, strips * LANES))
+        return cls(config, conv, aligned((batch, config.n_layer, strips, config.d_state, LANES)))
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return len(self.ssm)
+
+    def take(self, indices: Sequence[int]) -> "State":
+        """The state of the named sequences, in that order; an index may come more than once (a fork)."""
+        new = State.empty(self.config, len(indices))
+        new.conv[...], new.ssm[...] = self.conv[list(indices)], self.ssm[list(indices)]
+        return new
+
+    def arrays(self) -> tuple[F32Array, F32Array]:
+        """(conv, ssm) in the specification's layout."""
+        e = self.config.d_inner
+        conv = np.ascontiguousarray(self.conv.swapaxes(2, 3)[:, :, :e])
+        ssm = self.ssm.swapaxes(3, 4).reshape(*self.ssm.shape[:2], -1, self.config.d_state)[:, :, :e]
+        return conv, np.ascontiguousarray(ssm)
+
+
+def strips_of(channels: int) -> int:
+    """Strips of 16 that hold so many channels."""
+    return -(-channels // LANES)
+
+
+def padded_rows(*parts: int) -> IntArray:
+    """Which row of a weight stands where, -1 for a row of zeros: each part begins a strip, and the strips are paired."""
+    rows: list[IntArray] = []
+    start = 0
+    for part in parts:
+        rows.append(np.r_[start : start + part, np.full(-part % LANES, -1)])
+        start += part
+    order = np.concatenate(rows)
+    return np.concatenate([order, np.full(-len(order) % (2 * LANES), -1)]).astype(np.int64)
+
+
+def kind_of(w: Codes | FixedPoint) -> int:
+    """How a weight's codes are stored."""
+    if isinstance(w, FixedPoint):
+        return int(Kind.FIXED)
+    return int(Kind.PACKED if w.bits <= 4 else Kind.BYTES)
+
+
+def packed_bytes(w: Codes | FixedPoint, rows: int) -> int:
+    """Bytes of a weight's digits, for so many rows."""
+    k, kind = strips_of(w.q.shape[1]) * LANES, kind_of(w)
+    return rows * k // 2 if kind == Kind.PACKED else rows * k * kind
+
+
+def pack(w: Codes | FixedPoint, order: IntArray, out: NDArray[np.uint8]) -> None:
+    """Write a weight's digits in the layout of `cpu_vectors.tile`: (strips, planes, groups of columns, 16, 4)."""
+    kind, columns = kind_of(w), w.q.shape[1]
+    k = strips_of(columns) * LANES
+    done = 0
+    for start in range(0, len(order), PACK_ROWS):
+        rows = order[start : start + PACK_ROWS]
+        q = np.zeros((len(rows), k), np.uint32 if kind == Kind.FIXED else np.uint8)
+        q[rows >= 0, :columns] = w.q[rows[rows >= 0]].astype(q.dtype)
+        q += q.dtype.type(OFFSET[Kind(kind)])
+        strips = len(rows) // LANES
+        if kind == Kind.PACKED:
+            groups = q.reshape(strips, LANES, k // 8, 2, 4)
+            digits = (groups[:, :, :, 0] | groups[:, :, :, 1] << 4).transpose(0, 2, 1, 3)
+        elif kind == Kind.BYTES:
+            digits = q.reshape(strips, LANES, k // 4, 4).transpose(0, 2, 1, 3)
+        else:
+            planes = q.astype("<u4").view(np.uint8).reshape(strips, LANES, k // 4, 4, 4)
+            digits = planes[..., :3].transpose(0, 4, 2, 1, 3)
+        out[done : done + digits.size].reshape(digits.shape)[...] = digits
+        done += digits.size
+
+
+def unpack_rows(kind: int, k: int, digits: NDArray[np.uint8], rows: IntArray) -> IntArray:
+    """The codes of some rows of a weight of at most 8 bits that `pack` wrote: int8 (len(rows), k)."""
+    if kind == Kind.PACKED:
+        pairs = digits.reshape(-1, k // 8, LANES, 4)[rows // LANES, :, rows % LANES]
+        q = np.stack([pairs & 15, pairs >> 4], axis=2)
+    else:
+        q = digits.reshape(-1, k // 4, LANES, 4)[rows // LANES, :, rows % LANES]
+    return (q.reshape(len(rows), k) - np.uint8(OFFSET[Kind(kind)])).view(np.int8)
+
+
+class CpuRunner:
+    """One model on the CPU backend: its codes packed once, its other parameters in strips, and a table of addresses."""
+
+    def __init__(self, model: QuantizedModel, threads: Threads) -> None:
+        self.model, self.config, self.scheme = model, model.config, model.scheme
+        self._threads, self._kept = threads, list[NDArray[Any]]()
+        c = self.config
+        e, r, n = c.d_inner, c.dt_rank, c.d_state
+        orders = {"in_proj": padded_rows(e, e), "x_proj": padded_rows(r, n, n), "dt_proj": padded_rows(e),
+                  "out_proj": padded_rows(c.d_model), "lm_head": padded_rows(c.vocab_size)}  # fmt: skip
+        sites = [f"layers.{i}.{layer}" for i in range(c.n_layer) for layer in LINEAR_LAYERS] + ["lm_head"]
+        weights = {site: cast("Codes | FixedPoint", model.params[f"{site}.weight"]) for site in sites}
+        sizes = [packed_bytes(w, len(orders[site.rsplit(".", 1)[-1]])) for site, w in weights.items()]
+        # Every size is a multiple of 256. Large pages spare a walk through the page table every 4 KiB read.
+        memory = mmap.mmap(-1, sum(sizes))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self._codes = np.frombuffer(memory, np.uint8)
+        self.weight_bytes = sum(sizes)
+
+        self._table = np.zeros((c.n_layer + 1, int(Layer.SIZE)), np.int64)
+        start = 0
+        for number, (site, size) in enumerate(zip(sites, sizes, strict=True)):
+            kind = site.rsplit(".", 1)[-1]
+            place = int(Layer.IN_PROJ) + number % 4 * len(Site)
+            digits = self._codes[start : start + size]
+            self._table[number // 4, place : place + len(Site)] = self._site(number + 1, site, kind, orders[kind], digits)
+            start += size
+        self._head = self._codes[start - sizes[-1] :]
+        for i in range(c.n_layer):
+            at = f"layers.{i}"
+            conv = self._strips(model.value(f"{at}.conv1d.weight").T)
+            conv_bias = self._strips(model.value(f"{at}.conv1d.bias")) if c.use_conv_bias else 0
+            A = state_matrix(model.value(f"{at}.A_log")).T  # (n, e) -> (strips, n, 16)
+            A = np.pad(A, ((0, 0), (0, -e % LANES))).reshape(n, -1, LANES).swapaxes(0, 1)
+            self._table[i, : int(Layer.IN_PROJ)] = (
+                self._strips(model.value(f"{at}.norm.weight")), conv, conv_bias, self._keep(A),
+                self._strips(model.value(f"{at}.dt_proj.bias")), self._strips(model.value(f"{at}.D")),
+            )  # fmt: skip
+        self._table[c.n_layer, int(Layer.NORM)] = self._strips(model.value("norm_f.weight"))
+        self._run = np.zeros(len(Run), np.int64)
+        self._workspace = np.empty(0, np.uint8)
+        self._counters = aligned((2 + REGIONS * (c.n_layer + 1), 8), np.int64)
+        scratch = max(SCRATCH_BYTES, 64 << (n - 1).bit_length())
+        self._set(
+            THREADS=threads.count, SYNC=address(self._counters), LAYERS=c.n_layer, LAYER_TABLES=address(self._table),
+            SCRATCH=self._keep(np.zeros(threads.count * scratch, np.uint8)), SCRATCH_BYTES=scratch,
+            HEAD=address(self._table[c.n_layer]), EPSILON=self._keep(np.array([c.norm_eps], np.float32)),
+            D_MODEL=c.d_model, MODEL_STRIPS=strips_of(c.d_model), INNER_STRIPS=strips_of(e), RANK_STRIPS=strips_of(r),
+            STATE_STRIPS=strips_of(n), D_STATE=n, TAPS=c.d_conv, VOCABULARY=c.vocab_size,
+            SUM_BLOCKS=-(-max(e, c.d_model, r) // kernels.BLOCK),
+        )  # fmt: skip
+
+    def _keep(self, array: NDArray[Any]) -> int:
+        """Hold a copy of an array on a boundary of 64 bytes for the model's life; its address."""
+        copy = aligned(array.shape, array.dtype)
+        copy[...] = array
+        self._kept.append(copy)
+        return address(copy)
+
+    def _strips(self, x: F32Array) -> int:
+        """Keep x (..., channels) with its channels padded by zeros to whole strips."""
+        return self._keep(np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % LANES)]))
+
+    def _rows(self, x: F32Array, order: IntArray, missing: float) -> int:
+        """Keep x (rows,) or () for the rows of a packed weight."""
+        return self._keep(np.where(order >= 0, np.broadcast_to(x.reshape(-1) if x.ndim else x, order.max() + 1)[order], f32(missing)))
+
+    def _site(self, number: int, site: str, kind: str, order: IntArray, digits: NDArray[np.uint8]) -> list[int]:
+        """Pack a linear layer's weight into `digits` and describe the layer: the fields of `cpu_kernels.Site`."""
+        params = self.model.params
+        w = cast("Codes | FixedPoint", params[f"{site}.weight"])
+        pack(w, order, digits)
+        one = np.ones((), np.float32)
+        factor = np.ldexp(f32(1), -w.exponent) if isinstance(w, FixedPoint) else one
+        scale = w.scale if isinstance(w, Codes) else one
+        into, out = self.scheme.inputs.get(kind), self.scheme.outputs.get(kind)
+        modes = {"per_token": Mode.TOKEN, "per_tensor": Mode.TENSOR, "static": Mode.STATIC}
+        mode = modes[into.scale] if into else Mode.NONE
+        largest = 2 ** (into.bits - 1) - 1 if into else 2**30
+        static = f32(1)
+        if mode == Mode.STATIC:
+            m = self.model.value(f"{site}.absmax")
+            static = np.where(m > 0, scale_of(m, into.bits), f32(0)) if into else static
+        smooth = 0
+        if f"{site}.smooth" in params:
+            k = np.ldexp(1.0, -cast(IntArray, params[f"{site}.smooth"]))
+            smooth = self._keep(np.pad(k, (0, -len(k) % LANES)))
+        bias = 0
+        if f"{site}.bias" in params and kind != "dt_proj":
+            b = self.model.value(f"{site}.bias")
+            bias = self._rows(b, order, 0)
+        slices = 1 if into and not isinstance(w, FixedPoint) else 4
+        return [
+            address(digits), kind_of(w), len(order) // (2 * LANES), strips_of(w.q.shape[1]) * LANES, slices,
+            self._rows(factor, order, 1), self._rows(scale, order, 1), bias, int(mode), largest,
+            self._keep(np.array([static], np.float32)), smooth,
+            int(modes[out.scale] if out else Mode.NONE), 2 ** (out.bits - 1) - 1 if out else 0, number,
+        ]  # fmt: skip
+
+    def _set(self, **values: int) -> None:
+        for name, value in values.items():
+            self._run[Run[name]] = value
+
+    def _reserve(self, rows: int) -> None:
+        """Lay out the buffers of a pass of so many rows."""
+        if self._run[Run.ROWS] == rows:
+            return
+        c, get = self.config, self._run.__getitem__
+        stride = rows | 1  # odd, so that the strips of a row do not all fall into the same cache sets
+        model, inner = strips_of(c.d_model), strips_of(c.d_inner)
+        strips = {"X": model, "NORMED": model, "XZ": 2 * inner, "U": inner, "DELTA": inner,
+                  "XBC": int(get(Run.RANK_STRIPS) + 2 * get(Run.STATE_STRIPS))}  # fmt: skip
+        sizes = {name: (count + count % 2) * stride * LANES * 4 for name, count in strips.items()}
+        widest = max(c.d_model, c.d_inner, c.dt_rank)
+        sizes |= {"CODES": rows * 4 * strips_of(widest) * LANES, "FACTOR": rows * 4, "SCALE": rows * 4, "ABSMAX": rows * 8,
+                  "SUMS": rows * 8 * int(get(Run.SUM_BLOCKS))}  # fmt: skip
+        needed = sum(size + 64 for size in sizes.values())
+        if len(self._workspace) < needed or len(self._workspace) > 4 * needed + 2**25:
+            self._workspace = np.zeros(needed + 64, np.uint8)
+        start = address(self._workspace)
+        for name, size in sizes.items():
+            start += -start % 64
+            self._set(**{name: start})
+            start += size
+        self._set(ROWS=rows, STRIDE=stride)
+
+    def _buffer(self, name: str, channels: int) -> F32Array:
+        """A buffer's values after a pass: (rows, channels)."""
+        rows, stride = int(self._run[Run.ROWS]), int(self._run[Run.STRIDE])
+        start = int(self._run[Run[name]]) - address(self._workspace)
+        strips = strips_of(channels)
+        values = self._workspace[start : start + strips * stride * LANES * 4].view(np.float32).reshape(strips, stride, LANES)
+        return values[:, :rows].swapaxes(0, 1).reshape(rows, -1)[:, :channels]
+
+    def _embed(self, tokens: IntArray) -> F32Array:
+        """Eq. (15): (L,) -> (L, d_model); from the head's codes where the head is the embedding."""
+        embedding = self.model.params["embedding.weight"]
+        if embedding is self.model.params["lm_head.weight"] and isinstance(embedding, Codes):
+            k = strips_of(self.config.d_model) * LANES
+            q = unpack_rows(kind_of(embedding), k, self._head, tokens)[:, : self.config.d_model]
+            return q.astype(np.float32) / (embedding.scale[tokens] if embedding.scale.ndim else embedding.scale)
+        return embedding.rows(tokens) if isinstance(embedding, Codes) else cast(F32Array, embedding[tokens])
+
+    def _pass(
+        self, sequences: Sequence[IntArray], before: State, after: State, positions: Sequence[Positions], out: F32Array,
+        hook: Hook | None,
+    ) -> None:  # fmt: skip
+        """All layers for a few sequences, from one state to another; the logits of the positions asked for into `out`."""
+        lengths = [len(s) for s in sequences]
+        starts = np.cumsum([0, *lengths])
+        sequence = np.repeat(np.arange(len(lengths)), lengths)
+        firsts = [{"all": 0, "last": n - 1, "none": n}[p] for n, p in zip(lengths, positions, strict=True)]
+        wanted = [np.arange(start + first, start + n) for start, first, n in zip(starts, firsts, lengths, strict=False)]
+        out_row = np.concatenate(wanted)
+        out_starts = np.cumsum([0, *(len(w) for w in wanted)])
+        out_sequence, errors = sequence[out_row], np.zeros(len(lengths), np.int64)
+        rows = int(starts[-1])
+        self._reserve(rows)
+        x = self._embed(np.concatenate(sequences))
+        strips, stride = strips_of(self.config.d_model), int(self._run[Run.STRIDE])
+        start = int(self._run[Run.X]) - address(self._workspace)
+        target = self._workspace[start : start + strips * stride * LANES * 4].view(np.float32).reshape(strips, stride, LANES)
+        padded = np.pad(x, ((0, 0), (0, -x.shape[1] % LANES))) if x.shape[1] % LANES else x
+        target[:, :rows] = padded.reshape(rows, strips, LANES).swapaxes(0, 1)
+        self._set(
+            SEQUENCES=len(lengths), START=address(starts), SEQUENCE=address(sequence), OUT_ROWS=0, OUT_ROW=address(out_row),
+            OUT_START=address(out_starts), OUT_SEQUENCE=address(out_sequence), ERRORS=address(errors),
+            CONV_IN=address(before.conv), CONV_OUT=address(after.conv), SSM_IN=address(before.ssm),
+            SSM_OUT=address(after.ssm), LOGITS=address(out),
+        )  # fmt: skip
+        if hook is None:
+            self._layers(0, self.config.n_layer, len(out_row), errors)
+            return
+        hook("embedding", x)
+        for i in range(self.config.n_layer):
+            self._show_layer(i, after, errors, hook)
+        self._layers(self.config.n_layer, self.config.n_layer, len(out_row), errors)
+        if len(out_row):
+            hook("lm_head.out", out.copy())
+
+    def _layers(self, first: int, last: int, out_rows: int, errors: IntArray) -> None:
+        self._set(FIRST=first, LAST=last, OUT_ROWS=out_rows)
+        self._counters.fill(0)
+        self._threads.run(kernels.run_layers, self._run)
+        if errors.any():
+            number, side = divmod(int(errors[np.flatnonzero(errors)[0]]), 2)
+            layer, place = divmod(number - 1, 4)
+            name = "lm_head" if layer == self.config.n_layer else f"layers.{layer}.{LINEAR_LAYERS[place]}"
+            site = f"{name}.{('in', 'result')[side]}"
+            raise NonFiniteError(f"{site}: a value is NaN or infinite, so it has no codes; check the weights and the input")
+
+    def _show_layer(self, i: int, after: State, errors: IntArray, hook: Hook) -> None:
+        """One layer, and what its buffers hold when it is done: SITES."""
+        c, at = self.config, f"layers.{i}"
+        e, strips = c.d_inner, LANES
+        hook(f"{at}.residual_in", self._buffer("X", c.d_model))
+        self._layers(i, i + 1, 0, errors)
+        xz = self._buffer("XZ", 2 * strips_of(e) * strips)
+        half = strips_of(e) * strips
+        hook(f"{at}.in_proj.out", np.concatenate([xz[:, :e], xz[:, half : half + e]], axis=1))
+        hook(f"{at}.u", self._buffer("U", e))
+        r, n = c.dt_rank, c.d_state
+        r_end, n_width = strips_of(r) * LANES, strips_of(n) * LANES
+        xbc = self._buffer("XBC", r_end + 2 * n_width)
+        parts = (xbc[:, :r], xbc[:, r_end : r_end + n], xbc[:, r_end + n_width : r_end + n_width + n])
+        hook(f"{at}.x_proj.out", np.concatenate(parts, axis=1))
+        conv, ssm = after.arrays()
+        hook(f"{at}.conv_state", conv[0, i])
+        hook(f"{at}.ssm_state", ssm[0, i])
+        hook(f"{at}.gate", self._buffer("DELTA", e))
+        hook(f"{at}.residual_out", self._buffer("X", c.d_model))
+
+    def initial_state(self, batch: int) -> State:
+        """The state of `batch` sequences before their first token."""
+        state = State.empty(self.config, batch)
+        state.conv.fill(0)
+        state.ssm.fill(0)
+        return state
+
+    def prefill(
+        self,
+        sequences: Sequence[IntArray],
+        state: State | None = None,
+        *,
+        logits: Positions = "last",
+        hook: Hook | None = None,
+    ) -> tuple[list[F32Array], State]:
+        """Run each sequence from its state on; see `refmamba.backend.Runner.prefill`."""
+        sequences = [check_tokens(s, self.config) for s in sequences]
+        if hook and len(sequences) != 1:
+            raise ValueError("a hook looks at one sequence at a time")
+        state = state or self.initial_state(len(sequences))
+        counts = [{"all": len(s), "last": 1, "none": 0}[logits] for s in sequences]
+        out = np.empty((sum(counts), self.config.vocab_size), np.float32)
+        # A scale over a whole sequence needs the sequence in one piece, and so does a hook.
+        limit = sum(map(len, sequences)) if self.scheme.whole_sequence or hook else PASS_ROWS
+        done = 0
+        for parts in passes([len(s) for s in sequences], limit):
+            here = [b for b, _, _ in parts]
+            every = len(here) == len(sequences)
+            before = state if every else state.take(here)
+            after = State.empty(self.config, len(here))
+            positions: list[Positions] = [
+                "none" if logits == "last" and stop < len(sequences[b]) else logits for b, _, stop in parts
+            ]
+            self._pass([sequences[b][a:z] for b, a, z in parts], before, after, positions, out[done:], hook)
+            done += sum({"all": z - a, "last": 1, "none": 0}[p] for (_, a, z), p in zip(parts, positions, strict=True))
+            if every:
+                state = after
+            else:
+                state = state.take(range(len(sequences)))
+                state.conv[here], state.ssm[here] = after.conv, after.ssm
+        return np.split(out, np.cumsum(counts)[:-1]), state
+
+    def step(self, tokens: IntArray, state: State, *, hook: Hook | None = None) -> tuple[F32Array, State]:
+        """One token for each sequence; see `refmamba.backend.Runner.step`."""
+        logits, state = self.prefill(list(np.asarray(tokens).reshape(-1, 1)), state, hook=hook)
+        return (logits[0] if len(logits) == 1 else np.concatenate(logits)), state
+
+
+def passes(lengths: Sequence[int], limit: int) -> list[list[tuple[int, int, int]]]:
+    """Cut sequences into passes of at most `limit` tokens, in order: (sequence, first token, end) of each part."""
+    result: list[list[tuple[int, int, int]]] = [[]]
+    room = limit
+    for b, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            if room == 0:
+                result.append([])
+                room = limit
+            stop = min(length, start + room)
+            result[-1].append((b, start, stop))
+            room -= stop - start
+            start = stop
+    return result
+
+
+class Cpu:
+    """numba kernels on every core, or on NUMBA_NUM_THREADS of them. The first load on a machine compiles the kernels."""
+
+    name, device, exact = "cpu", "cpu", True
+    sites: frozenset[str] | None = frozenset({
+        "embedding", "residual_in", "in_proj.out", "u", "x_proj.out", "conv_state", "ssm_state", "gate", "residual_out",
+        "lm_head.out",
+    })  # fmt: skip
+
+    def __init__(self, device: str | None = None) -> None:
+        if device not in (None, "cpu"):
+            raise BackendError(f"the cpu backend runs on 'cpu', not on '{device}'")
+        self.threads = Threads(numba.config.NUMBA_NUM_THREADS)
+
+    def load(self, model: QuantizedModel) -> CpuRunner:
+        """Pack a model's codes. Raises BackendError where the processor fails the probe of its exactness."""
+        if not any(CACHE.rglob("*.nbi")):
+            print("compiling the CPU kernels, once for this machine: about 20 seconds", file=sys.stderr)
+        check_exact(self.threads)
+        return CpuRunner(model, self.threads)
+
+    def operations(self) -> Mapping[str, Callable[..., Any]]:
+        """The specification's functions: the kernels fuse theirs, so the whole model is what shows their bits."""
+        return reference.OPERATIONS
+
+
+def check_exact(threads: Threads) -> None:
+    """Multiply the largest codes in the longest block, and a subnormal on every thread. Raises BackendError."""
+    k = kernels.BLOCK
+    w, x, out = aligned((2, k // 4, LANES, 4), np.uint8), aligned((8, k), np.int8), aligned((8, 2, LANES), np.int32)
+    w.fill(255)
+    x[...] = np.where(np.arange(8) % 2, 127, -128)[:, None]
+    tiny, halves = np.array([2.0**-140], np.float32), np.zeros(threads.count, np.float32)
+    threads.run(kernels.probe, np.array([address(a) for a in (w, x)] + [k] + [address(a) for a in (out, tiny, halves)]))
+    if not np.array_equal(out, np.broadcast_to(255 * k * x[:, :1, None].astype(np.int32), out.shape)):
+        raise BackendError("this processor's integer product is not exact; use --backend reference and report its model")
+    if not np.all(halves == f32(2.0**-141)):
+        raise BackendError("subnormal numbers are flushed to zero in this process, so bits would differ; switch that off")
