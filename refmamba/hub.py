@@ -34,7 +34,7 @@ def resolve_model(name: str, revision: str | None = None) -> ModelFiles:
     tokenizer gets GPT-NeoX's from the hub. Raises HubError.
     """
     folder = Path(str(resources.files("refmamba") / "small_model")) if name == SMALL else Path(name)
-    if not folder.is_dir():
+    if not (name and folder.is_dir()):
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise HubError(f"model {name}: no such folder; give `small`, a folder, or OWNER/NAME on the hub")
         folder = _download(name, revision)

@@ -1,0 +1,214 @@
+"""The hub, through the real client in a process of its own, against a server on this machine."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer, Repository
+
+import refmamba
+from refmamba.errors import HubError
+from refmamba.hub import ModelFiles, resolve_model
+
+HF = {
+    "config.json": b'{"model_type": "mamba"}', "model.safetensors": b"weights of main" * 1000, "tokenizer.json": b"{}",
+    "tokenizer_config.json": b"{ }", "pytorch_model.bin": b"not wanted", "README.md": b"not wanted",
+}  # fmt: skip
+SHARDED = {
+    "config.json": b'{"model_type": "mamba"}', "model.safetensors.index.json": b"{}", "tokenizer.json": b"{}",
+    "model-00001-of-00002.safetensors": b"one", "model-00002-of-00002.safetensors": b"two",
+}  # fmt: skip
+ORIGINAL = {"config.json": b'{"d_model": 768}', "pytorch_model.bin": b"zip", "README.md": b"not wanted"}
+SECRET = "hf_secretsecret"
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    repositories = {
+        "state/hf": Repository({"main": HF, "early": HF | {"model.safetensors": b"weights of early"}}),
+        "state/sharded": Repository({"main": SHARDED}),
+        "state/original": Repository({"main": ORIGINAL}),
+        "state/no-tokenizer": Repository({"main": {name: HF[name] for name in ("config.json", "model.safetensors")}}),
+        "state/private": Repository({"main": HF}, token=SECRET),
+        "state/gated": Repository({"main": HF}, gated=True),
+        "EleutherAI/gpt-neox-20b": Repository({"main": {"tokenizer.json": b"neox", "model.safetensors": b"not wanted"}}),
+    }
+    with HubServer(repositories) as server:
+        yield server
+
+
+PROGRAM = """
+import sys
+from refmamba.errors import HubError
+from refmamba.hub import resolve_model
+try:
+    files = resolve_model(*sys.argv[1:])
+except HubError as error:
+    sys.exit(f"HubError: {error}")
+print(files.folder)
+print(files.tokenizer)
+"""
+
+
+class Client:
+    """Runs resolve_model in a process with a cache of its own."""
+
+    def __init__(self, endpoint: str, home: Path) -> None:
+        self.home = home
+        kept = {key: value for key, value in os.environ.items() if not key.upper().startswith(("HF_", "HUGGING"))}
+        self.env = kept | {
+            "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+            "PYTHONPATH": str(Path(refmamba.__file__).parents[1]),
+        }  # fmt: skip
+
+    def run(self, *words: str, **env: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-c", PROGRAM, *words]
+        return subprocess.run(command, env=self.env | env, cwd=self.home, capture_output=True, text=True, timeout=60)
+
+    def resolve(self, *words: str, **env: str) -> ModelFiles:
+        done = self.run(*words, **env)
+        assert done.returncode == 0, done.stderr
+        folder, tokenizer = done.stdout.splitlines()
+        return ModelFiles(Path(folder), Path(tokenizer))
+
+    def error(self, *words: str, **env: str) -> str:
+        """The error, which is one line, and no traceback."""
+        done = self.run(*words, **env)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        *noise, last = done.stderr.splitlines()  # the client may have warned before
+        assert not any("HubError" in line for line in noise)
+        assert last.startswith("HubError: ")
+        return last.removeprefix("HubError: ")
+
+
+@pytest.fixture
+def client(hub: HubServer, tmp_path: Path) -> Client:
+    return Client(hub.endpoint, tmp_path)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_download_has_one_format_of_the_weights(hub: HubServer, client: Client) -> None:
+    files = client.resolve("state/hf")
+    names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert contents(files.folder) == {name: HF[name] for name in names}
+    assert files.tokenizer == files.folder / "tokenizer.json"
+    assert hub.downloads() == names
+
+
+def test_second_run_downloads_nothing_and_needs_no_network(hub: HubServer, client: Client) -> None:
+    files = client.resolve("state/hf")
+    hub.requests.clear()
+    assert client.resolve("state/hf") == files
+    assert hub.downloads() == []
+    hub.requests.clear()
+    assert client.resolve("state/hf", HF_HUB_OFFLINE="1") == files
+    assert hub.requests == []
+    hub.down = True
+    assert client.resolve("state/hf") == files
+
+
+def test_shards(client: Client) -> None:
+    assert contents(client.resolve("state/sharded").folder) == SHARDED
+
+
+def test_original_repository_gets_the_tokenizer_of_neox(hub: HubServer, client: Client) -> None:
+    files = client.resolve("state/original")
+    assert contents(files.folder) == {name: ORIGINAL[name] for name in ("config.json", "pytorch_model.bin")}
+    assert files.tokenizer.read_bytes() == b"neox"
+    assert hub.downloads() == ["config.json", "pytorch_model.bin", "tokenizer.json"]
+    assert client.resolve("state/original", HF_HUB_OFFLINE="1") == files
+
+
+def test_other_repositories_do_not_get_a_foreign_tokenizer(hub: HubServer, client: Client) -> None:
+    files = client.resolve("state/no-tokenizer")
+    assert files.tokenizer == files.folder / "tokenizer.json"
+    assert not any("neox" in path for _, path in hub.requests)
+
+
+def test_revision(hub: HubServer, client: Client) -> None:
+    early = client.resolve("state/hf", "early").folder
+    assert (early / "model.safetensors").read_bytes() == b"weights of early"
+    assert (client.resolve("state/hf").folder / "model.safetensors").read_bytes() == HF["model.safetensors"]
+    assert client.resolve("state/hf", early.name).folder == early  # the commit
+    assert client.resolve("state/hf", "early", HF_HUB_OFFLINE="1").folder == early
+    assert "has no revision late" in client.error("state/hf", "late")
+
+
+def test_token_is_passed(client: Client) -> None:
+    assert "model state/private" in client.error("state/private")
+    assert (client.resolve("state/private", HF_TOKEN=SECRET).folder / "model.safetensors").is_file()
+
+
+def test_unknown_repository(client: Client) -> None:
+    message = client.error("state/unknown")
+    assert "model state/unknown" in message
+    assert "not on the hub" in message
+
+
+def test_gated_repository(client: Client) -> None:
+    assert "state/gated: is gated" in client.error("state/gated")
+
+
+def test_offline_and_not_cached(hub: HubServer, client: Client) -> None:
+    assert "HF_HUB_OFFLINE is set" in client.error("state/hf", HF_HUB_OFFLINE="1")
+    assert hub.requests == []
+
+
+def test_interrupted_download_is_not_taken_for_a_model(client: Client) -> None:
+    (client.resolve("state/hf").folder / "model.safetensors").unlink()
+    assert "not in the cache" in client.error("state/hf", HF_HUB_OFFLINE="1")
+
+
+def test_hub_that_fails_or_is_not_there(hub: HubServer, client: Client) -> None:
+    hub.down = True
+    assert "does not answer" in client.error("state/hf")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        assert "does not answer" in client.error("state/hf", HF_ENDPOINT=nobody)
+    assert "model state/hf" in client.error("state/hf", HF_ENDPOINT="nowhere")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./state/hf", "/state/hf", "~/hf", "a/b/c", "", "state/h f", "state/"])
+def test_names_that_are_no_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(HubError, match="no such folder") as raised:
+        resolve_model(name)
+    assert "\n" not in str(raised.value)
+
+
+def test_folder_wins_and_has_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("state/hf")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    assert resolve_model("state/hf") == ModelFiles(folder, folder / "tokenizer.json")
+    with pytest.raises(HubError, match="has no revision early"):
+        resolve_model("state/hf", "early")
+
+
+def test_small_is_the_model_in_the_package_even_beside_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("small").mkdir()
+    assert resolve_model("small").folder == Path(refmamba.__file__).parent / "small_model"
+    assert resolve_model("./small").folder == Path("small")
+
+
+def test_local_folder_in_the_original_layout_gets_the_tokenizer_of_neox(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_bytes(ORIGINAL["config.json"])
+    files = client.resolve("mine")
+    assert files.tokenizer.read_bytes() == b"neox"
+    (tmp_path / "mine" / "tokenizer.json").write_text("own")
+    assert client.resolve("mine").tokenizer == Path("mine/tokenizer.json")
