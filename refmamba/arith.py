@@ -33,7 +33,8 @@ ZERO, HALF, ONE, TWO_25 = f32(0.0), f32(0.5), f32(1.0), f32(2.0**25)
 
 def two_to(n: NDArray[np.int32]) -> F32Array:
     """2^n as float32, -126 <= n <= 127, by writing the exponent bits."""
-    return ((n + np.int32(127)) << np.int32(23)).view(np.float32)
+    power: F32Array = ((n + np.int32(127)) << np.int32(23)).view(np.float32)
+    return power
 
 
 def exp(x: F32Array) -> F32Array:
@@ -76,7 +77,8 @@ def log(x: F32Array) -> F32Array:
 def log1p(y: F32Array) -> F32Array:
     """log(1 + y) for 0 <= y <= 1, eq. (3): the rounding of 1 + y is put back, so that small y keep their bits."""
     u = ONE + y
-    return log(u) + (y - (u - ONE)) / u
+    corrected: F32Array = log(u) + (y - (u - ONE)) / u
+    return corrected
 
 
 def softplus(x: F32Array) -> F32Array:
@@ -86,7 +88,8 @@ def softplus(x: F32Array) -> F32Array:
 
 def silu(x: F32Array) -> F32Array:
     """x / (1 + e^-x), eq. (5). Any shape."""
-    return x / (ONE + exp(-x))
+    y: F32Array = x / (ONE + exp(-x))
+    return y
 
 
 def tree_sum(x: F32Array) -> F32Array:

@@ -89,9 +89,10 @@ def _hub_errors(what: str, revision: str | None) -> Iterator[None]:
     except errors.HFValidationError as error:
         raise HubError(f"{what}: no such folder, and no name that the hub could have") from error
     except (errors.HTTPError, errors.EntryNotFoundError, OSError) as error:  # type: ignore[attr-defined]  # of its HTTP client
-        raise HubError(f"{what}: the download failed, try again: {_line(error)}") from error
+        raise HubError(f"{what}: the download failed: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:
-    """What went wrong below the client's own words, on one line."""
-    return " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+    """The first line of what went wrong, below the client's own words where it wrapped it."""
+    cause = error.__cause__ or error
+    return next(iter(str(cause).strip().splitlines()), type(cause).__name__)

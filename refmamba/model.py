@@ -11,7 +11,16 @@ from refmamba.config import MambaConfig
 from refmamba.errors import DataError
 from refmamba.ops import conv1d, embed, gate, rms_norm, selective_scan, state_matrix, step_size
 from refmamba.quantize import (
-    ACTIVATION_BITS, WEIGHT_BITS, Codes, FixedPoint, Param, code, code_static, fixed_point, integer_product, rescale,
+    ACTIVATION_BITS,
+    WEIGHT_BITS,
+    Codes,
+    FixedPoint,
+    Param,
+    code,
+    code_static,
+    fixed_point,
+    integer_product,
+    rescale,
 )  # fmt: skip
 from refmamba.scheme import LINEAR_WEIGHTS, Scheme
 from refmamba.smooth import smoothed
@@ -75,7 +84,7 @@ def quantize_model(
         if scheme.smooth:
             source, absmax, exponents = smoothed(source, absmax)
             params.update(exponents)
-        params.update({f"{site}.absmax": np.max(m) for site, m in absmax.items()})
+        params.update({f"{site}.absmax": np.asarray(np.max(m)) for site, m in absmax.items()})
     for name in config.shapes():
         x = source.read(name)
         kind = name.split(".", 2)[2] if name.startswith("layers.") else name
@@ -150,7 +159,7 @@ class Mamba:
         params, kind = self.model.params, site.rsplit(".", 1)[-1]
         see(f"{site}.in", x)
         if f"{site}.smooth" in params:
-            x = np.ldexp(x, -params[f"{site}.smooth"])  # eq. (29): exact
+            x = np.ldexp(x, -self.model.value(f"{site}.smooth"))  # eq. (29): exact
         w = params[f"{site}.weight"]
         assert isinstance(w, Codes | FixedPoint)
         codes: Codes | FixedPoint
@@ -248,8 +257,7 @@ class Mamba:
         if hook and len(sequences) != 1:
             raise ValueError("a hook looks at one sequence at a time")
         results = [
-            self.forward(tokens, state.conv[b], state.ssm[b], logits, hook or _unseen)
-            for b, tokens in enumerate(sequences)
+            self.forward(tokens, state.conv[b], state.ssm[b], logits, hook or _unseen) for b, tokens in enumerate(sequences)
         ]
         return [r[0] for r in results], State(np.stack([r[1] for r in results]), np.stack([r[2] for r in results]))
 

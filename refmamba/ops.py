@@ -21,7 +21,8 @@ def embed(tokens: IntArray, embedding: F32Array | Codes) -> F32Array:
     # COMPUTE  look up; read codes back where the scheme quantizes the embedding
     # OUTPUT   the residual stream's first value
     """
-    return embedding.rows(tokens) if isinstance(embedding, Codes) else embedding[tokens]
+    rows: F32Array = embedding.rows(tokens) if isinstance(embedding, Codes) else embedding[tokens]
+    return rows
 
 
 def rms_norm(x: F32Array, weight: F32Array, eps: float) -> F32Array:
@@ -32,7 +33,9 @@ def rms_norm(x: F32Array, weight: F32Array, eps: float) -> F32Array:
     # OUTPUT   the normalized residual
     """
     mean = tree_sum(x * x) / f32(x.shape[-1])
-    return x / np.sqrt(mean + f32(eps))[:, None] * weight
+    root: F32Array = np.sqrt(mean + f32(eps))
+    y: F32Array = x / root[:, None] * weight
+    return y
 
 
 def conv1d(x: F32Array, conv_state: F32Array, weight: F32Array, bias: F32Array | None) -> tuple[F32Array, F32Array]:
@@ -44,9 +47,9 @@ def conv1d(x: F32Array, conv_state: F32Array, weight: F32Array, bias: F32Array |
     """
     length, taps = x.shape[0], weight.shape[1]
     padded = np.concatenate([conv_state.T, x])
-    y = padded[:length] * weight[:, 0]
+    y: F32Array = padded[:length] * weight[:, 0]
     for tap in range(1, taps):
-        y = y + padded[tap : tap + length] * weight[:, tap]
+        y += padded[tap : tap + length] * weight[:, tap]
     if bias is not None:
         y = y + bias
     return y, padded[length:].T
@@ -143,12 +146,11 @@ def log_softmax(logits: F32Array) -> F32Array:
     # OUTPUT   natural logarithms
     """
     shifted = logits - np.max(logits, axis=-1, keepdims=True)
-    return shifted - log(tree_sum(exp(shifted)))[..., None]
+    y: F32Array = shifted - log(tree_sum(exp(shifted)))[..., None]
+    return y
 
 
-def sample(
-    logits: F32Array, draw: float, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> int:
+def sample(logits: F32Array, draw: float, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> int:
     """The token that a uniform draw picks, eq. (26).
 
     # SHAPES   logits (vocabulary,), draw in [0, 1) -> a token

@@ -77,7 +77,8 @@ def quantize(x: F32Array, scale: F32Array, bits: int) -> IntArray:
     The clamp is before the cast: what an out-of-range cast gives differs between processors.
     """
     largest = f32(2 ** (bits - 1) - 1)
-    return np.rint(np.clip(x * scale, -largest, largest)).astype(np.int8 if bits <= 8 else np.int16)
+    q: IntArray = np.rint(np.clip(x * scale, -largest, largest)).astype(np.int8 if bits <= 8 else np.int16)
+    return q
 
 
 def code(x: F32Array, bits: int, site: str, granularity: Granularity = "per_tensor") -> Codes:
@@ -154,8 +155,8 @@ def rescale(acc: F64Array, x: Codes | FixedPoint, w: Codes | FixedPoint) -> F32A
 
 def pack4(q: NDArray[np.int8]) -> NDArray[np.uint8]:
     """Two codes a byte, eq. (14): the even column in the low half. (rows, columns) -> (rows, ceil(columns / 2))."""
-    even = np.pad(q, ((0, 0), (0, q.shape[1] % 2))).astype(np.uint8)
-    packed: NDArray[np.uint8] = (even[:, 0::2] & 15) | (even[:, 1::2] << 4)
+    even = np.pad(q, ((0, 0), (0, q.shape[1] % 2))).view(np.uint8)
+    packed: NDArray[np.uint8] = np.bitwise_or(even[:, 0::2] & 15, even[:, 1::2] << 4)
     return packed
 
 
