@@ -1,0 +1,160 @@
+"""Text to tokens and back, for every text; and streams that never end inside a character."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as HubTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from refmamba.config import MambaConfig
+from refmamba.errors import TokenizerError
+from refmamba.hub import ModelFiles
+from refmamba.tokenizer import Tokenizer, load_tokenizer
+
+END = "<|endoftext|>"
+MODEL = MambaConfig(d_model=8, n_layer=1, vocab_size=320)
+
+
+@pytest.fixture(scope="session")
+def trained() -> HubTokenizer:
+    """A byte-level BPE: <|endoftext|> is 0, then the 256 bytes, then pairs and more, some ending inside a character."""
+    tokenizer = HubTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["the cat sat on the mat; €€€, 日本語 and 日本人 😀😁😂, Übermut, naïve"] * 9, trainer)
+    return tokenizer
+
+
+def write(tokenizer: HubTokenizer, folder: Path, **beside: object) -> ModelFiles:
+    """A model folder without weights. beside: the contents of config and tokenizer_config."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, values in beside.items():
+        (folder / f"{name}.json").write_text(json.dumps(values))
+    return ModelFiles(folder, folder / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(trained: HubTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return load_tokenizer(write(trained, tmp_path_factory.mktemp("model")), MODEL)
+
+
+def id_of(trained: HubTokenizer, letter: str) -> int:
+    index = trained.token_to_id(letter)
+    assert index is not None
+    return index
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    stream = tokenizer.stream()
+    return [*(stream.put(i) for i in ids), stream.flush()]
+
+
+@given(st.text())
+def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert "".join(streamed(tokenizer, ids)) == text
+
+
+@pytest.mark.parametrize("text", [f"a{END}b", "\0", "\ufffd", "e\u0301", "👩‍👩‍👧", "\r\n\t  ", "\ufeffa", "\U0010ffff"])
+def test_unusual_texts_come_back(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert "".join(streamed(tokenizer, ids)) == text
+
+
+@given(st.text())
+def test_gpt_neox_normalizes_first(trained: HubTokenizer, text: str) -> None:
+    composing = HubTokenizer.from_str(trained.to_str())
+    composing.normalizer = normalizers.NFC()  # as in its tokenizer.json
+    neox = Tokenizer(composing, 0, 0)
+    assert neox.decode(neox.encode(text)) == normalizers.NFC().normalize_str(text)
+
+
+@given(st.lists(st.integers(0, 299), max_size=30))
+@settings(max_examples=500)
+def test_stream_of_any_tokens_is_what_decode_gives(tokenizer: Tokenizer, ids: list[int]) -> None:
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@given(st.text(st.characters(min_codepoint=0x80, exclude_categories=["Cs"], exclude_characters="\ufffd"), min_size=1))
+def test_pieces_hold_whole_characters(tokenizer: Tokenizer, text: str) -> None:
+    assert not any("\ufffd" in piece for piece in streamed(tokenizer, tokenizer.encode(text)))
+
+
+def test_character_comes_with_its_last_byte(trained: HubTokenizer, tokenizer: Tokenizer) -> None:
+    ids = [id_of(trained, letter) for letter in "âĤ¬"]  # the bytes E2 82 AC of the euro sign, in byte-level letters
+    assert streamed(tokenizer, [*ids, *ids[:2]]) == ["", "", "€", "", "", "\ufffd"]
+
+
+def test_flush_gives_nothing_twice(trained: HubTokenizer, tokenizer: Tokenizer) -> None:
+    stream = tokenizer.stream()
+    assert stream.put(id_of(trained, "â")) == ""
+    assert (stream.flush(), stream.flush()) == ("\ufffd", "")
+
+
+@pytest.mark.parametrize("text", ["\ud800", "caf\udce9"])  # half of a pair; what Python makes of the byte E9 in an argument
+def test_text_that_is_not_unicode(tokenizer: Tokenizer, text: str) -> None:
+    with pytest.raises(TokenizerError, match="not UTF-8"):
+        tokenizer.encode(text)
+
+
+def test_empty_text_is_the_prefix_token(trained: HubTokenizer, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert tokenizer.encode("") == []
+    array = tokenizer.encode_array("")
+    assert array.dtype == np.int64
+    assert array.tolist() == [0]
+    assert tokenizer.encode_array("cat").tolist() == tokenizer.encode("cat")
+    nameless = HubTokenizer.from_str(trained.to_str().replace(END, "<pad>"))
+    without = load_tokenizer(write(nameless, tmp_path), MODEL)
+    assert (without.eos_token_id, without.bos_token_id, without.prefix_token_id) == (None, None, None)
+    with pytest.raises(TokenizerError, match="the text is empty"):
+        without.encode_array("")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_config", "config", "eos", "bos"),
+    [
+        ({}, {}, END, END),
+        ({"eos_token": "t", "bos_token": {"content": "h", "special": True}}, {"eos_token_id": 9}, "t", "h"),
+        ({"eos_token": None}, {"eos_token_id": 9, "bos_token_id": 8}, 9, 8),
+        ({"eos_token": "t"}, {"eos_token_id": [9, 10], "bos_token_id": None}, "t", END),
+    ],
+)
+def test_end_and_begin_tokens(
+    tokenizer_config: object, config: object, eos: str | int, bos: str | int, trained: HubTokenizer, tmp_path: Path
+) -> None:
+    loaded = load_tokenizer(write(trained, tmp_path, tokenizer_config=tokenizer_config, config=config), MODEL)
+    expected = [trained.token_to_id(token) if isinstance(token, str) else token for token in (eos, bos)]
+    assert [loaded.eos_token_id, loaded.bos_token_id] == expected
+    assert loaded.prefix_token_id == expected[1]
+
+
+def test_n_ids_counts_to_the_largest_token_and_must_fit(trained: HubTokenizer, tmp_path: Path) -> None:
+    files, size = write(trained, tmp_path), trained.get_vocab_size()
+    fits = MambaConfig(d_model=8, n_layer=1, vocab_size=size)
+    assert load_tokenizer(files, fits).n_ids == size
+    with pytest.raises(TokenizerError, match=f"has {size} tokens") as raised:
+        load_tokenizer(files, MambaConfig(d_model=8, n_layer=1, vocab_size=size - 1))
+    assert str(files.tokenizer) in str(raised.value)
+
+
+def test_missing_and_broken_files(trained: HubTokenizer, tmp_path: Path) -> None:
+    files = ModelFiles(tmp_path, tmp_path / "tokenizer.json")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: no such file"):
+        load_tokenizer(files, MODEL)
+    for text in ("", '{"version": "1.0", "model"', "[]", "\xff"):
+        files.tokenizer.write_bytes(text.encode("latin-1"))
+        with pytest.raises(TokenizerError, match=r"tokenizer\.json: cannot be read") as raised:
+            load_tokenizer(files, MODEL)
+        assert "\n" not in str(raised.value)
+    write(trained, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: not JSON"):
+        load_tokenizer(files, MODEL)
