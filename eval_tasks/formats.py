@@ -1,0 +1,130 @@
+"""The file formats in which the six data sets circulate: a file becomes rows that know their place in it."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from xml.parsers import expat
+
+from refmamba.errors import DataError
+from refmamba.eval_tasks.task import Row
+
+LABELS_SUFFIX = "-labels.lst"
+
+
+def lines(file: Path) -> Iterator[tuple[str, str]]:
+    """(`file:line`, text) of each line, in order. Raises DataError for a line that is not UTF-8, or empty.
+
+    Only a line feed ends a line; one byte order mark at the start and a carriage return at the end are dropped.
+    """
+    for number, raw in enumerate(_read(file).removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n"), 1):
+        where = f"{file}:{number}"
+        try:
+            text = raw.decode("utf-8").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: byte 0x{raw[error.start]:02x} is not UTF-8; save the whole file as UTF-8") from None
+        if not text.strip():
+            raise DataError(f"{where}: the line is empty")
+        yield where, text
+
+
+def read_jsonl(file: Path) -> Iterator[Row]:
+    """One JSON object a line."""
+    for where, text in lines(file):
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: broken JSON at column {error.colno}: {error.msg}") from None
+        if not isinstance(values, dict):
+            raise DataError(f"{where}: not a JSON object")
+        yield Row(values, where)
+
+
+def read_tsv(file: Path) -> Iterator[Row]:
+    """GLUE's tables: a line of names, then rows; tabs between, quotes mean nothing."""
+    rows = lines(file)
+    names = next(rows)[1].split("\t")
+    for where, text in rows:
+        values = text.split("\t")
+        if len(values) != len(names):
+            raise DataError(f"{where}: {len(values)} fields, and the first line names {len(names)}")
+        yield Row(dict(zip(names, values, strict=True)), where)
+
+
+def read_xml(file: Path) -> Iterator[Row]:
+    """The original COPA: <item asks-for= most-plausible-alternative=> with <p>, <a1> and <a2>, as SuperGLUE's fields."""
+    rows, parser, inside = [], expat.ParserCreate(), list[str]()
+    names = {"p": "premise", "a1": "choice1", "a2": "choice2"}
+
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        inside.append(tag)
+        if tag == "item":
+            values: dict[str, Any] = {"question": attributes.get("asks-for", "")}
+            plausible = attributes.get("most-plausible-alternative", "")
+            values["label"] = {"1": 0, "2": 1}.get(plausible, f"most-plausible-alternative={plausible}")
+            rows.append(Row(values, f"{file}:{parser.CurrentLineNumber}"))
+        elif tag in names and rows:
+            rows[-1].values[names[tag]] = ""  # type: ignore[index]
+
+    def text(data: str) -> None:
+        if inside and inside[-1] in names and rows:
+            rows[-1].values[names[inside[-1]]] += data  # type: ignore[index]
+
+    parser.StartElementHandler = start
+    parser.EndElementHandler = lambda _: inside.pop()
+    parser.CharacterDataHandler = text
+    try:
+        parser.Parse(_read(file), True)
+    except expat.ExpatError as error:
+        raise DataError(f"{file}:{error.lineno}: broken XML: {expat.ErrorString(error.code)}") from None
+    yield from rows
+
+
+def read_parquet(file: Path) -> Iterator[Row]:
+    """The hub's files; a row's place is its number, from 1."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise DataError(f"{file}: reading parquet needs pyarrow; install it with: pip install 'refmamba[eval]'") from None
+    try:
+        rows = parquet.read_table(file).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{file}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
+    for number, values in enumerate(rows, 1):
+        yield Row(values, f"{file}:{number}")
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": read_jsonl, ".json": read_jsonl, ".tsv": read_tsv, ".xml": read_xml, ".parquet": read_parquet,
+}  # fmt: skip
+
+
+def read_rows(file: Path, labels: str | None = None) -> list[Row]:
+    """All rows of a file; `labels` names the field that a file of labels beside it may hold. Raises DataError."""
+    if file.suffix not in READERS:
+        raise DataError(f"{file}: unknown format '{file.suffix}'; there are {', '.join(READERS)}")
+    rows = list(READERS[file.suffix](file))
+    if not rows:
+        raise DataError(f"{file}: there are no rows in it")
+    if labels is None or labels in rows[0].values:
+        return rows
+    beside = file.with_name(file.stem + LABELS_SUFFIX)
+    if not beside.is_file():
+        raise DataError(f"{rows[0].where}: no field '{labels}', and no {beside.name} beside the file")
+    found = [text.strip() for _, text in lines(beside)]
+    if len(found) != len(rows):
+        raise DataError(f"{beside}:{min(len(found), len(rows)) + 1}: {len(found)} labels for the {len(rows)} rows of {file}")
+    return [
+        Row({**row.values, labels: text}, f"{beside}:{number}" if not text.isdigit() else row.where)
+        for number, (row, text) in enumerate(zip(rows, found, strict=True), 1)
+    ]
+
+
+def _read(file: Path) -> bytes:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+    if not content:
+        raise DataError(f"{file}: the file is empty")
+    return content

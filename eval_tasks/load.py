@@ -1,0 +1,120 @@
+"""Where a task's rows come from: the sample inside the package, local files, or the hub."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from refmamba.errors import DataError, HubError
+from refmamba.eval_tasks import TASKS
+from refmamba.eval_tasks.formats import LABELS_SUFFIX, READERS, read_rows
+from refmamba.eval_tasks.task import Document, HubFile, Task
+
+SAMPLE, HUB = "sample", "hub"  # what --data takes besides folders and TASK=FILE
+SAMPLE_NOTE = "20 rows written for this package: a sample, not the benchmark"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A task's documents in the order of the file; doc_id is the place, from 0. note: what a reader must be told."""
+
+    task: Task
+    documents: tuple[Document, ...]
+    source: str
+    note: str = ""
+
+    @property
+    def sha256(self) -> str:
+        """A hash of what is asked: every context, continuation and right answer; the file's format does not matter."""
+        asked = [[d.contexts, d.continuations, d.gold] for d in self.documents]
+        return hashlib.sha256(json.dumps(asked, ensure_ascii=True).encode()).hexdigest()
+
+
+def load_file(task: Task, file: Path, note: str = "") -> Dataset:
+    """A task's documents from one file. Raises DataError with file and line for whatever is wrong in it."""
+    rows = read_rows(file, task.labels)
+    return Dataset(task, tuple(task.document(row) for row in rows), str(file), note)
+
+
+def load_sample(task: Task) -> Dataset:
+    """The rows inside the package."""
+    with resources.as_file(resources.files("refmamba.eval_tasks.samples")) as folder:
+        return load_file(task, folder / f"{task.name}.jsonl", SAMPLE_NOTE)
+
+
+def load_hub(task: Task) -> Dataset:
+    """The harness's rows from the hub, pinned and checked. Raises HubError or DataError."""
+    from huggingface_hub import hf_hub_download
+
+    pinned = task.hub
+    try:
+        file = Path(hf_hub_download(pinned.repo, pinned.file, revision=pinned.revision, repo_type="dataset"))
+    except (OSError, ValueError) as error:  # what the client raises for the network, the hub's answers and its cache
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise HubError(f"{task.name}: {pinned.repo} cannot be fetched ({reason}); use --data {task.name}=FILE") from error
+    return check_hub(task, file, pinned)
+
+
+def check_hub(task: Task, file: Path, pinned: HubFile) -> Dataset:
+    """A fetched file, if it is the one that was pinned. Raises DataError."""
+    if pinned.sha256 is not None and hashlib.sha256(file.read_bytes()).hexdigest() != pinned.sha256:
+        raise DataError(f"{file}: is not {pinned.repo}'s {pinned.file} of revision {pinned.revision[:12]}: delete it, try again")
+    data = load_file(task, file)
+    if len(data.documents) != pinned.rows:
+        raise DataError(f"{file}: {len(data.documents)} rows, and {pinned.repo} has {pinned.rows}")
+    return Dataset(task, data.documents, f"{pinned.repo}@{pinned.revision}/{pinned.file}")
+
+
+def find(task: Task, folder: Path) -> Path | None:
+    """The one file of a folder, at most two deep, that has the task in its path and its split in its name.
+
+    Raises DataError where several have.
+    """
+    found = []
+    for file in sorted([*folder.glob("*"), *folder.glob("*/*"), *folder.glob("*/*/*")]):
+        path, name = "/".join([folder.name, *file.relative_to(folder).parts]).lower(), file.name.lower()
+        split = any(word in name for word in task.split)
+        if file.suffix in READERS and task.name in path and split and LABELS_SUFFIX not in name:
+            found.append(file)
+    if len(found) > 1:
+        raise DataError(f"{folder}: {task.name} could be {' or '.join(map(str, found))}; say which: --data {task.name}=FILE")
+    return found[0] if found else None
+
+
+def load_tasks(names: Sequence[str], data: Iterable[str]) -> list[Dataset]:
+    """The named tasks (none named: all that `data` has), each from the last word of --data that gives it.
+
+    data: words `sample`, `hub`, a folder, or TASK=FILE; none at all is the sample. Raises RefmambaError.
+    """
+    for name in names:
+        if name not in TASKS:
+            raise DataError(f"unknown task '{name}'; there are {', '.join(TASKS)}")
+    words = list(data) or [SAMPLE]
+    named = dict(word.split("=", 1) for word in words if "=" in word)
+    for name in named:
+        if name not in TASKS:
+            raise DataError(f"--data {name}={named[name]}: unknown task '{name}'; there are {', '.join(TASKS)}")
+    loaded = []
+    for name, task in TASKS.items():
+        if names and name not in names:
+            continue
+        if name in named:
+            loaded.append(load_file(task, Path(named[name])))
+            continue
+        for word in reversed([word for word in words if "=" not in word]):
+            if word in (SAMPLE, HUB):
+                loaded.append(load_sample(task) if word == SAMPLE else load_hub(task))
+                break
+            if not Path(word).is_dir():
+                raise DataError(f"--data {word}: no such folder; give a folder, TASK=FILE, sample or hub")
+            if file := find(task, Path(word)):
+                loaded.append(load_file(task, file))
+                break
+        else:
+            if names:
+                raise DataError(f"no data for {name} in {' '.join(words)}: add --data {name}=FILE, or --data hub")
+    if not loaded:
+        raise DataError(f"no task's data in {' '.join(words)}: give --data TASK=FILE")
+    return loaded
