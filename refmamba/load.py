@@ -17,7 +17,7 @@ from refmamba.config import MambaConfig
 from refmamba.errors import SchemeError
 from refmamba.hub import ModelFiles, resolve_model
 from refmamba.model import ParameterSource, QuantizedModel, quantize_model
-from refmamba.scheme import Scheme, parse_scheme
+from refmamba.scheme import parse_scheme
 from refmamba.tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_MODEL, DEFAULT_SCHEME = "small", "w8-all"
@@ -28,7 +28,7 @@ class ModelChoice:
     """Which model, under which scheme, on which backend: the options that every command shares."""
 
     model: str = DEFAULT_MODEL
-    scheme: str = DEFAULT_SCHEME
+    scheme: str | None = None  # None: the saved one, or w8-all
     backend: str = "cpu"
     device: str | None = None
     revision: str | None = None
@@ -51,7 +51,7 @@ class Loaded:
                 "device": self.backend.device}  # fmt: skip
 
 
-def choose_scheme(scheme: str | None, bits: int | None, act_bits: int | None) -> str:
+def choose_scheme(scheme: str | None, bits: int | None, act_bits: int | None) -> str | None:
     """--bits N is wN-all, --bits N --act-bits M is wNaM-all, --scheme NAME any. Raises SchemeError for a mixture."""
     if scheme is not None and (bits is not None or act_bits is not None):
         raise SchemeError("--scheme names the whole scheme; leave out --bits and --act-bits")
@@ -63,7 +63,7 @@ def choose_scheme(scheme: str | None, bits: int | None, act_bits: int | None) ->
         raise SchemeError(f"--act-bits {act_bits}: activations have 2 to 16 bits")
     if bits is not None:
         return f"w{bits}-all" if act_bits is None else f"w{bits}a{act_bits}-all"
-    return scheme or DEFAULT_SCHEME
+    return scheme
 
 
 class _Counted:
@@ -101,11 +101,13 @@ def calibration_for(source: ParameterSource, tokenizer: Tokenizer, file: Path | 
 
 def load_model(choice: ModelChoice) -> tuple[ModelFiles, Tokenizer, QuantizedModel]:
     """Find the model's files, read its tokenizer, and quantize it unless it was saved quantized. Raises RefmambaError."""
-    scheme: Scheme = parse_scheme(choice.scheme)
+    scheme = parse_scheme(choice.scheme or DEFAULT_SCHEME)
     files = resolve_model(choice.model, choice.revision)
     opened = open_checkpoint(files.folder)
     tokenizer = load_tokenizer(files, opened.config)
     if isinstance(opened, QuantizedModel):
+        if choice.scheme is not None and scheme != opened.scheme:
+            raise SchemeError(f"{choice.model} is saved as {opened.scheme.name}; leave out --scheme {scheme.name}")
         return files, tokenizer, opened
     calibration = calibration_for(opened, tokenizer, choice.calibrate) if scheme.needs_calibration else None
     with progress(opened, f"quantizing {scheme.name}") as source:

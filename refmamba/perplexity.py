@@ -1,0 +1,77 @@
+"""Perplexity and bits per byte of a text: small effects of quantization that accuracy does not show."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from refmamba.arith import IntArray
+from refmamba.backend import Runner
+from refmamba.calibrate import read_text
+from refmamba.errors import DataError
+from refmamba.ops import log_softmax
+from refmamba.options import model_options
+
+CALL = 512  # tokens a call; where a scheme takes a scale over a call, that is what it is taken over
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """tokens: scored ones; nats: their negative log-likelihood in all; n_bytes: UTF-8 bytes of the text."""
+
+    tokens: int
+    nats: float
+    n_bytes: int
+
+    @property
+    def per_token(self) -> float:
+        """exp of the mean negative log-likelihood of a token."""
+        return math.exp(self.nats / self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits of the whole text over its bytes: comparable between tokenizers."""
+        return self.nats / math.log(2) / self.n_bytes
+
+
+def perplexity(runner: Runner, tokens: IntArray, n_bytes: int) -> Perplexity:
+    """Score tokens[1:] given all before them, the state carried from the first to the last.
+
+    tokens: (L,), L >= 2, the first one only read. Raises DataError, NonFiniteError.
+    """
+    if len(tokens) < 2:
+        raise DataError("the text is too short to score: it needs a token to read and one to score")
+    nats, state = 0.0, None
+    for start in range(0, len(tokens) - 1, CALL):
+        targets = tokens[start + 1 : start + 1 + CALL]
+        rows, state = runner.prefill([tokens[start : start + len(targets)]], state, logits="all")
+        scores = log_softmax(rows[0])[np.arange(len(targets)), targets]
+        nats -= float(np.sum(scores, dtype=np.float64))
+    return Perplexity(len(tokens) - 1, nats, n_bytes)
+
+
+@click.command("perplexity")
+@model_options
+@click.option("--text", "file", required=True, type=click.Path(path_type=Path), help="A UTF-8 text file.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a line.")
+def command(choose: Callable[[], Any], file: Path, as_json: bool) -> None:
+    """Perplexity and bits per byte of a text, the state carried through."""
+    text = read_text(file)
+    loaded = choose()
+    prefix = loaded.tokenizer.encode_array("")
+    tokens = np.concatenate([prefix, loaded.tokenizer.encode_array(text)])
+    result = perplexity(loaded.runner, tokens, len(text.encode()))
+    values = {"tokens": result.tokens, "bytes": result.n_bytes, "perplexity": result.per_token,
+              "bits_per_byte": result.bits_per_byte}  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(loaded.describe() | {"text": str(file)} | values))
+    else:
+        click.echo(
+            f"{loaded.runner.scheme.name}: {result.bits_per_byte:.4f} bits a byte, perplexity {result.per_token:.3f} "
+            f"({result.tokens} tokens, {result.n_bytes} bytes)"
+        )
