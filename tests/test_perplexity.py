@@ -1,0 +1,30 @@
+"""Perplexity against a float64 sum over one call's logits."""
+
+import math
+
+import numpy as np
+import pytest
+from conftest import RandomSource
+
+from refmamba.errors import DataError
+from refmamba.model import Mamba, quantize_model
+from refmamba.perplexity import CALL, perplexity
+from refmamba.scheme import parse_scheme
+
+
+def test_the_sum_over_calls_is_that_of_one_softmax_over_all_positions(tiny: RandomSource) -> None:
+    runner = Mamba(quantize_model(tiny, parse_scheme("fp32")))
+    tokens = np.random.default_rng(0).integers(0, tiny.config.vocab_size, CALL + 30)
+    logits = runner.prefill([tokens[:-1]], logits="all")[0][0].astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    nats = np.sum(np.log(np.sum(np.exp(logits), axis=1)) - logits[np.arange(len(logits)), tokens[1:]])
+    result = perplexity(runner, tokens, n_bytes=1000)
+    assert result.tokens == len(tokens) - 1
+    assert result.nats == pytest.approx(nats, rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / 1000, rel=1e-6)
+    assert result.per_token == pytest.approx(math.exp(nats / (len(tokens) - 1)), rel=1e-6)
+
+
+def test_one_token_cannot_be_scored(tiny: RandomSource) -> None:
+    with pytest.raises(DataError, match="too short"):
+        perplexity(Mamba(quantize_model(tiny, parse_scheme("fp32"))), np.array([1]), n_bytes=1)
