@@ -114,10 +114,8 @@ def read_rows(file: Path, labels: str | None = None) -> list[Row]:
     found = [text.strip() for _, text in lines(beside)]
     if len(found) != len(rows):
         raise DataError(f"{beside}:{min(len(found), len(rows)) + 1}: {len(found)} labels for the {len(rows)} rows of {file}")
-    return [
-        Row({**row.values, labels: text}, f"{beside}:{number}" if not text.isdigit() else row.where)
-        for number, (row, text) in enumerate(zip(rows, found, strict=True), 1)
-    ]
+    both = zip(rows, found, strict=True)
+    return [Row({**row.values, labels: text}, f"{row.where} (label in {beside.name})") for row, text in both]
 
 
 def _read(file: Path) -> bytes:
