@@ -219,7 +219,7 @@ class CpuRunner:
 
     def __init__(self, model: QuantizedModel, threads: Threads) -> None:
         self.model, self.config, self.scheme = model, model.config, model.scheme
-        self._threads, self._kept = threads, list[NDArray[Any]]()
+        self._threads, self._kept, self._lock = threads, list[NDArray[Any]](), threading.Lock()
         c = self.config
         e, r, n = c.d_inner, c.dt_rank, c.d_state
         orders = {"in_proj": padded_rows(e, e), "x_proj": padded_rows(r, n, n), "dt_proj": padded_rows(e),
@@ -460,7 +460,8 @@ class CpuRunner:
             positions: list[Positions] = [
                 "none" if logits == "last" and stop < len(sequences[b]) else logits for b, _, stop in parts
             ]
-            self._pass([sequences[b][a:z] for b, a, z in parts], before, after, positions, out[done:], hook)
+            with self._lock:  # one workspace
+                self._pass([sequences[b][a:z] for b, a, z in parts], before, after, positions, out[done:], hook)
             done += sum({"all": z - a, "last": 1, "none": 0}[p] for (_, a, z), p in zip(parts, positions, strict=True))
             if every:
                 state = after

@@ -1,0 +1,232 @@
+"""The CPU backend has the reference's bits: every scheme, odd sizes, batches, chunks, threads, and no VNNI."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import RandomSource
+
+from refmamba.backends import cpu
+from refmamba.backends.cpu import Cpu, Threads, aligned, pack, packed_bytes, padded_rows, passes
+from refmamba.config import MambaConfig
+from refmamba.errors import NonFiniteError
+from refmamba.model import Mamba, QuantizedModel, quantize_model
+from refmamba.quantize import Codes, FixedPoint
+from refmamba.scheme import Scheme, parse_scheme, scheme_from_json
+
+ROOT = Path(__file__).resolve().parent.parent
+MIXED = scheme_from_json({
+    "name": "mixed",
+    "weights": {"in_proj.weight": {"bits": 3, "scale": "per_channel"}, "dt_proj.weight": {"bits": 5, "scale": "per_tensor"},
+                "A_log": {"bits": 6, "scale": "per_channel"}},
+    "inputs": {"in_proj": {"bits": 5, "scale": "per_tensor"}, "x_proj": {"bits": 8, "scale": "per_token"},
+               "out_proj": {"bits": 4, "scale": "static"}, "lm_head": {"bits": 8, "scale": "per_tensor"}},
+    "outputs": {"in_proj": {"bits": 9, "scale": "per_token"}, "out_proj": {"bits": 16, "scale": "per_tensor"},
+                "dt_proj": {"bits": 2, "scale": "per_token"}},
+})  # fmt: skip
+SCHEMES = [
+    *map(parse_scheme, ("fp32", "w8-mlp", "w8-all", "w5-all", "w4-mlp", "w4-all", "w2-all", "w8a8-mlp", "w4a16-all", "int8",
+                        "int8-static", "int8-smooth")),
+    MIXED,
+]  # fmt: skip
+CONFIGS = {
+    "plain": MambaConfig(64, 2, 100),
+    "odd": MambaConfig(40, 2, 101, d_state=5, dt_rank=3, d_conv=2),
+    "biased": MambaConfig(24, 2, 37, d_state=8, dt_rank=48, d_conv=3, use_bias=True, use_conv_bias=False, tie_embeddings=False),
+    "tiny": MambaConfig(3, 1, 5, d_state=1, dt_rank=1, d_conv=1),
+    "wide state": MambaConfig(16, 1, 33, d_state=20),
+}
+
+
+def quantized(config: MambaConfig, scheme: Scheme) -> QuantizedModel:
+    source = RandomSource(config)
+    absmax: dict[str, np.ndarray] = {}
+
+    def look(site: str, value: np.ndarray) -> None:
+        if site.endswith(".in"):
+            absmax[site.removesuffix(".in")] = np.max(np.abs(value), axis=0)
+
+    if scheme.needs_calibration:
+        Mamba(quantize_model(source, parse_scheme("w8-all"))).prefill([tokens(config, 9)], hook=look)
+    return quantize_model(source, scheme, absmax)
+
+
+def tokens(config: MambaConfig, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, config.vocab_size, length)
+
+
+def equal_states(a, b) -> None:
+    for x, y in zip(a.arrays(), b.arrays(), strict=True):
+        assert x.dtype == y.dtype == np.float32
+        assert np.array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def backend() -> Cpu:
+    return Cpu()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.name)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bits_of_the_reference(name: str, scheme: Scheme, backend: Cpu) -> None:
+    config = CONFIGS[name]
+    model = quantized(config, scheme)
+    ours, reference = backend.load(model), Mamba(model)
+    ids = tokens(config, 21)
+    (a,), after_a = reference.prefill([ids], logits="all")
+    (b,), after_b = ours.prefill([ids], logits="all")
+    assert np.array_equal(a, b)
+    equal_states(after_a, after_b)
+    batch = [ids[:3], ids[4:5], ids[2:20]]
+    rows_a, after_a = reference.prefill(batch)
+    rows_b, after_b = ours.prefill(batch)
+    assert all(np.array_equal(x, y) for x, y in zip(rows_a, rows_b, strict=True))
+    for t in range(3):
+        step_a, after_a = reference.step(ids[t : t + 3], after_a)
+        step_b, after_b = ours.step(ids[t : t + 3], after_b)
+        assert np.array_equal(step_a, step_b)
+    equal_states(after_a, after_b)
+
+
+@pytest.mark.parametrize("name", ["fp32", "w4-all", "int8"])
+def test_chunks_and_many_passes_change_nothing(name: str, backend: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIGS["odd"]
+    runner = backend.load(quantized(config, parse_scheme(name)))
+    batch = [tokens(config, n, n) for n in (1, 17, 5, 9)]
+    whole, state = runner.prefill(batch, logits="all")
+    monkeypatch.setattr(cpu, "PASS_ROWS", 7)
+    pieces, other = runner.prefill(batch, logits="all")
+    assert all(np.array_equal(x, y) for x, y in zip(whole, pieces, strict=True))
+    equal_states(state, other)
+    lasts, _ = runner.prefill(batch)
+    assert all(np.array_equal(x[-1:], y) for x, y in zip(whole, lasts, strict=True))
+    assert [x.shape for x in runner.prefill(batch, logits="none")[0]] == [(0, config.vocab_size)] * 4
+    one = runner.initial_state(1)
+    for t in batch[1]:
+        last, one = runner.step(np.array([t]), one)
+    assert np.array_equal(last, whole[1][-1:])
+    equal_states(one, state.take([1]))
+
+
+def test_rows_longer_than_a_block(backend: Cpu) -> None:
+    """d_inner 4192: the fixed-point product is joined from two blocks, with a rounding after each."""
+    config = MambaConfig(2096, 1, 20)
+    model = quantized(config, parse_scheme("fp32"))
+    (a,), _ = Mamba(model).prefill([tokens(config, 3)], logits="all")
+    (b,), _ = backend.load(model).prefill([tokens(config, 3)], logits="all")
+    assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_any_number_of_threads(count: int) -> None:
+    config = CONFIGS["plain"]
+    model = quantized(config, parse_scheme("w8a8-all"))
+    backend = Cpu()
+    backend.threads = Threads(count)
+    (a,), state_a = Mamba(model).prefill([tokens(config, 40)], logits="all")
+    (b,), state_b = backend.load(model).prefill([tokens(config, 40)], logits="all")
+    assert np.array_equal(a, b)
+    equal_states(state_a, state_b)
+
+
+def test_callers_on_several_threads(backend: Cpu) -> None:
+    config = CONFIGS["plain"]
+    runner = backend.load(quantized(config, parse_scheme("int8")))
+    texts = [tokens(config, 5 + n, n) for n in range(12)]
+    alone = [runner.prefill([t])[0][0] for t in texts]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda t: runner.prefill([t])[0][0], texts))
+    assert all(np.array_equal(x, y) for x, y in zip(alone, together, strict=True))
+
+
+def test_a_state_is_a_value(backend: Cpu) -> None:
+    config = CONFIGS["odd"]
+    runner = backend.load(quantized(config, parse_scheme("int8")))
+    _, state = runner.prefill([tokens(config, 4), tokens(config, 2, 1)])
+    before = [x.copy() for x in state.arrays()]
+    fork = state.take([1, 0, 1])
+    assert fork.batch == 3
+    x, _ = runner.step(np.array([1, 2, 1]), fork)
+    y, _ = runner.step(np.array([2, 1]), state)
+    assert np.array_equal(x[0], y[1])
+    assert np.array_equal(x[1], y[0])
+    assert np.array_equal(x[2], x[0])
+    assert all(np.array_equal(p, q) for p, q in zip(before, state.arrays(), strict=True))
+
+
+def test_hooks_show_the_references_values(backend: Cpu) -> None:
+    config = CONFIGS["odd"]
+    model = quantized(config, parse_scheme("w8a8-all"))
+    seen: list[dict[str, np.ndarray]] = [{}, {}]
+    order: list[list[str]] = [[], []]
+    for i, runner in enumerate((Mamba(model), backend.load(model))):
+
+        def look(site: str, value: np.ndarray, i: int = i) -> None:
+            seen[i][site] = np.array(value)
+            order[i].append(site)
+
+        runner.prefill([tokens(config, 6)], hook=look)
+    assert {site.split(".", 2)[2] if site.startswith("layers.") else site for site in seen[1]} == Cpu.sites
+    assert order[1] == [site for site in order[0] if site in seen[1]]
+    for site, value in seen[1].items():
+        assert np.array_equal(value, seen[0][site]), site
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "int8", "w8a8-all", "int8-static"])
+@pytest.mark.parametrize(("name", "bad"), [("layers.1.D", np.nan), ("layers.0.conv1d.bias", np.inf), ("norm_f.weight", -np.inf)])
+def test_a_value_without_codes_is_named(name: str, bad: float, scheme: str, backend: Cpu) -> None:
+    config = CONFIGS["plain"]
+    model = quantized(config, parse_scheme(scheme))
+    value = model.value(name).copy()
+    value[1] = bad
+    broken = QuantizedModel(config, model.scheme, {**model.params, name: value})
+    with pytest.raises(NonFiniteError) as expected:
+        Mamba(broken).prefill([tokens(config, 3)])
+    with pytest.raises(NonFiniteError) as error:
+        backend.load(broken).prefill([tokens(config, 3)])
+    assert str(error.value) == str(expected.value)
+
+
+def test_packed_layout_of_a_byte_weight() -> None:
+    """Row 17 is lane 1 of the second strip, and column 6 byte 2 of the second group: worked out by hand."""
+    q = np.zeros((20, 7), np.int8)
+    q[17, 6] = -5
+    w = Codes(q, np.float32(1), 8)
+    order = padded_rows(20)
+    out = np.empty(packed_bytes(w, len(order)), np.uint8)
+    pack(w, order, out)
+    assert len(order) == 32
+    assert np.flatnonzero(out != 128).tolist() == [1 * 16 * 16 + 1 * 64 + 1 * 4 + 2]
+    assert out.max() == 128
+    assert out.min() == 123
+
+
+def test_bits_of_a_code_in_memory() -> None:
+    """4 bits a code up to 4 bits, 8 up to 8, 24 for fixed point."""
+    q = np.zeros((32, 16), np.int32)
+    sizes = [packed_bytes(w, 32) for w in (Codes(q, np.float32(1), 4), Codes(q, np.float32(1), 5), FixedPoint(q, q[:, 0]))]
+    assert sizes == [256, 512, 1536]
+
+
+def test_passes_fill_up_in_order() -> None:
+    assert passes([3, 5, 1], 4) == [[(0, 0, 3), (1, 0, 1)], [(1, 1, 5)], [(2, 0, 1)]]
+
+
+def test_aligned() -> None:
+    assert all(cpu.address(aligned((n, 3))) % 64 == 0 for n in range(1, 9))
+
+
+def test_without_vnni() -> None:
+    """The same comparison in a process whose numba compiles for an older processor."""
+    code = (
+        "from refmamba.backends import cpu_vectors; assert not cpu_vectors.VNNI\n"
+        "import sys, pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/test_cpu_backend.py', '-k',"
+        " 'reference and (plain or odd) and (fp32 or w4-all or int8)']))"
+    )
+    older = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | older, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
