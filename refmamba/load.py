@@ -28,7 +28,7 @@ class ModelChoice:
     """Which model, under which scheme, on which backend: the options that every command shares."""
 
     model: str = DEFAULT_MODEL
-    scheme: str | None = None  # None: the saved one, or w8-all
+    scheme: str | None = None  # None: the saved one, or the command's default
     backend: str = "cpu"
     device: str | None = None
     revision: str | None = None
@@ -99,9 +99,9 @@ def calibration_for(source: ParameterSource, tokenizer: Tokenizer, file: Path | 
     return calibrate(source, tokenizer.encode_array(text))
 
 
-def load_model(choice: ModelChoice) -> tuple[ModelFiles, Tokenizer, QuantizedModel]:
+def load_model(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> tuple[ModelFiles, Tokenizer, QuantizedModel]:
     """Find the model's files, read its tokenizer, and quantize it unless it was saved quantized. Raises RefmambaError."""
-    scheme = parse_scheme(choice.scheme or DEFAULT_SCHEME)
+    scheme = parse_scheme(choice.scheme or default_scheme)
     files = resolve_model(choice.model, choice.revision)
     opened = open_checkpoint(files.folder)
     tokenizer = load_tokenizer(files, opened.config)
@@ -114,8 +114,8 @@ def load_model(choice: ModelChoice) -> tuple[ModelFiles, Tokenizer, QuantizedMod
         return files, tokenizer, quantize_model(source, scheme, calibration)
 
 
-def load(choice: ModelChoice) -> Loaded:
+def load(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> Loaded:
     """Everything that a command needs to run the model. Raises RefmambaError."""
     backend = load_backend(choice.backend, choice.device)
-    files, tokenizer, model = load_model(choice)
+    files, tokenizer, model = load_model(choice, default_scheme)
     return Loaded(choice, files, tokenizer, backend, backend.load(model))

@@ -22,7 +22,10 @@ MODEL_OPTIONS = (
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options, and one argument `choose`: a function that loads what they name."""
+    """Give a command the options, and one argument `choose`: a function that loads what they name.
+
+    choose(default_scheme) where the command's default is not w8-all.
+    """
 
     @functools.wraps(command)
     def with_choice(
@@ -33,7 +36,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
         chosen = choose_scheme(scheme, bits, act_bits)
         choice = ModelChoice(model, chosen, backend, device, revision, calibrate)
-        return command(choose=lambda: load(choice), **rest)
+        return command(choose=functools.partial(load, choice), **rest)
 
     for option in reversed(MODEL_OPTIONS):
         with_choice = option(with_choice)
