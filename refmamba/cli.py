@@ -21,6 +21,7 @@ DEFAULT_PROMPT = "Once upon a time"
 LATER = {  # commands in files of their own, loaded when they are called
     "bench": "refmamba.bench:bench",
     "eval": "refmamba.eval_command:evaluate",
+    "outliers": "refmamba.outliers:command",
     "perplexity": "refmamba.perplexity:command",
     "verify": "refmamba.verify:verify",
 }
