@@ -372,7 +372,7 @@ def _open_quantized(folder: Path, config: MambaConfig, saved: Any) -> QuantizedM
             layer = site.rsplit(".", 1)[-1]
             if layer in scheme.inputs and name.endswith(".weight"):
                 params[f"{site}.absmax"] = take(f"{site}.absmax", (), FLOAT32)
-                if scheme.smooth and layer not in (*FOLDED, "lm_head"):
+                if layer in scheme.smooth and layer not in FOLDED:
                     params[f"{site}.smooth"] = take(f"{site}.smooth", shape[1:], INT32)
     _no_others(tensors, taken)
     return QuantizedModel(config, scheme, params)

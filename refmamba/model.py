@@ -82,7 +82,7 @@ def quantize_model(
     if scheme.needs_calibration:
         absmax = _site_absmax(config, scheme, calibration or {})
         if scheme.smooth:
-            source, absmax, exponents = smoothed(source, absmax)
+            source, absmax, exponents = smoothed(source, absmax, scheme.smooth)
             params.update(exponents)
         params.update({f"{site}.absmax": np.asarray(np.max(m)) for site, m in absmax.items()})
     for name in config.shapes():

@@ -16,6 +16,7 @@ from typing import Any
 from refmamba.errors import SchemeError
 
 LINEAR_LAYERS = ("in_proj", "x_proj", "dt_proj", "out_proj")
+ALPHA = 0.5  # SmoothQuant's migration strength where a scheme does not say another
 LINEAR_WEIGHTS = tuple(f"{layer}.weight" for layer in LINEAR_LAYERS)
 HEAD_WEIGHTS = ("embedding.weight", "lm_head.weight")  # one tensor where the head is tied
 OTHER_PARAMETERS = (
@@ -48,15 +49,15 @@ class Quantizer:
 class Scheme:
     """Which parameters (`weights`), `in` sides (`inputs`) and `out` sides (`outputs`) are quantized, and how.
 
-    What is not named is not quantized. smooth: fold SmoothQuant's factors in before quantizing (section 5).
-    Raises SchemeError for an unknown site, width or scale.
+    What is not named is not quantized. smooth: SmoothQuant's alpha, 0 to 1, of each linear layer whose input it divides
+    before quantizing (section 5). Raises SchemeError for an unknown site, width, scale or alpha.
     """
 
     name: str
     weights: Mapping[str, Quantizer] = field(default_factory=dict)
     inputs: Mapping[str, Quantizer] = field(default_factory=dict)
     outputs: Mapping[str, Quantizer] = field(default_factory=dict)
-    smooth: bool = False
+    smooth: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for part, sites in SITES.items():
@@ -69,8 +70,13 @@ class Scheme:
                 if quantizer.scale not in SCALES[part]:
                     choices = ", ".join(SCALES[part])
                     raise SchemeError(f"scheme {self.name}: {site} has the scale '{quantizer.scale}'; {part} take {choices}")
-        if self.smooth and not self.needs_calibration:
-            raise SchemeError(f"scheme {self.name}: smooth needs a static scale on some input")
+        for site, alpha in self.smooth.items():
+            if site not in LINEAR_LAYERS:
+                raise SchemeError(f"scheme {self.name}: smooth has no site '{site}'; there are {', '.join(LINEAR_LAYERS)}")
+            if type(alpha) not in (int, float) or not 0 <= alpha <= 1:
+                raise SchemeError(f"scheme {self.name}: smooth has the alpha {alpha!r} for {site}; it is 0 to 1")
+            if site not in self.inputs or self.inputs[site].scale != "static":
+                raise SchemeError(f"scheme {self.name}: smooth needs a static scale on the input of {site}")
         if self.weights.get("embedding.weight") and self.weights["embedding.weight"] != self.weights.get("lm_head.weight"):
             raise SchemeError(f"scheme {self.name}: embedding.weight and lm_head.weight can be one tensor: code both alike")
 
@@ -86,7 +92,8 @@ class Scheme:
 
     def table(self) -> str:
         """What is quantized how, one line a site; the unquantized ones together."""
-        lines = [f"scheme {self.name}" + (", after SmoothQuant" if self.smooth else "")]
+        lines = [f"scheme {self.name}"]
+        lines += [f"  {'SmoothQuant for ' + site:<28} alpha {alpha:g}" for site, alpha in self.smooth.items()]
         titles = {"weights": "weight", "inputs": "input of", "outputs": "output of"}
         for part, title in titles.items():
             chosen: Mapping[str, Quantizer] = getattr(self, part)
@@ -107,7 +114,8 @@ def _weights(bits: int, sites: str) -> dict[str, Quantizer]:
 
 def _int8(name: str, scale: str) -> Scheme:
     weights = dict.fromkeys((*HEAD_WEIGHTS, *LINEAR_WEIGHTS), Quantizer(8, "per_channel"))
-    return Scheme(name, weights, dict.fromkeys(PRODUCTS, Quantizer(8, scale)), smooth=name == "int8-smooth")
+    smooth = dict.fromkeys(LINEAR_LAYERS, ALPHA) if name == "int8-smooth" else {}
+    return Scheme(name, weights, dict.fromkeys(PRODUCTS, Quantizer(8, scale)), smooth=smooth)
 
 
 def parse_scheme(name: str) -> Scheme:
@@ -141,6 +149,6 @@ def scheme_from_json(values: Any) -> Scheme:
         unknown = set(values) - {"name", "smooth", *SITES}
         if unknown:
             raise SchemeError(f"scheme: unknown entries {', '.join(sorted(unknown))}")
-        return Scheme(str(values["name"]), smooth=bool(values.get("smooth", False)), **parts)
-    except (AttributeError, KeyError, TypeError) as error:
+        return Scheme(str(values["name"]), smooth=dict(values.get("smooth", {})), **parts)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SchemeError(f"scheme: not in the form of Scheme.to_json ({error!r})") from error

@@ -19,11 +19,10 @@ from refmamba.config import MambaConfig
 if TYPE_CHECKING:
     from refmamba.model import ParameterSource
 
-ALPHA = 0.5  # SmoothQuant's migration strength
 FOLDED = ("in_proj", "dt_proj")  # divided in the weight that makes the input
 
 
-def exponents(activation_absmax: F32Array, weight_absmax: F32Array, alpha: float = ALPHA) -> F32Array:
+def exponents(activation_absmax: F32Array, weight_absmax: F32Array, alpha: float) -> F32Array:
     """Exponents k of the factors 2^k, eq. (28): (K,), (K,) -> int32 (K,).
 
     s = activation_absmax^alpha / weight_absmax^(1 - alpha) (Mamba-PTQ eq. 11) in float64, rounded to a power of two;
@@ -52,26 +51,28 @@ class _Smoothed:
         site, _, last = name.rpartition(".")
         if last == "weight" and site in self.factors:
             x = np.ldexp(x, self.factors[site])
-        if last == "weight" and site.endswith(".norm"):
-            x = np.ldexp(x, -self.factors[site.removesuffix("norm") + "in_proj"])
-        if last == "weight" and site.endswith(".x_proj"):
+        in_proj, dt_proj = (site.rpartition(".")[0] + f".{layer}" for layer in FOLDED)
+        if last == "weight" and site.endswith(".norm") and in_proj in self.factors:
+            x = np.ldexp(x, -self.factors[in_proj])
+        if last == "weight" and site.endswith(".x_proj") and dt_proj in self.factors:
             rank = self.config.dt_rank
-            x[:rank] = np.ldexp(x[:rank], -self.factors[site.removesuffix("x_proj") + "dt_proj"][:, None])
+            x = np.concatenate([np.ldexp(x[:rank], -self.factors[dt_proj][:, None]), x[rank:]])
         return x
 
 
 def smoothed(
-    source: "ParameterSource", absmax: Mapping[str, F32Array], alpha: float = ALPHA
+    source: "ParameterSource", absmax: Mapping[str, F32Array], alpha: Mapping[str, float]
 ) -> tuple["ParameterSource", dict[str, F32Array], dict[str, F32Array]]:
-    """The checkpoint, the calibration and the remaining exponents after smoothing every layer, eq. (28, 29).
+    """The checkpoint, the calibration and the remaining exponents after smoothing, eq. (28, 29).
 
-    absmax: calibrated absolute maximum of each input channel, (K,) a site. The head is left alone: its weight is the
-    embedding's. The third result holds `{site}.smooth` for the inputs that no weight could be divided for.
+    absmax: calibrated absolute maximum of each input channel, (K,) a site. alpha: of each linear layer to smooth, by
+    `in_proj` and so on. The head is never smoothed: its weight is the embedding's. The third result holds
+    `{site}.smooth` for the inputs that no weight could be divided for.
     """
     factors = {
-        site: exponents(m, np.max(np.abs(source.read(f"{site}.weight")), axis=0), alpha)
+        site: exponents(m, np.max(np.abs(source.read(f"{site}.weight")), axis=0), alpha[layer])
         for site, m in absmax.items()
-        if site != "lm_head"
+        if (layer := site.rpartition(".")[2]) in alpha
     }
     divided = {site: np.ldexp(m, -factors[site]) if site in factors else m for site, m in absmax.items()}
     inner = {f"{site}.smooth": k for site, k in factors.items() if not site.endswith(FOLDED)}
