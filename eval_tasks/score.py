@@ -1,0 +1,182 @@
+"""Log-likelihoods of continuations, each shared beginning computed once.
+
+All token sequences of a batch of requests form a tree: what two of them begin with is one node, and the state after a
+node is forked into its children. So a document's context runs once for all its choices, and so does what the choices
+share. Nodes of the same depth run together, sorted by length. Schemes with a scale over the whole sequence (`wNaM-*`)
+have no such states: each context + continuation is one call, as the paper's set-up has it.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+
+from refmamba.arith import F32Array, IntArray
+from refmamba.backend import Backend, Runner
+from refmamba.errors import DataError, NonFiniteError
+from refmamba.eval_tasks.task import Document
+from refmamba.model import Positions
+from refmamba.ops import log_softmax
+from refmamba.tokenizer import Tokenizer
+
+MAX_LENGTH = 2048
+BATCH_TOKENS = 1024  # run in one call, at most: bounds the memory of logits, never changes a number
+
+Logarithms = Callable[[F32Array], F32Array]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Score `tokens[-scored:]`, each given what stands before it. where: the place that an error names."""
+
+    tokens: tuple[int, ...]
+    scored: int
+    where: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """A continuation's log-likelihood (natural), and whether each of its tokens was the likeliest."""
+
+    loglikelihood: float
+    greedy: bool
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Tokens of a context, never none, and of its continuation.
+
+    White space at the context's end moves to the continuation; both are encoded as one text and cut where the context
+    alone ends. An empty context is the prefix token. Raises TokenizerError where there is none.
+    """
+    if not context:
+        prefix, tokens = tokenizer.encode_array("").tolist(), tokenizer.encode(continuation)
+        return (tokens[:1], tokens[1:]) if tokens[:1] == prefix else (prefix, tokens)
+    stripped = context.rstrip()
+    whole, before = tokenizer.encode(context + continuation), tokenizer.encode(stripped)
+    return before, whole[len(before) :]
+
+
+def request(tokenizer: Tokenizer, context: str, continuation: str, max_length: int, where: str) -> Request:
+    """A text's request: its last max_length + 1 tokens. Raises DataError where nothing is left to score, or too much."""
+    before, after = encode_pair(tokenizer, context, continuation)
+    return token_request(before, after, max_length, where)
+
+
+def token_request(before: Sequence[int], after: Sequence[int], max_length: int, where: str) -> Request:
+    """The request of a context's and a continuation's tokens, cut to the last max_length + 1. Raises DataError."""
+    if not after or not before:
+        raise DataError(f"{where}: no token is left for the {'continuation' if before else 'context'} once both are encoded")
+    if len(after) > max_length:
+        raise DataError(f"{where}: the continuation has {len(after)} tokens, more than the model's {max_length}")
+    return Request(tuple([*before, *after][-(max_length + 1) :]), len(after), where)
+
+
+def requests(document: Document, tokenizer: Tokenizer, max_length: int) -> list[Request]:
+    """One request a choice. Raises DataError."""
+    pairs = zip(document.contexts, document.continuations, strict=True)
+    return [request(tokenizer, a, b, max_length, document.where) for a, b in pairs]
+
+
+@dataclass
+class _Node:
+    """Tokens that some requests share, after the parent's. wanted: (offset, request, place among its scored tokens)."""
+
+    tokens: IntArray
+    where: str
+    wanted: list[tuple[int, int, int]]
+    children: list["_Node"]
+
+    @property
+    def positions(self) -> Positions:
+        """Which logits are needed."""
+        offsets = {offset for offset, _, _ in self.wanted}
+        return "none" if not offsets else "last" if offsets == {len(self.tokens) - 1} else "all"
+
+
+def _tree(wanted: Sequence[Request]) -> list[_Node]:
+    """The roots of the requests' tree. A sequence's last token is only scored, never run."""
+
+    def grow(group: list[int], start: int) -> list[_Node]:
+        """Nodes for requests that agree before `start`, and are sorted by their tokens."""
+        nodes, group = [], [i for i in group if len(wanted[i].tokens) - 1 > start]
+        for _, members in itertools.groupby(group, key=lambda i: wanted[i].tokens[start]):
+            branch = list(members)
+            low, high = wanted[branch[0]].tokens, wanted[branch[-1]].tokens  # all share what these two share
+            # a node also ends where a context does, so that no logits are computed inside one, and where a sequence does
+            ends = {len(wanted[i].tokens) - part for i in branch for part in (1, wanted[i].scored)}
+            end = start + 1
+            while end not in ends and low[end] == high[end]:
+                end += 1
+            scored = []
+            for i in branch:
+                first = len(wanted[i].tokens) - wanted[i].scored
+                scored += [(place - 1 - start, i, place - first) for place in range(max(start + 1, first), end + 1)]
+            nodes.append(_Node(np.array(low[start:end], np.int64), wanted[branch[0]].where, scored, grow(branch, end)))
+        return nodes
+
+    return grow(sorted(range(len(wanted)), key=lambda i: wanted[i].tokens), 0)
+
+
+def _batches(nodes: list[tuple[int, _Node]]) -> Iterator[list[tuple[int, _Node]]]:
+    """Nodes by length, the longest first, at most BATCH_TOKENS a batch (one node may have more)."""
+    nodes = sorted(nodes, key=lambda item: len(item[1].tokens), reverse=True)
+    while nodes:
+        totals = itertools.accumulate(len(node.tokens) for _, node in nodes)
+        count = max(1, sum(total <= BATCH_TOKENS for total in totals))
+        yield nodes[:count]
+        nodes = nodes[count:]
+
+
+def score(runner: Runner, backend: Backend, wanted: Sequence[Request]) -> list[Score]:
+    """The score of each request, in order. Raises NonFiniteError, with the request's place, for a NaN or an infinity."""
+    logarithms: Logarithms = backend.operations().get("log_softmax", log_softmax)
+    values = [np.zeros(request.scored, np.float32) for request in wanted]
+    greedy = [True] * len(wanted)
+
+    def read(logits: F32Array, rows: Sequence[tuple[int, int, int]]) -> None:
+        """Put the scores of (row of the logits, request, place) where they belong."""
+        if not rows:
+            return
+        logs = logarithms(logits)
+        best = np.argmax(logits, axis=-1)
+        for row, i, place in rows:
+            target = wanted[i].tokens[len(wanted[i].tokens) - wanted[i].scored + place]
+            values[i][place] = logs[row, target]
+            greedy[i] &= bool(best[row] == target)
+            if not np.isfinite(values[i][place]):
+                raise NonFiniteError(f"{wanted[i].where}: the model gives a NaN or an infinity for this document")
+
+    if runner.scheme.whole_sequence:
+        for i, one in enumerate(wanted):
+            try:
+                (logits,), _ = runner.prefill([np.array(one.tokens[:-1], np.int64)], logits="all")
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{one.where}: {error}") from error
+            read(logits[-one.scored :], [(place, i, place) for place in range(one.scored)])
+    else:
+        _walk(runner, [(0, node) for node in _tree(wanted)], None, read)
+    return [Score(float(np.sum(v, dtype=np.float64)), g) for v, g in zip(values, greedy, strict=True)]
+
+
+Read = Callable[[F32Array, Sequence[tuple[int, int, int]]], None]
+
+
+def _walk(runner: Runner, nodes: Sequence[tuple[int, _Node]], state: Any | None, read: Read) -> None:
+    """Run nodes, each from the state of its index (None: from the first token), then what follows them."""
+    for mode in get_args(Positions):
+        for batch in _batches([(index, node) for index, node in nodes if node.positions == mode]):
+            before = state if state is None else state.take([index for index, _ in batch])
+            try:
+                logits, after = runner.prefill([node.tokens for _, node in batch], before, logits=mode)
+            except NonFiniteError as error:
+                if len(batch) == 1:
+                    raise NonFiniteError(f"{batch[0][1].where}: {error}") from error
+                for one in batch:  # one of them is the cause: find it
+                    _walk(runner, [one], state, read)
+                continue
+            for (_, node), rows in zip(batch, logits, strict=True):
+                shift = len(node.tokens) - len(rows)  # 0, or all but one where only the last row is there
+                read(rows, [(offset - shift, i, place) for offset, i, place in node.wanted])
+            _walk(runner, [(i, child) for i, (_, node) in enumerate(batch) for child in node.children], after, read)
