@@ -1,0 +1,557 @@
+"""Write tests/vectors: `python tools/make_vectors.py [operations | tiny | small]`; the same bytes on every run.
+
+operations: one file an operation; results by hand, from rational arithmetic (tools/exact.py) or from mpmath.
+tiny:       the tiny generated model, and the SHA-256 of its logits under each scheme; transformers' float64 logits.
+small:      the SHA-256 of the logits of the small model inside the package, to be written again when it is retrained.
+"""
+
+import json
+import platform
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import exact
+import mpmath  # type: ignore[import-untyped]
+import numpy as np
+
+from refmamba.arith import F32Array
+from refmamba.calibrate import calibrate, save_calibration
+from refmamba.checkpoint import open_checkpoint
+from refmamba.config import MambaConfig
+from refmamba.model import Mamba, QuantizedModel, quantize_model
+from refmamba.quantize import Codes, FixedPoint
+from refmamba.scheme import parse_scheme
+from refmamba.verify import SCHEMES, encode, sha256_of
+
+FOLDER = Path(__file__).resolve().parents[1] / "tests" / "vectors"
+FRACTIONS = f"independent:fractions, Python {platform.python_version()}"
+MPMATH = f"independent:mpmath {mpmath.__version__}"
+HAND = "hand"
+WIDTHS = range(2, 17)
+# Longer than a chunk of the scan; shorter than the convolution's state; one token.
+TINY_SEQUENCES = [[(7 * i * i + 3 * i + 1) % 67 for i in range(n)] for n in (70, 3, 1, 9)]
+vectors: dict[str, list[dict[str, Any]]] = {}
+
+
+def array(x: Any) -> F32Array:
+    """float32; a Python float that is none is rounded once."""
+    return np.array(x, np.float32)
+
+
+def add(
+    operation: str, name: str, source: str, arguments: list[Any], result: Any, comment: str, compare: str = "exact"
+) -> None:
+    """One vector."""
+    vectors.setdefault(operation, []).append({
+        "name": name, "source": source, "comment": comment, "compare": compare,
+        "arguments": [encode(a) for a in arguments], "result": encode(result),
+    })  # fmt: skip
+
+
+def raises(operation: str, name: str, arguments: list[Any], comment: str) -> None:
+    """A vector whose result is a NonFiniteError."""
+    add(operation, name, HAND, arguments, None, comment)
+    vectors[operation][-1]["result"] = {"raises": "NonFiniteError"}
+
+
+def each(f: Callable[..., float], *xs: F32Array) -> F32Array:
+    """A scalar function of exact.py over arrays."""
+    values = [f(*(float(v) for v in row)) for row in zip(*(x.ravel() for x in xs), strict=True)]
+    return array(values).reshape(xs[0].shape)
+
+
+def generator(seed: int) -> np.random.Generator:
+    """The inputs' source."""
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def normal(r: np.random.Generator, *shape: int) -> F32Array:
+    """Standard normal float32."""
+    return r.standard_normal(shape).astype(np.float32)
+
+
+def near(*points: float) -> F32Array:
+    """Each point and its float32 neighbours."""
+    x = array(points)
+    return np.stack([np.nextafter(x, np.float32(-np.inf)), x, np.nextafter(x, np.float32(np.inf))], -1).ravel()
+
+
+def functions() -> None:
+    """exp, log, log1p, softplus, silu, tree_sum."""
+    r, inf, nan = generator(1), np.inf, np.nan
+    tiny = [2.0**-149, 2.0**-126, -(2.0**-149), -(2.0**-130)]
+    specials = array([0.0, -0.0, *tiny, 1.0, -1.0, 128.0, -128.0, inf, -inf, nan])
+    cases: dict[str, tuple[Callable[[float], float], Callable[[Any], Any], F32Array, F32Array, int]] = {
+        "exp": (exact.exp, mpmath.exp, np.concatenate([specials, near(-87.336, 88.722, 88.3763, 0.34657359, -5.86065)]),
+                r.uniform(-87, 88.7, 100).astype(np.float32), 1),
+        "log": (exact.log, mpmath.log, np.concatenate([specials, near(1.0, 2.0**0.5, 0.5**0.5, 2.0**-126, 3.4e38)]),
+                np.exp2(r.uniform(-149, 128, 100)).astype(np.float32), 1),
+        "log1p": (exact.log1p, mpmath.log1p, near(2.0**-149, 2.0**-24, 2.0**-23, 0.41421356, 0.99999994),
+                  np.exp2(r.uniform(-60, 0, 100)).astype(np.float32), 2),
+        "softplus": (exact.softplus, lambda x: mpmath.log1p(mpmath.exp(x)),
+                     np.concatenate([specials, near(20.0, -87.336, -103.0, -2.0159)]),
+                     r.uniform(-80, 30, 100).astype(np.float32), 3),
+        "silu": (exact.silu, lambda x: x / (1 + mpmath.exp(-x)), np.concatenate([specials, near(-88.722, 87.336, -16.675)]),
+                 r.uniform(-88, 90, 100).astype(np.float32), 3),
+    }  # fmt: skip
+    mpmath.mp.prec = 120
+    for name, (f, true, edges, usual, ulp) in cases.items():
+        add(name, "edges", FRACTIONS, [edges], each(f, edges), "specials, thresholds and their neighbours")
+        add(name, "usual", FRACTIONS, [usual], each(f, usual), "a library's function or a fused multiply-add differs here")
+        add(name, "accuracy", MPMATH, [usual], array([float(true(mpmath.mpf(float(x)))) for x in usual]),
+            "the correctly rounded value, within the SPEC's bound", f"ulp:{ulp}")  # fmt: skip
+    add(
+        "exp",
+        "by hand",
+        HAND,
+        [array([0, -0.0, 89, -88, inf, -inf, nan])],
+        array([1, 1, inf, 0, inf, 0, nan]),
+        "special values",
+    )
+    add("log", "by hand", HAND, [array([1, 0, -0.0, -1, inf, nan])], array([0, -inf, -inf, nan, inf, nan]), "special values")
+    add("silu", "by hand", HAND, [array([0, -0.0, -90, inf, 100])], array([0, -0.0, -0.0, inf, 100]), "special values")
+    for n in (1, 2, 3, 5, 6, 16, 24, 48, 100):
+        x = normal(r, 2, n) * array(2.0) ** r.integers(-12, 12, (2, n)).astype(np.float32)
+        add("tree_sum", f"length {n}", FRACTIONS, [x], array([exact.tree([float(v) for v in row]) for row in x]),
+            "an order other than the folded tree, or more precision, differs")  # fmt: skip
+    big = 2.0**24
+    add("tree_sum", "folded", HAND, [array([big, 1, -big, 1])], array(2), "(a+c)+(b+d) = 0+2; neighbours first give 1 or 0")
+    add("tree_sum", "padding", HAND, [array([-0.0, -0.0, -0.0])], array(0), "the pad of +0.0 makes a sum of -0.0 positive")
+    add("tree_sum", "one", HAND, [array([-0.0])], array(-0.0), "a single value is its own sum")
+
+
+def codes() -> None:
+    """absmax, scale_of, quantize, code, code_static, fixed_point, pack4, unpack4."""
+    r, below = generator(2), float(np.nextafter(np.float32(2.0**-100), np.float32(0)))
+    x = array([[1, -3, 2], [0, -0.0, 0], [below, -below, 0], [2.0**-100, 0, 0]])
+    add("absmax", "per tensor", HAND, [x, "site"], array(3), "the largest magnitude is a negative value's")
+    add("absmax", "per row", HAND, [x, "site", "per_row"], array([[3], [0], [0], [2.0**-100]]), "below 2^-100 is zero")
+    for name, bad in (("NaN", np.nan), ("infinity", np.inf), ("-infinity", -np.inf)):
+        for granularity in ("per_tensor", "per_row"):
+            raises("absmax", f"{name} {granularity}", [array([[1, bad], [1, 2]]), "site", granularity], "no codes")
+        raises("fixed_point", name, [array([[1, 2], [bad, 1]]), 30, "site"], "no codes")
+        raises("code", name, [array([[1, bad]]), 8, "site", "per_tensor"], "no codes")
+        raises("code_static", name, [array([[1, bad]]), array(1), 8, "site"], "no codes")
+    m = np.concatenate([array([0, 2.0**-100, 1, 3, 127, 3.4e38]), np.abs(normal(r, 4))])
+    for bits in WIDTHS:
+        add("scale_of", f"{bits} bits", FRACTIONS, [m, bits], each(lambda v, b=bits: exact.scale(v, b), m),
+            "divided once; 1 where the maximum is zero")  # fmt: skip
+        largest = 2 ** (bits - 1) - 1
+        ties = array([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 0.49999997, 1e9, -1e9, -0.0, largest - 0.5, largest + 0.5, largest])
+        kind: Any = np.int8 if bits <= 8 else np.int16
+        near_top = (largest - 1) if largest % 2 else largest  # largest is odd: its half-way point below rounds to even
+        by_hand = np.array([min(v, largest) for v in (0, 2, 2)] + [-min(v, largest) for v in (0, 2, 2)]
+                           + [0, largest, -largest, 0, near_top, largest, largest], kind)  # fmt: skip
+        add(
+            "quantize",
+            f"{bits} bits, ties",
+            HAND,
+            [ties, array(1), bits],
+            by_hand,
+            "half to even, then held in range: -2^(N-1) is no code",
+        )
+        rows = np.concatenate(
+            [normal(r, 3, 7), np.zeros((1, 7), np.float32), array([[1e-40] * 7, [3e38, 1e38, -3e38, 0, 1, 2, 3]])]
+        )
+        scale = array([[exact.scale(exact.absmax(row.tolist()), bits)] for row in rows])
+        q = np.array([[exact.quantize(v if exact.absmax(row.tolist()) else 0.0, s[0], bits) for v in row.tolist()]
+                      for row, s in zip(rows, scale.tolist(), strict=True)], kind)  # fmt: skip
+        add("code", f"{bits} bits, per row", FRACTIONS, [rows, bits, "site", "per_row"], Codes(q, scale, bits),
+            "a row of zeros and one of subnormals have scale 1 and no other code than 0")  # fmt: skip
+        whole = normal(r, 3, 5)
+        s = exact.scale(exact.absmax(whole.ravel().tolist()), bits)
+        q = np.array([[exact.quantize(v, s, bits) for v in row] for row in whole.tolist()], kind)
+        add(
+            "code",
+            f"{bits} bits, per tensor",
+            FRACTIONS,
+            [whole, bits, "site", "per_tensor"],
+            Codes(q, array(s), bits),
+            "one scale",
+        )
+        s = exact.scale(1.25, bits)
+        q = np.array([[exact.quantize(v, s, bits) for v in row] for row in whole.tolist()], kind)
+        add(
+            "code_static",
+            f"{bits} bits",
+            FRACTIONS,
+            [whole, array(1.25), bits, "site"],
+            Codes(q, array(s), bits),
+            "larger values saturate",
+        )
+    add("code_static", "zero", HAND, [array([[1, -2]]), array(0), 8, "site"], Codes(np.zeros((1, 2), np.int8), array(1), 8),
+        "a site that calibration saw only zeros at")  # fmt: skip
+    rows = np.concatenate([normal(r, 3, 5), array([[1, 2, 4, -4, 0.5], [0] * 5, [below] * 5, 
+                           [2.0**-99, 2.0**-110, 0, 2.0**-140, 0], [3e38, -1, 2.0**-149, 0, 1], [1, 2.0**-31, 3 * 2.0**-31, -(2.0**-31), 1 + 2.0**-23]])])  # fmt: skip
+    for bits in (22, 30):
+        pairs = [exact.fixed_point(row, bits) for row in rows.tolist()]
+        fixed = FixedPoint(np.array([q for q, _ in pairs], np.int32), np.array([e for _, e in pairs], np.int32))
+        add(
+            "fixed_point",
+            f"{bits} bits",
+            FRACTIONS,
+            [rows, bits, "site"],
+            fixed,
+            "powers of two, zeros, ties, the exponent's cap",
+        )
+    add("fixed_point", "by hand", HAND, [array([[1, -0.5, 1.5]]), 30, "site"], FixedPoint(
+        np.array([[2**29, -(2**28), 3 * 2**28]], np.int32), np.array([29], np.int32)), "1 <= 1.5 < 2: e = 29")  # fmt: skip
+    q4 = np.array([[1, -1, 7], [-8, 0, -7]], np.int8)
+    packed = np.array([[0xF1, 0x07], [0x08, 0x09]], np.uint8)
+    add("pack4", "odd columns", HAND, [q4], packed, "the even column in the low half, a half of zero at the end")
+    add("unpack4", "odd columns", HAND, [packed, 3], q4, "the inverse, signs kept")
+    every = np.arange(-8, 8, dtype=np.int8)[None]
+    packed = np.array([[0x98, 0xBA, 0xDC, 0xFE, 0x10, 0x32, 0x54, 0x76]], np.uint8)
+    add("pack4", "every code", HAND, [every], packed, "all sixteen")
+    add("unpack4", "every code", HAND, [packed, 16], every, "all sixteen")
+
+
+def products() -> None:
+    """integer_product and rescale."""
+    r = generator(3)
+
+    def codes_of(bits: int, rows: int, k: int, scale: Any = 1.0) -> Codes:
+        largest = 2 ** (bits - 1) - 1
+        return Codes(r.integers(-largest, largest + 1, (rows, k)).astype(np.int8), array(scale), bits)
+
+    def fixed(bits: int, rows: int, k: int) -> FixedPoint:
+        q = r.integers(-(2**bits), 2**bits + 1, (rows, k)).astype(np.int32)
+        return FixedPoint(q, r.integers(-5, 40, rows).astype(np.int32))
+
+    def integer(x: Any, w: Any) -> Any:
+        rows = [[sum(a * b for a, b in zip(p, q, strict=True)) for q in w.q.tolist()] for p in x.q.tolist()]
+        return np.array(rows, np.float64)
+
+    def split(x: FixedPoint, w: FixedPoint) -> Any:
+        def one(p: list[int], q: list[int]) -> float:
+            total = 0.0
+            for start in range(0, len(p), 4096):
+                lo = [(v + 2048) % 4096 - 2048 for v in q[start : start + 4096]]
+                hi = [(v - low) // 4096 for v, low in zip(q[start : start + 4096], lo, strict=True)]
+                block = p[start : start + 4096]
+                high, low = (sum(a * b for a, b in zip(block, part, strict=True)) for part in (hi, lo))
+                total += float(high * 4096 + low)
+            return total
+
+        return np.array([[one(p, q) for q in w.q.tolist()] for p in x.q.tolist()], np.float64)
+
+    def product(name: str, x: Any, w: Any, comment: str) -> None:
+        both = isinstance(x, FixedPoint) and isinstance(w, FixedPoint)
+        add("integer_product", name, FRACTIONS, [x, w], split(x, w) if both else integer(x, w), comment, "value")
+
+    for k in (1, 3, 48, 97):
+        product(f"8 by 8 bits, K = {k}", codes_of(8, 2, k), codes_of(8, 3, k), "any length; 48 is the largest dt_rank")
+        product(f"fixed by 8 bits, K = {k}", fixed(30, 2, k), codes_of(8, 3, k), "unquantized activations")
+        product(f"fixed by fixed, K = {k}", fixed(30, 2, k), fixed(22, 3, k), "neither is quantized")
+        product(f"8 bits by fixed, K = {k}", codes_of(8, 2, k), fixed(22, 3, k), "unquantized weights")
+    for bits in range(2, 9):
+        product(f"{bits} by {bits} bits", codes_of(bits, 1, 33), codes_of(bits, 2, 33), "every width")
+    top, signs = np.full((2, 2049), 127, np.int8), np.full((2, 2049), 127, np.int8)
+    top[1, ::2], signs[1] = -127, -127
+    product("largest codes", Codes(top, array(1), 8), Codes(signs, array(1), 8),
+            "int16 pairs saturate, and float32 sums stop being exact at 2^24")  # fmt: skip
+    big = np.full((1, 4099), 2**30, np.int32)
+    zero = np.zeros(1, np.int32)
+    product(
+        "largest fixed by 8 bits", FixedPoint(big, zero), Codes(np.full((1, 4099), -127, np.int8), array(1), 8), "near 2^49"
+    )
+    product(
+        "blocks",
+        FixedPoint(big, zero),
+        FixedPoint(np.full((1, 4099), 2**22 - 1, np.int32), zero),
+        "two blocks, joined in order",
+    )
+    product(
+        "a zero of length 1",
+        Codes(np.array([[-3]], np.int8), array(1), 8),
+        Codes(np.array([[0]], np.int8), array(1), 8),
+        "-3 * 0",
+    )
+
+    def value(acc: Any, x: Any, w: Any) -> F32Array:
+        out = np.empty(acc.shape, np.float32)
+        for i in range(acc.shape[0]):
+            for j in range(acc.shape[1]):
+                e = sum(int(c.exponent[at]) for c, at in ((x, i), (w, j)) if isinstance(c, FixedPoint))
+                y = exact.rounded(Fraction(float(acc[i, j])) / Fraction(2) ** e)
+                scales = [
+                    float(c.scale if c.scale.ndim == 0 else c.scale[at, 0])
+                    for c, at in ((x, i), (w, j))
+                    if isinstance(c, Codes)
+                ]
+                if scales:
+                    y = exact.div(y, exact.mul(*scales) if len(scales) == 2 else scales[0])
+                out[i, j] = y
+        return out
+
+    acc = r.integers(-(2**52), 2**52, (2, 3)).astype(np.float64)
+    small = np.array([[2**24 + 1, 2**24 + 3, -(2**25) - 2], [0, 1, -1]], np.float64)
+    one, row, column = array(37.43), array([[3.7], [0.11]]), array([[12.7], [0.9], [55.5]])
+    e2, e3 = np.array([29, -98], np.int32), np.array([21, 126, 3], np.int32)
+    q2, q3 = np.zeros((2, 1), np.int32), np.zeros((3, 1), np.int32)
+    b2, b3 = q2.astype(np.int8), q3.astype(np.int8)
+    sides: dict[str, tuple[Any, Any]] = {
+        "fixed, fixed": (FixedPoint(q2, e2), FixedPoint(q3, e3)),
+        "fixed, one scale": (FixedPoint(q2, e2), Codes(b3, one, 8)),
+        "fixed, a scale a row": (FixedPoint(q2, e2), Codes(b3, column, 8)),
+        "one scale, one scale": (Codes(b2, array(0.3), 8), Codes(b3, one, 8)),
+        "a scale a token, a scale a row": (Codes(b2, row, 8), Codes(b3, column, 8)),
+        "one scale, fixed": (Codes(b2, one, 8), FixedPoint(q3, e3)),
+    }
+    for name, (x, w) in sides.items():
+        for size, a in (("large", acc), ("small", small)):
+            add("rescale", f"{name}, {size}", FRACTIONS, [a, x, w], value(a, x, w), "round to float32 before the one division")
+    zero_scale = Codes(np.zeros((1, 1), np.int8), array(2), 8)
+    add("rescale", "negative zero", HAND, [np.array([[-0.0]]), zero_scale, zero_scale], array([[0.0]]), "a BLAS library's -0.0")
+    sub = FixedPoint(np.zeros((1, 1), np.int32), np.array([126], np.int32))
+    a = np.array([[3, 2**20 + 1]], np.float64)
+    w = FixedPoint(np.zeros((2, 1), np.int32), np.array([23, 22], np.int32))
+    add(
+        "rescale",
+        "subnormal",
+        FRACTIONS,
+        [a, sub, w],
+        value(a, sub, w),
+        "3 * 2^-149 and a tie: subnormals are kept, rounded once",
+    )
+
+
+def block() -> None:
+    """The operations of a block and of the head."""
+    r = generator(4)
+    table = normal(r, 5, 3)
+    tokens = np.array([4, 0, 4], np.int64)
+    add("embed", "float32", HAND, [tokens, table], table[[4, 0, 4]], "look up")
+    q = np.array([[127, -3, 0], [1, 2, 3], [-127, 5, 7]], np.int8)
+    for name, scale in (("one scale", array(37.43)), ("a scale a row", array([[3.7], [1], [0.11]]))):
+        of = [float(scale)] * 3 if scale.ndim == 0 else scale[:, 0].tolist()
+        rows = array([[exact.div(float(v), of[t]) for v in q[t].tolist()] for t in (2, 0)])
+        add(
+            "embed",
+            name,
+            FRACTIONS,
+            [np.array([2, 0], np.int64), Codes(q, scale, 8)],
+            rows,
+            "divided, not multiplied by 1/scale",
+        )
+    for d in (1, 3, 20, 48, 100):
+        x, w = normal(r, 2, d) * array(30), normal(r, d)
+        result = array([exact.rms_norm(row, w.tolist(), 1e-5) for row in x.tolist()])
+        add(
+            "rms_norm",
+            f"width {d}",
+            FRACTIONS,
+            [x, w, 1e-5],
+            result,
+            "the square root correctly rounded, then one division each",
+        )
+    x = array([[0, -0.0, 0, 0], [1e-30, 2e-30, -3e-30, 0], [4, 0, 0, 0]])
+    w = array([1, 2, 3, 4])
+    add(
+        "rms_norm",
+        "zeros",
+        FRACTIONS,
+        [x, w, 1e-5],
+        array([exact.rms_norm(row, w.tolist(), 1e-5) for row in x.tolist()]),
+        "eps alone",
+    )
+    for length, k, bias in (
+        (1, 4, True),
+        (2, 4, False),
+        (3, 4, True),
+        (7, 4, True),
+        (7, 4, False),
+        (5, 2, True),
+        (2, 1, False),
+    ):
+        x, state, taps, b = normal(r, length, 3), normal(r, 3, k - 1), normal(r, 3, k), normal(r, 3) if bias else None
+        out = [
+            exact.conv1d(x[:, c].tolist(), state[c].tolist(), taps[c].tolist(), None if b is None else float(b[c]))
+            for c in range(3)
+        ]
+        y, last = array([y for y, _ in out]).T, array([s for _, s in out]).reshape(3, k - 1)
+        add("conv1d", f"length {length}, {k} taps, {'a' if bias else 'no'} bias", FRACTIONS, [x, state, taps, b], (y, last),
+            "oldest tap first; shorter than the state")  # fmt: skip
+    add("conv1d", "order of taps", HAND, [array([[3], [5]]), array([[1, 2]]), array([[100, 10, 1]]), None],
+        (array([[123], [235]]), array([[3, 5]])), "digits show which tap met which input")  # fmt: skip
+    big = 2.0**24
+    add("conv1d", "order of sums", HAND, [array([[1]]), array([[big, 1, -big]]), array([[1, 1, 1, 1]]), array([0.5])],
+        (array([[1.5]]), array([[1, -big, 1]])), "2^24 + 1 = 2^24, - 2^24 = 0, + 1, + 0.5")  # fmt: skip
+    dt, bias_row = normal(r, 4, 6) * array(8), normal(r, 6)
+    result = array(
+        [[exact.softplus(exact.add(v, b)) for v, b in zip(row, bias_row.tolist(), strict=True)] for row in dt.tolist()]
+    )
+    add("step_size", "usual", FRACTIONS, [dt, bias_row], result, "the bias once, before softplus")
+    A_log = normal(r, 4, 5)
+    add("state_matrix", "usual", FRACTIONS, [A_log], each(lambda v: -exact.exp(v), A_log), "-exp(A_log)")
+    add("state_matrix", "by hand", HAND, [array([[0, -0.0, -100]])], array([[-1, -1, -0.0]]), "-e^0 = -1")
+    for length, e, n in ((1, 3, 16), (5, 2, 6), (3, 2, 1)):
+        delta, A, B, C, u = (
+            np.abs(normal(r, length, e)),
+            -np.abs(normal(r, e, n)),
+            *(normal(r, length, n) for _ in "BC"),
+            normal(r, length, e),
+        )
+        A_bar = array(
+            [
+                [[exact.exp(exact.mul(float(delta[t, c]), float(A[c, s]))) for s in range(n)] for c in range(e)]
+                for t in range(length)
+            ]
+        )
+        du = each(exact.mul, delta, u)
+        Bu = array([[[exact.mul(float(du[t, c]), float(B[t, s])) for s in range(n)] for c in range(e)] for t in range(length)])
+        add(
+            "discretize",
+            f"length {length}, {n} states",
+            FRACTIONS,
+            [delta, A, B, u],
+            (A_bar, Bu),
+            "(delta u) B, not (delta B) u",
+        )
+        scan_case(f"length {length}, {n} states", u, delta, A, B, C, normal(r, e), normal(r, e, n))
+    length, e, n = 70, 1, 2
+    scan_case("length 70", normal(r, length, e), np.abs(normal(r, length, e)), -np.abs(normal(r, e, n)), normal(r, length, n),
+              normal(r, length, n), normal(r, e), normal(r, e, n))  # fmt: skip
+    scan_case("decay", np.zeros((6, 1), np.float32), np.full((6, 1), 20, np.float32), array([[-1, -1.0625]]),
+              np.ones((6, 2), np.float32),
+              np.ones((6, 2), np.float32), array([1]), array([[1, -2.0**100]]))  # fmt: skip
+    y, z = normal(r, 3, 5), normal(r, 3, 5) * array(6)
+    add("gate", "usual", FRACTIONS, [y, z], each(lambda a, b: exact.mul(a, exact.silu(b)), y, z), "y silu(z)")
+    add("gate", "by hand", HAND, [array([[3, 2]]), array([[0, 100]])], array([[0, 200]]), "silu(0) = 0, silu(100) = 100")
+    logits = normal(r, 3, 50) * array(5)
+    add(
+        "log_softmax",
+        "usual",
+        FRACTIONS,
+        [logits],
+        array([exact.log_softmax(row) for row in logits.tolist()]),
+        "shift, tree, log",
+    )
+    add(
+        "log_softmax",
+        "far apart",
+        HAND,
+        [array([[0, -200], [1e30, -1e30]])],
+        array([[0, -200], [0, -2e30]]),
+        "the small ones are exp's +0",
+    )
+    four = array([5, 5, 5, 5, -1e9])
+    for draw, token in ((0.0, 0), (0.2499, 0), (0.25, 1), (0.5, 2), (0.9999, 3)):
+        add("sample", f"draw {draw}", HAND, [four, draw], token, "a running sum that equals the draw is passed over")
+    add("sample", "temperature 0", HAND, [array([1, 3, 2, 3]), 0.9, 0.0], 1, "the first largest")
+    add("sample", "top 2", HAND, [four, 0.75, 1.0, 2], 1, "equal ones by index: 0 and 1 are left")
+    add("sample", "top half", HAND, [four, 0.75, 1.0, 0, 0.5], 1, "two hold half exactly, so no third is taken")
+    add("sample", "cold", HAND, [array([0, 1]), 0.0, 0.01], 1, "e^-100 is +0: only the largest is left, and it comes first")
+
+
+def scan_case(
+    name: str, u: F32Array, delta: F32Array, A: F32Array, B: F32Array, C: F32Array, D: F32Array, h: F32Array
+) -> None:  # fmt: skip
+    """One selective_scan vector."""
+    channels = [
+        exact.scan(u[:, c].tolist(), delta[:, c].tolist(), A[c].tolist(), B.tolist(), C.tolist(), float(D[c]), h[c].tolist())
+        for c in range(len(A))
+    ]
+    y, last = array([y for y, _ in channels]).T, array([h for _, h in channels])
+    add(
+        "selective_scan",
+        name,
+        FRACTIONS,
+        [u, delta, A, B, C, D, h],
+        (y, last),
+        "every product and sum rounded; subnormals kept",
+    )
+
+
+def write_operations() -> None:
+    """tests/vectors/operations."""
+    functions()
+    codes()
+    products()
+    block()
+    folder = FOLDER / "operations"
+    folder.mkdir(parents=True, exist_ok=True)
+    for operation, rows in vectors.items():
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        head = f'{{"format": 1, "operation": "{operation}", "vectors": [\n'
+        (folder / f"{operation}.json").write_text(f"{head}{lines}\n]}}\n", encoding="utf-8")
+
+
+def write_tiny() -> None:
+    """tests/vectors/tiny: the model, its calibration, and what comes out."""
+    import torch
+    import transformers
+    from safetensors.numpy import save_file
+
+    folder, r = FOLDER / "tiny", generator(5)
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = {"hidden_size": 20, "num_hidden_layers": 2, "vocab_size": 67, "state_size": 16, "conv_kernel": 4, "expand": 2,
+             "time_step_rank": 3, "layer_norm_epsilon": 1e-5, "use_bias": True, "use_conv_bias": True,
+             "tie_word_embeddings": True, "hidden_act": "silu", "intermediate_size": 40}  # fmt: skip
+    config = {"model_type": "mamba", "architectures": ["MambaForCausalLM"], **sizes}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    shapes = MambaConfig(20, 2, 67, dt_rank=3, use_bias=True).shapes()
+    tensors = {}
+    for name, shape in shapes.items():
+        x = normal(r, *shape) * array(0.4)
+        if name.endswith("A_log"):
+            x = np.log(np.arange(1, 17)).astype(np.float32) + x
+        elif "norm" in name or name.endswith(".D"):
+            x = 1 + x
+        elif name.endswith("dt_proj.bias"):
+            x = x * 4 - 2
+        if name.endswith("conv1d.weight"):
+            x = x[:, None]
+        stored = "backbone." + name.replace("embedding.", "embeddings.")
+        if name.startswith("layers.") and ".norm." not in name:
+            stored = "backbone.{}.{}.mixer.{}".format(*name.split(".", 2))
+        tensors[stored] = x.astype(np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    source = open_checkpoint(folder)
+    assert not isinstance(source, QuantizedModel)
+    absmax = calibrate(source, np.array(TINY_SEQUENCES[0]))
+    save_calibration(absmax, folder / "calibration.json")
+    hashes = {}
+    for name in SCHEMES:
+        runner = Mamba(quantize_model(source, parse_scheme(name), absmax))
+        logits, _ = runner.prefill([np.array(s) for s in TINY_SEQUENCES], logits="all")
+        hashes[name] = sha256_of(logits)
+    torch.set_default_dtype(torch.float64)
+    theirs_model: Any = transformers.MambaForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    theirs_model.eval()
+    with torch.no_grad():
+        logits64 = theirs_model(torch.tensor([TINY_SEQUENCES[0]]), use_cache=False).logits[0, -8:].double().numpy()
+    theirs = {
+        "source": f"independent:transformers {transformers.__version__}, float64", "compare": "close:1e-5", "sequence": 0,
+        "result": encode(logits64),
+    }  # fmt: skip
+    frozen = {"source": "spec", "compare": "exact", "schemes": hashes}
+    expected = {"format": 1, "sequences": TINY_SEQUENCES, "logits_sha256": frozen, "fp32_last_8": theirs}
+    (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
+
+
+def write_small() -> None:
+    """tests/vectors/small.json."""
+    from refmamba.load import ModelChoice, load_model
+
+    tokens = [row[:24] for row in TINY_SEQUENCES]
+    hashes = {}
+    for name in SCHEMES:
+        _, _, model = load_model(ModelChoice("small", name))
+        hashes[name] = sha256_of(Mamba(model).prefill([np.array(row) for row in tokens], logits="all")[0])
+    weights = resources.files("refmamba") / "small_model" / "model.safetensors"
+    import hashlib
+
+    value = {"format": 1, "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(), "sequences": tokens,
+             "logits_sha256": {"source": "spec", "compare": "exact", "schemes": hashes}}  # fmt: skip
+    (FOLDER / "small.json").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parts = {"operations": write_operations, "tiny": write_tiny, "small": write_small}
+    for chosen in sys.argv[1:] or ["operations", "tiny"]:
+        parts[chosen]()
