@@ -303,12 +303,13 @@ def save_quantized(model: QuantizedModel, folder: Path, tokenizer: Path) -> None
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder}: is there already and not an empty folder; name another")
         aside.mkdir(parents=True)
-        save_file(dict(_arrays(model)), aside / "model.safetensors")
         for file in (tokenizer, tokenizer.with_name("tokenizer_config.json")):
             if file.exists():
                 shutil.copyfile(file, aside / file.name)
         text = json.dumps({"model_type": "refmamba", **config, "refmamba": saved}, indent=2)
         (aside / "config.json").write_text(text + "\n", "utf-8")
+        save_file(dict(_arrays(model)), aside / "model.safetensors")
+        shutil.copymode(aside / "config.json", aside / "model.safetensors")  # the library lets only its owner read it
         aside.replace(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be written: {error}") from error

@@ -443,6 +443,11 @@ def test_saved_twice_is_the_same_file(tmp_path: Path) -> None:
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(tmp_path: Path) -> None:
+    folder = save(quantized(SCHEMES["w8-all"], tmp_path), tmp_path / "saved")
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+
+
 def test_codes_of_four_bits_are_two_a_byte(tmp_path: Path) -> None:
     sizes = {}
     for name in ("w4-all", "w8-all"):
