@@ -136,17 +136,15 @@ def score(runner: Runner, backend: Backend, wanted: Sequence[Request]) -> list[S
     greedy = [True] * len(wanted)
 
     def read(logits: F32Array, rows: Sequence[tuple[int, int, int]]) -> None:
-        """Put the scores of (row of the logits, request, place) where they belong."""
-        if not rows:
-            return
-        logs = logarithms(logits)
-        best = np.argmax(logits, axis=-1)
-        for row, i, place in rows:
-            target = wanted[i].tokens[len(wanted[i].tokens) - wanted[i].scored + place]
-            values[i][place] = logs[row, target]
-            greedy[i] &= bool(best[row] == target)
-            if not np.isfinite(values[i][place]):
-                raise NonFiniteError(f"{wanted[i].where}: the model gives a NaN or an infinity for this document")
+        """Put the scores of (row of the logits, request, place) where they belong; row by row stays in the cache."""
+        for row, group in itertools.groupby(sorted(rows), key=lambda item: item[0]):
+            logs, best = logarithms(logits[row]), int(np.argmax(logits[row]))
+            for _, i, place in group:
+                target = wanted[i].tokens[len(wanted[i].tokens) - wanted[i].scored + place]
+                values[i][place] = logs[target]
+                greedy[i] &= best == target
+                if not np.isfinite(logs[target]):
+                    raise NonFiniteError(f"{wanted[i].where}: the model gives a NaN or an infinity for this document")
 
     if runner.scheme.whole_sequence:
         for i, one in enumerate(wanted):

@@ -1,0 +1,107 @@
+"""Results in one SQLite file: what is finished is there, whole, whatever happens to the process.
+
+A document's result is kept under everything that its numbers depend on (`Key`), so nothing is computed twice and
+nothing is taken for something else. Blocks of documents are written in one transaction each. Several processes may
+write to the file; for a document that two of them computed, the first result stays.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from refmamba.errors import DataError
+from refmamba.eval_tasks.score import Score
+
+WAIT_SECONDS = 60.0  # for another writer's transaction
+TABLES = """
+CREATE TABLE IF NOT EXISTS run (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS result (
+  run INTEGER NOT NULL REFERENCES run(id), doc_id INTEGER NOT NULL, loglikelihoods TEXT NOT NULL, greedy TEXT NOT NULL,
+  PRIMARY KEY (run, doc_id)
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a document's numbers depend on, besides the document: together with doc_id, a result's name.
+
+    model: SHA-256 of the model's files; scheme: its map as JSON; calibration: SHA-256 of what it was calibrated with, or
+    empty; data: Dataset.sha256. backend, device and dtype are empty for exact backends, whose bits are all the same.
+    """
+
+    model: str
+    scheme: str
+    calibration: str
+    task: str
+    data: str
+    spec_version: str
+    max_length: int
+    backend: str = ""
+    device: str = ""
+    dtype: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One document's scores, in the order of its choices."""
+
+    doc_id: int
+    scores: tuple[Score, ...]
+
+
+class Results:
+    """The file, open. Raises DataError where it is no results file, or stays locked."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        try:
+            self._database = sqlite3.connect(file, timeout=WAIT_SECONDS, isolation_level=None)
+            self._database.execute("PRAGMA journal_mode = WAL")  # readers and one writer at a time, safe against kill -9
+            self._database.executescript(TABLES)
+            self._database.execute("SELECT key FROM run LIMIT 1")
+        except sqlite3.Error as error:
+            raise DataError(f"{file}: cannot be used as a results file: {error}; give another --results FILE") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._database.close()
+
+    def load(self, key: Key) -> dict[int, Result]:
+        """What is finished, by doc_id."""
+        rows = self._database.execute(
+            "SELECT doc_id, loglikelihoods, greedy FROM result JOIN run ON run.id = run WHERE key = ?", [_text(key)]
+        )
+        return {
+            doc_id: Result(doc_id, tuple(map(Score, json.loads(values), json.loads(greedy)))) for doc_id, values, greedy in rows
+        }
+
+    def save(self, key: Key, block: Iterable[Result]) -> None:
+        """Write a block, whole or not at all. Raises DataError where the file cannot be written."""
+        rows = [
+            (_text(key), r.doc_id, json.dumps([s.loglikelihood for s in r.scores]), json.dumps([s.greedy for s in r.scores]))
+            for r in block
+        ]
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.execute("INSERT OR IGNORE INTO run (key) VALUES (?)", [_text(key)])
+            self._database.executemany(
+                "INSERT OR IGNORE INTO result SELECT id, ?2, ?3, ?4 FROM run WHERE key = ?1", rows
+            )
+            self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+            raise DataError(f"{self._file}: cannot be written: {error}") from error
+
+
+def _text(key: Key) -> str:
+    return json.dumps(asdict(key), sort_keys=True)
