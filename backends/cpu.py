@@ -24,7 +24,7 @@ from refmamba.errors import BackendError, NonFiniteError
 from refmamba.model import Positions, QuantizedModel, check_tokens
 from refmamba.ops import state_matrix
 from refmamba.quantize import Codes, FixedPoint, scale_of
-from refmamba.scheme import LINEAR_LAYERS, Scheme
+from refmamba.scheme import LINEAR_LAYERS
 from refmamba.trace import Hook
 
 HERE = Path(__file__).resolve().parent

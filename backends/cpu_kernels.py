@@ -18,14 +18,47 @@ import numpy as np
 
 from refmamba import arith
 from refmamba.backends.cpu_vectors import (
-    F, bits, double, fetch, fetch_add_one, float_of, from_bits, get, get_f, give_way, lane_tree, largest, load_d, load_f,
-    load_i, negative, pause, put, put_f, rint, single, splat_f, splat_i, splat_l, store_bytes, store_d, store_f,
-    store_first, tile, to_double, to_float, to_int, total, where, where_i, widen,
+    bits,
+    double,
+    fetch,
+    fetch_add_one,
+    float_of,
+    from_bits,
+    get,
+    get_f,
+    give_way,
+    lane_tree,
+    largest,
+    load_d,
+    load_f,
+    load_i,
+    negative,
+    pause,
+    put,
+    put_f,
+    rint,
+    single,
+    splat_f,
+    splat_i,
+    splat_l,
+    store_bytes,
+    store_d,
+    store_f,
+    store_first,
+    tile,
+    to_double,
+    to_float,
+    to_int,
+    total,
+    where,
+    where_i,
+    widen,
 )  # fmt: skip
 from refmamba.quantize import ABSMAX_ZERO
 
 f32 = np.float32
-FLOATS = 64  # bytes of 16 float32
+# numpy's integers where they are arguments: numba compiles a function anew for each of Python's.
+FLOATS = np.int64(64)  # bytes of 16 float32
 BLOCK = 4096  # columns whose integer product is joined in one piece, eq. (12)
 ROWS_OF_ITEM, ROWS_OF_TILE = 4, 64  # rows of one item of a row region, and of a product
 LINE = 64  # bytes between two threads' counters
@@ -69,7 +102,7 @@ class Mode(IntEnum):
 
 
 def kernel(**options):  # type: ignore[no-untyped-def]
-    """A function compiled into `run`. The numpy error model: a float division by zero is an infinity, as in the specification."""
+    """A function compiled into `run_layers`. A division by zero is an infinity, as in the specification."""
     return numba.njit(error_model="numpy", nogil=True, **options)
 
 
@@ -347,7 +380,9 @@ def tensor_absmax(run, starts, sequence):
     return m
 
 
-NORM_ROW, LAST_NORM_ROW, CONV_ROW, NOTHING = range(4)  # what makes the rows that are coded
+# What makes the rows that are coded, and whether a product is added to the residual.
+NORM_ROW, LAST_NORM_ROW, CONV_ROW, NOTHING = np.arange(4)
+SET, ADD = np.arange(2)
 
 
 @kernel()
@@ -530,49 +565,59 @@ def product(rank, run, site, rows, out, strip_bytes, row_bytes, limit, residual,
 def linear(rank, run, site, out, counter):
     """Regions: a linear layer from its codes to its `out` side, in strips. Returns the next region's counter."""
     step = at(run, Run.STRIDE) * FLOATS
-    counter = product(rank, run, site, at(run, Run.ROWS), out, step, FLOATS, 0, False, counter)
+    counter = product(rank, run, site, at(run, Run.ROWS), out, step, FLOATS, SET, SET, counter)
     if at(site, Site.OUT) != Mode.NONE:
-        counter = requantize_rows(run, site, out, out, False, counter)
+        counter = requantize_rows(run, site, out, out, SET, counter)
     return counter
+
+
+@inlined
+def scan_term(delta, delta_u, A, h, B, C):
+    """Eq. (20, 21) for one state of 16 channels: the new state goes to h; C h."""
+    v = exp_negative(delta * load_f(A)) * load_f(h) + delta_u * splat_f(get_f(B))
+    store_f(h, v)
+    return splat_f(get_f(C)) * v
 
 
 @kernel()
 def scan_strip(rank, run, layer, index, sequence, s):
     """Eq. (18, 20 to 23) for 16 channels of a sequence: step, scan, skip and gate. The result replaces DELTA."""
-    n, step = at(run, Run.D_STATE), at(run, Run.STRIDE) * FLOATS
-    inner = at(run, Run.INNER_STRIPS)
+    n, step, inner = at(run, Run.D_STATE), at(run, Run.STRIDE) * FLOATS, at(run, Run.INNER_STRIPS)
     state = ((sequence * at(run, Run.LAYERS) + index) * inner + s) * n * FLOATS
-    h, A = at(run, Run.SSM_OUT) + state, at(layer, Layer.A) + s * n * FLOATS
+    h_in, h, A = at(run, Run.SSM_IN) + state, at(run, Run.SSM_OUT) + state, at(layer, Layer.A) + s * n * FLOATS
     for i in range(n):
-        store_f(h + i * FLOATS, load_f(at(run, Run.SSM_IN) + state + i * FLOATS))
+        store_f(h + i * FLOATS, load_f(h_in + i * FLOATS))
     bias, D = load_f(at(layer, Layer.DT_BIAS) + s * FLOATS), load_f(at(layer, Layer.D) + s * FLOATS)
     terms = at(run, Run.SCRATCH) + rank * at(run, Run.SCRATCH_BYTES)
     half = 1
     while 2 * half < n:
         half *= 2
-    B_strip = at(run, Run.XBC) + at(run, Run.RANK_STRIPS) * step
-    C_strip = B_strip + at(run, Run.STATE_STRIPS) * step
+    B = at(run, Run.XBC) + at(run, Run.RANK_STRIPS) * step
+    C = B + at(run, Run.STATE_STRIPS) * step
+    u_strip, dt_strip, z_strip = at(run, Run.U) + s * step, at(run, Run.DELTA) + s * step, at(run, Run.XZ) + (inner + s) * step
     for row in range(get(at(run, Run.START) + 8 * sequence), get(at(run, Run.START) + 8 * sequence + 8)):
-        here = s * step + row * FLOATS
-        u = load_f(at(run, Run.U) + here)
-        delta = softplus(load_f(at(run, Run.DELTA) + here) + bias)
+        here = row * FLOATS
+        u = load_f(u_strip + here)
+        delta = softplus(load_f(dt_strip + here) + bias)
         delta_u = delta * u
-        for i in range(n):
-            lane = i // 16 * step + row * FLOATS + i % 16 * 4
-            a = exp_negative(delta * load_f(A + i * FLOATS))
-            v = a * load_f(h + i * FLOATS) + delta_u * splat_f(get_f(B_strip + lane))
-            store_f(h + i * FLOATS, v)
-            store_f(terms + i * FLOATS, splat_f(get_f(C_strip + lane)) * v)
-        for i in range(n, 2 * half):
-            store_f(terms + i * FLOATS, splat_f(ZERO))
-        width = 2 * half if n > 1 else 1
+        # The tree's first level as the terms come; states that fill up to a power of two are zeros.
+        for i in range(half):
+            lane = i // 16 * step + i % 16 * 4 + here
+            term = scan_term(delta, delta_u, A + i * FLOATS, h + i * FLOATS, B + lane, C + lane)
+            j = i + half
+            if j < n:
+                lane = j // 16 * step + j % 16 * 4 + here
+                term = term + scan_term(delta, delta_u, A + j * FLOATS, h + j * FLOATS, B + lane, C + lane)
+            elif n > 1:
+                term = term + splat_f(ZERO)
+            store_f(terms + i * FLOATS, term)
+        width = half
         while width > 1:
             width //= 2
             for i in range(width):
                 store_f(terms + i * FLOATS, load_f(terms + i * FLOATS) + load_f(terms + (i + width) * FLOATS))
         y = load_f(terms) + D * u
-        z = load_f(at(run, Run.XZ) + here + inner * step)
-        store_f(at(run, Run.DELTA) + here, y * silu(z))
+        store_f(dt_strip + here, y * silu(load_f(z_strip + here)))
 
 
 @kernel()
@@ -606,13 +651,23 @@ def run_layers(rank, run):
         counter = scan(rank, run, layer, index, counter)
         counter = code_rows(run, NOTHING, layer, index, out_proj, delta, counter)
         if at(out_proj, Site.OUT) == Mode.NONE:
-            counter = product(rank, run, out_proj, rows, x, step, FLOATS, 0, True, counter)
+            counter = product(rank, run, out_proj, rows, x, step, FLOATS, SET, ADD, counter)
         else:
-            counter = product(rank, run, out_proj, rows, normed, step, FLOATS, 0, False, counter)
-            counter = requantize_rows(run, out_proj, normed, x, True, counter)
+            counter = product(rank, run, out_proj, rows, normed, step, FLOATS, SET, SET, counter)
+            counter = requantize_rows(run, out_proj, normed, x, ADD, counter)
     out_rows = at(run, Run.OUT_ROWS)
     if out_rows > 0:
         head = at(run, Run.HEAD)
         site, vocabulary = head + 8 * Layer.IN_PROJ, at(run, Run.VOCABULARY)
-        counter = code_rows(run, LAST_NORM_ROW, head, 0, site, normed, counter)
-        product(rank, run, site, out_rows, at(run, Run.LOGITS), FLOATS, 4 * vocabulary, vocabulary, False, counter)
+        counter = code_rows(run, LAST_NORM_ROW, head, at(run, Run.LAYERS), site, normed, counter)
+        product(rank, run, site, out_rows, at(run, Run.LOGITS), FLOATS, 4 * vocabulary, vocabulary, SET, counter)
+
+
+@kernel(cache=True)
+def probe(rank, run):
+    """What the exactness rests on, for `Cpu` to check: a product, and a subnormal that this thread does not flush to zero."""
+    w, x, k, out = get(run), get(run + 8), get(run + 16), get(run + 24)
+    if rank == 0:
+        BYTES_8(w, 16 * k, x, k, k, out)
+    tiny = get_f(get(run + 32))
+    put_f(get(run + 40) + 4 * rank, tiny * HALF)

@@ -177,7 +177,9 @@ def test_hooks_show_the_references_values(backend: Cpu) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["fp32", "int8", "w8a8-all", "int8-static"])
-@pytest.mark.parametrize(("name", "bad"), [("layers.1.D", np.nan), ("layers.0.conv1d.bias", np.inf), ("norm_f.weight", -np.inf)])
+@pytest.mark.parametrize(
+    ("name", "bad"), [("layers.1.D", np.nan), ("layers.0.conv1d.bias", np.inf), ("norm_f.weight", -np.inf)]
+)
 def test_a_value_without_codes_is_named(name: str, bad: float, scheme: str, backend: Cpu) -> None:
     config = CONFIGS["plain"]
     model = quantized(config, parse_scheme(scheme))
