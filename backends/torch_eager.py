@@ -461,7 +461,8 @@ def check_subnormals(device: torch.device) -> None:
 class Torch:
     """PyTorch, eager. device: "cpu" (None), "cuda", "cuda:1". Raises BackendError for one that is not there."""
 
-    name, exact, sites = "torch", True, None
+    name, exact = "torch", True
+    sites: frozenset[str] | None = None
 
     def __init__(self, device: str | None = None) -> None:
         try:

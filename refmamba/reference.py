@@ -22,7 +22,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 class Reference:
     """NumPy and a numba-jitted scan, one operation at a time."""
 
-    name, device, exact, sites = "reference", "cpu", True, None
+    name, device, exact = "reference", "cpu", True
+    sites: frozenset[str] | None = None
 
     def __init__(self, device: str | None = None) -> None:
         if device not in (None, "cpu"):
