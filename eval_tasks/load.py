@@ -32,16 +32,17 @@ class Dataset:
         return hashlib.sha256(json.dumps(asked, ensure_ascii=True).encode()).hexdigest()
 
 
-def load_file(task: Task, file: Path, note: str = "") -> Dataset:
+def load_file(task: Task, file: Path) -> Dataset:
     """A task's documents from one file. Raises DataError with file and line for whatever is wrong in it."""
     rows = read_rows(file, task.labels)
-    return Dataset(task, tuple(task.document(row) for row in rows), str(file), note)
+    return Dataset(task, tuple(task.document(row) for row in rows), str(file))
 
 
 def load_sample(task: Task) -> Dataset:
     """The rows inside the package."""
     with resources.as_file(resources.files("refmamba.eval_tasks.samples")) as folder:
-        return load_file(task, folder / f"{task.name}.jsonl", SAMPLE_NOTE)
+        documents = load_file(task, folder / f"{task.name}.jsonl").documents
+    return Dataset(task, documents, SAMPLE, SAMPLE_NOTE)
 
 
 def load_hub(task: Task) -> Dataset:

@@ -1,0 +1,149 @@
+"""A task under a scheme: what is finished is read, the rest is scored in blocks, each saved as soon as it is there."""
+
+import functools
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refmamba import SPEC_VERSION
+from refmamba.backend import Backend, load_backend
+from refmamba.calibrate import passage
+from refmamba.errors import DataError
+from refmamba.eval_tasks.load import Dataset
+from refmamba.eval_tasks.progress import Progress
+from refmamba.eval_tasks.results import Key, Result, Results
+from refmamba.eval_tasks.score import requests, score
+from refmamba.eval_tasks.task import Document
+from refmamba.hub import ModelFiles, resolve_model
+from refmamba.load import Loaded, ModelChoice, load
+from refmamba.scheme import Scheme, parse_scheme, scheme_from_json
+
+BLOCK = 16  # documents scored and saved together
+HASHED = ("config.json", "*.safetensors", "pytorch_model*.bin", "*.index.json")
+
+Block = list[tuple[int, Document]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to score documents, and what it must find."""
+
+    choice: ModelChoice
+    max_length: int
+    model_sha256: str
+    spec_version: str = SPEC_VERSION
+
+
+Scorer = Callable[[Job, Sequence[Block]], Iterator[list[Result]]]  # a block's results as they come, in any order
+
+_ONE_AT_A_TIME = threading.Lock()  # a worker may have several threads, and a runner is for one
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(job: Job) -> Loaded:
+    _, found = _model_files(job.choice.model, job.choice.revision)
+    if (found, SPEC_VERSION) != (job.model_sha256, job.spec_version):
+        raise DataError(f"{job.choice.model}: this process has other files of that name, or another refmamba")
+    return load(job.choice)
+
+
+def score_block(job: Job, block: Block) -> list[Result]:
+    """Score some documents; the model is loaded once for each process and job. Raises RefmambaError."""
+    with _ONE_AT_A_TIME:
+        return _score_block(_loaded(job), job.max_length, block)
+
+
+def _score_block(loaded: Loaded, max_length: int, block: Block) -> list[Result]:
+    wanted = [requests(document, loaded.tokenizer, max_length) for _, document in block]
+    scores = iter(score(loaded.runner, loaded.backend, [one for many in wanted for one in many]))
+    return [
+        Result(doc_id, tuple(next(scores) for _ in many)) for (doc_id, _), many in zip(block, wanted, strict=True)
+    ]
+
+
+def score_here(job: Job, blocks: Sequence[Block]) -> Iterator[list[Result]]:
+    """The Scorer of this process."""
+    return (score_block(job, block) for block in blocks)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated, as every result names it."""
+
+    choice: ModelChoice
+    model_sha256: str
+    scheme: Scheme
+    calibration: str
+    backend: Backend
+    max_length: int
+
+    @property
+    def job(self) -> Job:
+        """What scores it."""
+        return Job(self.choice, self.max_length, self.model_sha256)
+
+    def key(self, data: Dataset) -> Key:
+        """The name of a task's results."""
+        exact = ("", "", "")
+        inexact = (self.backend.name, self.backend.device, str(getattr(self.backend, "dtype", "float32")))
+        return Key(
+            self.model_sha256, json.dumps(self.scheme.to_json(), sort_keys=True), self.calibration, data.task.name,
+            data.sha256, SPEC_VERSION, self.max_length, *(exact if self.backend.exact else inexact),
+        )  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        """The names, for JSON."""
+        return {
+            "model": self.choice.model, "model_sha256": self.model_sha256, "scheme": self.scheme.name,
+            "scheme_map": self.scheme.to_json(), "calibration_sha256": self.calibration or None,
+            "backend": self.backend.name, "device": self.backend.device, "exact": self.backend.exact,
+            "spec_version": SPEC_VERSION, "max_length": self.max_length,
+        }  # fmt: skip
+
+
+@functools.lru_cache
+def _model_files(model: str, revision: str | None) -> tuple[ModelFiles, str]:
+    files, total = resolve_model(model, revision), hashlib.sha256()
+    for file in sorted({files.tokenizer, *(f for pattern in HASHED for f in files.folder.glob(pattern))}):
+        with file.open("rb") as stream:
+            total.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return files, total.hexdigest()
+
+
+def subject(choice: ModelChoice, max_length: int) -> Subject:
+    """Find out what a choice of model is without loading it. Raises RefmambaError."""
+    wanted = parse_scheme(choice.scheme)
+    files, model_sha256 = _model_files(choice.model, choice.revision)
+    saved = json.loads((files.folder / "config.json").read_text("utf-8")).get("refmamba")
+    scheme = scheme_from_json(saved["scheme"]) if saved else wanted
+    calibration = ""
+    if scheme.needs_calibration and not saved:
+        text = passage().encode() if choice.calibrate is None else _bytes(choice.calibrate)
+        calibration = hashlib.sha256(text).hexdigest()
+    return Subject(choice, model_sha256, scheme, calibration, load_backend(choice.backend, choice.device), max_length)
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def evaluate(
+    subject: Subject, data: Dataset, limit: int | None, results: Results, scorer: Scorer, progress: Progress
+) -> None:
+    """Score what is missing of a task's first `limit` documents into `results`. Raises RefmambaError."""
+    key = subject.key(data)
+    documents, there = data.documents[:limit], results.load(key)
+    missing = [(i, document) for i, document in enumerate(documents) if i not in there]
+    progress.start(f"{subject.scheme.name} {data.task.name}", len(documents))
+    progress.found(len(documents) - len(missing))
+    missing.sort(key=lambda item: len(item[1].contexts[0]) + sum(map(len, item[1].continuations)), reverse=True)
+    for block in scorer(subject.job, [missing[i : i + BLOCK] for i in range(0, len(missing), BLOCK)]):
+        results.save(key, block)
+        progress.saved(len(block))

@@ -1,0 +1,77 @@
+"""`refmamba eval`: the six tasks, on any model, schemes and backend; see refmamba.eval_tasks."""
+
+import itertools
+import json
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from refmamba.errors import RefmambaError
+from refmamba.options import MODEL_OPTIONS
+
+
+@click.command("eval")
+@click.option("--tasks", default="", help="lambada,hellaswag,piqa,winogrande,rte,copa; default: all that have data.")
+@click.option("--schemes", help="Several schemes, with commas between.")
+@click.option("--data", multiple=True, help="A folder, TASK=FILE, `hub` or `sample` (default); repeatable.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first N documents of each task.")
+@click.option("--results", type=click.Path(path_type=Path, dir_okay=False), default="refmamba-results.sqlite",
+              show_default=True, help="Where every document's result is kept; a run goes on where the last one stopped.")  # fmt: skip
+@click.option("--samples", type=click.Path(path_type=Path, dir_okay=False), help="Write one JSON object a document here.")
+@click.option("--max-length", type=click.IntRange(1), default=2048, show_default=True, help="Tokens; longer contexts are cut.")
+@click.option("--workers", type=click.IntRange(1), help="Score in N processes of this machine (extra `cluster`).")
+@click.option("--dask", help="Score on the workers of this dask scheduler, tcp://HOST:PORT (extra `cluster`).")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, as lm-evaluation-harness lays it out.")
+def evaluate(
+    tasks: str, schemes: str | None, data: tuple[str, ...], limit: int | None, results: Path, samples: Path | None,
+    max_length: int, workers: int | None, dask: str | None, as_json: bool, scheme: str | None, bits: int | None,
+    act_bits: int | None, **model: Any,
+) -> None:  # fmt: skip
+    """Score the six tasks as lm-evaluation-harness does, and print their metrics."""
+    from refmamba.eval_tasks import report
+    from refmamba.eval_tasks.cluster import cluster
+    from refmamba.eval_tasks.evaluate import evaluate as evaluate_task
+    from refmamba.eval_tasks.evaluate import score_here, subject
+    from refmamba.eval_tasks.load import load_tasks
+    from refmamba.eval_tasks.progress import progress
+    from refmamba.eval_tasks.results import Results
+    from refmamba.files import write_text
+    from refmamba.load import ModelChoice, choose_scheme
+
+    if workers and dask:
+        raise click.UsageError("give either --workers or --dask")
+    if schemes and (scheme or bits or act_bits):
+        raise click.UsageError("give either --schemes, or --scheme, --bits and --act-bits")
+    names = schemes.split(",") if schemes else [choose_scheme(scheme, bits, act_bits)]
+    datasets = load_tasks([name for name in tasks.split(",") if name], data)
+    subjects = [subject(replace(ModelChoice(**model), scheme=name), max_length) for name in dict.fromkeys(names)]
+    counts = [min(limit or len(one.documents), len(one.documents)) for one in datasets]
+
+    def show() -> None:
+        """What there is, on stdout and in the samples' file."""
+        outcomes = [
+            report.Outcome(who, one, count, store.load(who.key(one)))
+            for who, (one, count) in itertools.product(subjects, zip(datasets, counts, strict=True))
+        ]
+        if samples:
+            write_text(samples, report.samples(outcomes))
+        click.echo(json.dumps(report.as_json(outcomes), ensure_ascii=False) if as_json else report.text(outcomes))
+
+    with ExitStack() as stack:
+        store = stack.enter_context(Results(results))
+        scorer = stack.enter_context(cluster(workers, dask)) if workers or dask else score_here
+        try:
+            with progress(len(subjects) * sum(counts)) as bars:
+                for who, one in itertools.product(subjects, datasets):
+                    evaluate_task(who, one, limit, store, scorer, bars)
+        except (KeyboardInterrupt, RefmambaError):
+            show()
+            raise
+        show()
+
+
+for _option in reversed([o for o in MODEL_OPTIONS]):
+    evaluate = _option(evaluate)
