@@ -54,10 +54,11 @@ def _loaded(job: Job) -> Loaded:
 def score_block(job: Job, block: Block) -> list[Result]:
     """Score some documents; the model is loaded once for each process and job. Raises RefmambaError."""
     with _ONE_AT_A_TIME:
-        return _score_block(_loaded(job), job.max_length, block)
+        return score_documents(_loaded(job), job.max_length, block)
 
 
-def _score_block(loaded: Loaded, max_length: int, block: Block) -> list[Result]:
+def score_documents(loaded: Loaded, max_length: int, block: Block) -> list[Result]:
+    """Score some documents on a loaded model. Raises RefmambaError."""
     wanted = [requests(document, loaded.tokenizer, max_length) for _, document in block]
     scores = iter(score(loaded.runner, loaded.backend, [one for many in wanted for one in many]))
     return [
