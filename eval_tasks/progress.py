@@ -24,7 +24,8 @@ class Progress:
     def found(self, documents: int) -> None:
         """These were finished before: done, but not part of the speed."""
         for bar in (self._all, self._task):
-            bar.initial += documents
+            if not bar.disable:
+                bar.initial += documents
             bar.update(documents)
 
     def saved(self, documents: int) -> None:
