@@ -19,6 +19,7 @@ from refmamba.options import model_options
 
 DEFAULT_PROMPT = "Once upon a time"
 LATER = {  # commands in files of their own, loaded when they are called
+    "ablate": "refmamba.ablate:command",
     "bench": "refmamba.bench:bench",
     "eval": "refmamba.eval_command:evaluate",
     "outliers": "refmamba.outliers:command",
