@@ -280,7 +280,8 @@ class CpuRunner:
 
     def _rows(self, x: F32Array, order: IntArray, missing: float) -> int:
         """Keep x (rows,) or () for the rows of a packed weight."""
-        return self._keep(np.where(order >= 0, np.broadcast_to(x.reshape(-1) if x.ndim else x, order.max() + 1)[order], f32(missing)))
+        values = np.broadcast_to(x.reshape(-1) if x.ndim else x, order.max() + 1)
+        return self._keep(np.where(order >= 0, values[order], f32(missing)))
 
     def _site(self, number: int, site: str, kind: str, order: IntArray, digits: NDArray[np.uint8]) -> list[int]:
         """Pack a linear layer's weight into `digits` and describe the layer: the fields of `cpu_kernels.Site`."""
