@@ -59,7 +59,7 @@ def log(x: F32Array) -> F32Array:
     usual = (x > ZERO) & (x < f32(np.inf))
     a = np.where(usual, x, ONE)
     subnormal = a < f32(2.0**-126)
-    a = np.where(subnormal, a * TWO_25, a)
+    a = a * np.where(subnormal, TWO_25, ONE)  # not where(..., a * TWO_25, a): that overflows on the large ones
     bits = a.view(np.int32)
     k = (bits - SQRT_HALF_BITS) >> np.int32(23)  # x = m 2^k with sqrt(1/2) <= m < sqrt(2)
     f = (bits - (k << np.int32(23))).view(np.float32) - ONE
