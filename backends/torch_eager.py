@@ -257,11 +257,13 @@ def selective_scan(
     for start in range(0, u.shape[1], SCAN_CHUNK):
         now = slice(start, start + SCAN_CHUNK)
         A_bar, B_bar_u = discretize(delta[:, now], A, B[:, now], u[:, now])
+        states = []
         for t in range(A_bar.shape[1]):
             following = A_bar[:, t] * h + B_bar_u[:, t]
             h = torch.where((start + t < lengths)[:, None, None], following, h)
-            parts.append(tree_sum(C[:, start + t, None] * h))
-    return torch.stack(parts, 1) + D * u, h
+            states.append(h)
+        parts.append(tree_sum(C[:, now, None] * torch.stack(states, 1)))
+    return torch.cat(parts, 1) + D * u, h
 
 
 def log_softmax(logits: Tensor) -> Tensor:
@@ -451,10 +453,11 @@ def tensor(x: Any, device: torch.device) -> Tensor:
 def check_subnormals(device: torch.device) -> None:
     """Raise BackendError where subnormals are flushed to zero: the decaying state needs them.
 
-    As many as it takes to occupy every thread of the pool, whose settings are their own.
+    As many as it takes to occupy every thread of the pool, whose settings are their own; as bits, since a processor that
+    flushes also compares a subnormal as a zero.
     """
-    small = torch.full((1 << 21,), 2.0**-130, device=device)
-    if not bool(((small * 0.5) == 2.0**-131).all()):
+    small = torch.full((1 << 21,), 1 << 19, dtype=torch.int32, device=device)  # 2^-130, and half of it
+    if not bool(((small.view(torch.float32) * 0.5).view(torch.int32) == 1 << 18).all()):
         raise BackendError("PyTorch flushes subnormal numbers to zero here; call torch.set_flush_denormal(False)")
 
 
