@@ -12,14 +12,14 @@ from typing import Any
 from refmamba import SPEC_VERSION
 from refmamba.backend import Backend, load_backend
 from refmamba.calibrate import passage
-from refmamba.errors import DataError
+from refmamba.errors import DataError, SchemeError
 from refmamba.eval_tasks.load import Dataset
 from refmamba.eval_tasks.progress import Progress
 from refmamba.eval_tasks.results import Key, Result, Results
 from refmamba.eval_tasks.score import requests, score
 from refmamba.eval_tasks.task import Document
 from refmamba.hub import ModelFiles, resolve_model
-from refmamba.load import Loaded, ModelChoice, load
+from refmamba.load import DEFAULT_SCHEME, Loaded, ModelChoice, load
 from refmamba.scheme import Scheme, parse_scheme, scheme_from_json
 
 BLOCK = 16  # documents scored and saved together
@@ -61,9 +61,7 @@ def score_documents(loaded: Loaded, max_length: int, block: Block) -> list[Resul
     """Score some documents on a loaded model. Raises RefmambaError."""
     wanted = [requests(document, loaded.tokenizer, max_length) for _, document in block]
     scores = iter(score(loaded.runner, loaded.backend, [one for many in wanted for one in many]))
-    return [
-        Result(doc_id, tuple(next(scores) for _ in many)) for (doc_id, _), many in zip(block, wanted, strict=True)
-    ]
+    return [Result(doc_id, tuple(next(scores) for _ in many)) for (doc_id, _), many in zip(block, wanted, strict=True)]
 
 
 def score_here(job: Job, blocks: Sequence[Block]) -> Iterator[list[Result]]:
@@ -117,10 +115,12 @@ def _model_files(model: str, revision: str | None) -> tuple[ModelFiles, str]:
 
 def subject(choice: ModelChoice, max_length: int) -> Subject:
     """Find out what a choice of model is without loading it. Raises RefmambaError."""
-    wanted = parse_scheme(choice.scheme)
+    wanted = parse_scheme(choice.scheme or DEFAULT_SCHEME)
     files, model_sha256 = _model_files(choice.model, choice.revision)
     saved = json.loads((files.folder / "config.json").read_text("utf-8")).get("refmamba")
     scheme = scheme_from_json(saved["scheme"]) if saved else wanted
+    if choice.scheme is not None and scheme != wanted:
+        raise SchemeError(f"{choice.model} is saved as {scheme.name}; leave out {wanted.name}")
     calibration = ""
     if scheme.needs_calibration and not saved:
         text = passage().encode() if choice.calibrate is None else _bytes(choice.calibrate)
@@ -135,9 +135,7 @@ def _bytes(file: Path) -> bytes:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from error
 
 
-def evaluate(
-    subject: Subject, data: Dataset, limit: int | None, results: Results, scorer: Scorer, progress: Progress
-) -> None:
+def evaluate(subject: Subject, data: Dataset, limit: int | None, results: Results, scorer: Scorer, progress: Progress) -> None:
     """Score what is missing of a task's first `limit` documents into `results`. Raises RefmambaError."""
     key = subject.key(data)
     documents, there = data.documents[:limit], results.load(key)

@@ -61,7 +61,7 @@ def load_hub(task: Task) -> Dataset:
 def check_hub(task: Task, file: Path, pinned: HubFile) -> Dataset:
     """A fetched file, if it is the one that was pinned. Raises DataError."""
     if pinned.sha256 is not None and hashlib.sha256(file.read_bytes()).hexdigest() != pinned.sha256:
-        raise DataError(f"{file}: is not {pinned.repo}'s {pinned.file} of revision {pinned.revision[:12]}: delete it, try again")
+        raise DataError(f"{file}: is not {pinned.file} of {pinned.repo} at {pinned.revision[:12]}; delete it and try again")
     data = load_file(task, file)
     if len(data.documents) != pinned.rows:
         raise DataError(f"{file}: {len(data.documents)} rows, and {pinned.repo} has {pinned.rows}")

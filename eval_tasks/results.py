@@ -70,9 +70,7 @@ class Results:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._database.close()
 
     def load(self, key: Key) -> dict[int, Result]:
@@ -93,9 +91,7 @@ class Results:
         try:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.execute("INSERT OR IGNORE INTO run (key) VALUES (?)", [_text(key)])
-            self._database.executemany(
-                "INSERT OR IGNORE INTO result SELECT id, ?2, ?3, ?4 FROM run WHERE key = ?1", rows
-            )
+            self._database.executemany("INSERT OR IGNORE INTO result SELECT id, ?2, ?3, ?4 FROM run WHERE key = ?1", rows)
             self._database.execute("COMMIT")
         except sqlite3.Error as error:
             if self._database.in_transaction:

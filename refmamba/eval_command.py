@@ -19,7 +19,7 @@ from refmamba.options import MODEL_OPTIONS
 @click.option("--data", multiple=True, help="A folder, TASK=FILE, `hub` or `sample` (default); repeatable.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N documents of each task.")
 @click.option("--results", type=click.Path(path_type=Path, dir_okay=False), default="refmamba-results.sqlite",
-              show_default=True, help="Where every document's result is kept; a run goes on where the last one stopped.")  # fmt: skip
+              show_default=True, help="Keeps every document's result; a run goes on where the last one stopped.")  # fmt: skip
 @click.option("--samples", type=click.Path(path_type=Path, dir_okay=False), help="Write one JSON object a document here.")
 @click.option("--max-length", type=click.IntRange(1), default=2048, show_default=True, help="Tokens; longer contexts are cut.")
 @click.option("--workers", type=click.IntRange(1), help="Score in N processes of this machine (extra `cluster`).")
@@ -73,5 +73,5 @@ def evaluate(
         show()
 
 
-for _option in reversed([o for o in MODEL_OPTIONS]):
+for _option in reversed(MODEL_OPTIONS):
     evaluate = _option(evaluate)
