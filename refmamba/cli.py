@@ -24,6 +24,7 @@ LATER = {  # commands in files of their own, loaded when they are called
     "eval": "refmamba.eval_command:evaluate",
     "outliers": "refmamba.outliers:command",
     "perplexity": "refmamba.perplexity:command",
+    "reproduce": "refmamba.reproduce:command",
     "verify": "refmamba.verify:verify",
 }
 
