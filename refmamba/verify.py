@@ -23,7 +23,7 @@ from refmamba.calibrate import load_calibration
 from refmamba.checkpoint import open_checkpoint
 from refmamba.errors import DataError, NonFiniteError
 from refmamba.model import Mamba, QuantizedModel, quantize_model
-from refmamba.quantize import Codes, FixedPoint
+from refmamba.quantize import ACTIVATION_BITS, Codes, FixedPoint
 from refmamba.reference import OPERATIONS
 from refmamba.scheme import LINEAR_LAYERS, Scheme, parse_scheme
 from refmamba.trace import last_site
@@ -130,9 +130,7 @@ def unequal(expected: Any, found: Any, compare: str = "exact") -> tuple[Any, int
 
 def difference(operation: str, where: str, expected: Any, found: Any, compare: str = "exact") -> tuple[Difference | None, int]:
     """The first difference of two arrays in C order, and the largest distance in float32 steps."""
-    expected, found = np.ascontiguousarray(expected), np.ascontiguousarray(found)
-    if isinstance(expected, np.ndarray) and expected.shape == () != found.shape:
-        expected = expected.reshape(())
+    expected, found = np.asarray(expected, order="C"), np.asarray(found, order="C")
     same_kind = expected.dtype == found.dtype if expected.dtype.kind == "f" else found.dtype.kind in "iu"
     if expected.shape != found.shape or not same_kind:
         return Difference(operation, f"{where}: {found.dtype} {found.shape}, not {expected.dtype} {expected.shape}"), 0
@@ -250,16 +248,73 @@ def sites_of(runner: Runner, tokens: Any) -> dict[str, Any]:
     return seen
 
 
-def locate(reference: Mamba, runner: Runner, sites: frozenset[str] | None, tokens: Any) -> Difference | None:
-    """The first site whose values differ; None where all are equal (so it is not the forward of one sequence)."""
-    found, equal = sites_of(runner, tokens), "the tokens"
-    for site, expected in sites_of(reference, tokens).items():
-        if sites is not None and last_site(site) not in sites:
+def replay(reference: Mamba, offered: Mapping[str, Callable[..., Any]], seen: Mapping[str, Any], at: str) -> Difference | None:
+    """One layer's operations, one by one, on the reference's own values: the first that a backend gets wrong."""
+    model, config, e = reference.model, reference.config, reference.config.d_inner
+    r, n = config.dt_rank, config.d_state
+
+    def site(name: str) -> Any:
+        return seen[f"{at}.{name}"]
+
+    def linear(layer: str) -> Iterator[tuple[str, tuple[Any, ...], Any]]:
+        name, w = operation_of(f"{at}.{layer}.in_codes", reference.scheme), model.params[f"{at}.{layer}.weight"]
+        x = site(f"{layer}.in")
+        if f"{at}.{layer}.smooth" in model.params:
+            x = np.ldexp(x, -model.value(f"{at}.{layer}.smooth"))
+        quantizer = reference.scheme.inputs.get(layer)
+        arguments: tuple[Any, ...] = (x, ACTIVATION_BITS, layer)
+        if quantizer and quantizer.scale == "static":
+            arguments = (x, model.value(f"{at}.{layer}.absmax"), quantizer.bits, layer)
+        elif quantizer:
+            arguments = (x, quantizer.bits, layer, "per_row" if quantizer.scale == "per_token" else "per_tensor")
+        codes = OPERATIONS[name](*arguments)
+        yield name, arguments, codes
+        yield "integer_product", (codes, w), site(f"{layer}.acc")
+        yield "rescale", (site(f"{layer}.acc"), codes, w), site(f"{layer}.result")
+
+    def calls() -> Iterator[tuple[str, tuple[Any, ...], Any]]:
+        yield "rms_norm", (site("residual_in"), model.value(f"{at}.norm.weight"), config.norm_eps), site("norm")
+        yield from linear("in_proj")
+        c, z = np.split(site("in_proj.out"), 2, axis=1)
+        bias = model.value(f"{at}.conv1d.bias") if config.use_conv_bias else None
+        before = np.zeros((e, config.d_conv - 1), np.float32)
+        weight = model.value(f"{at}.conv1d.weight")
+        yield "conv1d", (c, before, weight, bias), (site("conv1d"), site("conv_state"))
+        yield "silu", (site("conv1d"),), site("u")
+        yield from linear("x_proj")
+        yield from linear("dt_proj")
+        yield "step_size", (site("dt_proj.out"), model.value(f"{at}.dt_proj.bias")), site("delta")
+        B, C = np.split(site("x_proj.out")[:, r:], 2, axis=1)
+        A, h = reference.A[int(at.split(".")[1])], np.zeros((e, n), np.float32)
+        arguments = (site("u"), site("delta"), A, B, C, model.value(f"{at}.D"), h)
+        yield "selective_scan", arguments, (site("scan"), site("ssm_state"))
+        yield "gate", (site("scan"), z), site("gate")
+        yield from linear("out_proj")
+
+    for name, arguments, expected in calls():
+        vector = {"name": f"{at}, on the reference's inputs", "arguments": [encode(a) for a in arguments],
+                  "result": encode(expected), "compare": "value" if name == "integer_product" else "exact"}  # fmt: skip
+        first = check_vector(name, offered[name], vector)[0] if name in offered else None
+        if first:
+            return first
+    return None
+
+
+def locate(reference: Mamba, runner: Runner, backend: Backend, tokens: Any) -> Difference | None:
+    """The first site whose values differ; None where all are equal (so it is not the forward of one sequence).
+
+    Where a fused backend shows only some sites, its single operations are tried on the layer that differs.
+    """
+    seen, found, equal = sites_of(reference, tokens), sites_of(runner, tokens), "the tokens"
+    for site, expected in seen.items():
+        if backend.sites is not None and last_site(site) not in backend.sites:
             continue
         operation = operation_of(site, reference.scheme)
         if site not in found:
             return Difference(operation, f"{site} is not shown")
         first, _ = difference(operation, f"{site} (equal up to {equal})", expected, found[site])
+        if first and backend.sites is not None and site.startswith("layers."):
+            return replay(reference, backend.operations(), seen, ".".join(site.split(".")[:2])) or first
         if first:
             return first
         equal = site
@@ -359,7 +414,7 @@ class ModelChecks:
                     row.failed += wrong is not None
                     first = first or wrong
                 if first and check == self.prefill:
-                    located = (locate(self.reference, self.runner, self.backend.sites, s) for s in self.sequences)
+                    located = (locate(self.reference, self.runner, self.backend, s) for s in self.sequences)
                     first = next(filter(None, located), first)
             except Exception as error:  # a stranger's backend may raise anything
                 row.cases, row.failed = row.cases + 1, row.failed + 1
