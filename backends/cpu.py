@@ -2,13 +2,12 @@
 
 import hashlib
 import math
-import mmap
 import os
 import queue
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +22,7 @@ from refmamba.config import MambaConfig
 from refmamba.errors import BackendError, NonFiniteError
 from refmamba.model import Positions, QuantizedModel, check_tokens
 from refmamba.ops import state_matrix
-from refmamba.quantize import Codes, FixedPoint, scale_of
+from refmamba.quantize import ACTIVATION_BITS, Codes, FixedPoint, Param, scale_of
 from refmamba.scheme import LINEAR_LAYERS
 from refmamba.trace import Hook
 
@@ -62,6 +61,7 @@ PASS_ROWS = 256  # tokens that go through the layers together, to bound memory; 
 PACK_ROWS = 4096  # rows of a weight packed at a time, to bound memory
 REGIONS = 21  # of a layer, at most
 SCRATCH_BYTES = 5120  # of a product
+MODES = {"per_token": Mode.TOKEN, "per_tensor": Mode.TENSOR, "static": Mode.STATIC}
 OFFSET = {Kind.PACKED: 8, Kind.BYTES: 128, Kind.FIXED: 1 << 23}  # makes the codes of a weight unsigned
 Job = Callable[[int, int], None]
 
@@ -204,14 +204,61 @@ def pack(w: Codes | FixedPoint, order: IntArray, out: NDArray[np.uint8]) -> None
         done += digits.size
 
 
-def unpack_rows(kind: int, k: int, digits: NDArray[np.uint8], rows: IntArray) -> IntArray:
-    """The codes of some rows of a weight of at most 8 bits that `pack` wrote: int8 (len(rows), k)."""
-    if kind == Kind.PACKED:
-        pairs = digits.reshape(-1, k // 8, LANES, 4)[rows // LANES, :, rows % LANES]
-        q = np.stack([pairs & 15, pairs >> 4], axis=2)
-    else:
-        q = digits.reshape(-1, k // 4, LANES, 4)[rows // LANES, :, rows % LANES]
-    return (q.reshape(len(rows), k) - np.uint8(OFFSET[Kind(kind)])).view(np.int8)
+def unpack(kind: int, k: int, digits: NDArray[np.uint8], places: IntArray) -> IntArray:
+    """The codes that `pack` wrote at some places of its order, padding included: (len(places), k)."""
+    planes = 1 if kind != Kind.FIXED else 3
+    groups = digits.reshape(-1, planes, k // (8 if kind == Kind.PACKED else 4), LANES, 4)
+    chosen = groups[places // LANES, :, :, places % LANES]
+    if kind == Kind.FIXED:
+        values = chosen.astype(np.int32) << np.array([0, 8, 16], np.int32)[:, None, None]
+        return values.sum(axis=1, dtype=np.int32).reshape(len(places), k) - np.int32(OFFSET[Kind.FIXED])
+    q = np.stack([chosen & 15, chosen >> 4], axis=3) if kind == Kind.PACKED else chosen
+    return (q.reshape(len(places), k) - np.uint8(OFFSET[Kind(kind)])).view(np.int8)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A weight whose codes lie packed in a runner's memory. scale: the weight's, or its exponents in fixed point."""
+
+    digits: NDArray[np.uint8]
+    places: IntArray  # of each row in the order of packing
+    kind: int
+    columns: int
+    bits: int  # 0 in fixed point
+    scale: NDArray[Any]
+
+    @classmethod
+    def of(cls, w: Codes | FixedPoint, order: IntArray, digits: NDArray[np.uint8]) -> "Packed":
+        """Pack a weight into `digits`."""
+        pack(w, order, digits)
+        places = np.flatnonzero(order >= 0)  # the order keeps the rows' own
+        fixed = isinstance(w, FixedPoint)
+        return cls(digits, places, kind_of(w), w.q.shape[1], 0 if fixed else w.bits, w.exponent if fixed else w.scale)
+
+    def rows(self, rows: IntArray) -> IntArray:
+        """The codes of some rows: (len(rows), columns)."""
+        return unpack(self.kind, strips_of(self.columns) * LANES, self.digits, self.places[rows])[:, : self.columns]
+
+    def param(self) -> Codes | FixedPoint:
+        """The weight again."""
+        q = self.rows(np.arange(len(self.places)))
+        return FixedPoint(q, self.scale) if self.kind == Kind.FIXED else Codes(q, self.scale, self.bits)
+
+
+class Params(Mapping[str, Param]):
+    """A loaded model's parameters: the weights of products are unpacked when they are asked for, as they are held once."""
+
+    def __init__(self, params: Mapping[str, Param], packed: Mapping[str, Packed]) -> None:
+        self._rest, self._packed = {name: x for name, x in params.items() if name not in packed}, packed
+
+    def __getitem__(self, name: str) -> Param:
+        return self._packed[name].param() if name in self._packed else self._rest[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._rest, *self._packed])
+
+    def __len__(self) -> int:
+        return len(self._rest) + len(self._packed)
 
 
 class CpuRunner:
@@ -227,22 +274,19 @@ class CpuRunner:
         sites = [f"layers.{i}.{layer}" for i in range(c.n_layer) for layer in LINEAR_LAYERS] + ["lm_head"]
         weights = {site: cast("Codes | FixedPoint", model.params[f"{site}.weight"]) for site in sites}
         sizes = [packed_bytes(w, len(orders[site.rsplit(".", 1)[-1]])) for site, w in weights.items()]
-        # Every size is a multiple of 256. Large pages spare a walk through the page table every 4 KiB read.
-        memory = mmap.mmap(-1, sum(sizes))
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        self._codes = np.frombuffer(memory, np.uint8)
-        self.weight_bytes = sum(sizes)
-
+        codes = aligned((sum(sizes),), np.uint8)  # every size is a multiple of 256
+        packed: dict[str, Packed] = {}
         self._table = np.zeros((c.n_layer + 1, int(Layer.SIZE)), np.int64)
         start = 0
         for number, (site, size) in enumerate(zip(sites, sizes, strict=True)):
             kind = site.rsplit(".", 1)[-1]
             place = int(Layer.IN_PROJ) + number % 4 * len(Site)
-            digits = self._codes[start : start + size]
-            self._table[number // 4, place : place + len(Site)] = self._site(number + 1, site, kind, orders[kind], digits)
+            weight = Packed.of(weights[site], orders[kind], codes[start : start + size])
+            packed[f"{site}.weight"] = weight
+            self._table[number // 4, place : place + len(Site)] = self._site(number + 1, site, kind, orders[kind], weight)
             start += size
-        self._head = self._codes[start - sizes[-1] :]
+        tied = model.params["embedding.weight"] is model.params["lm_head.weight"]
+        self._embedding = packed["lm_head.weight"] if tied else cast("Codes | F32Array", model.params["embedding.weight"])
         for i in range(c.n_layer):
             at = f"layers.{i}"
             conv = self._strips(model.value(f"{at}.conv1d.weight").T)
@@ -253,6 +297,9 @@ class CpuRunner:
                 self._strips(model.value(f"{at}.norm.weight")), conv, conv_bias, self._keep(A),
                 self._strips(model.value(f"{at}.dt_proj.bias")), self._strips(model.value(f"{at}.D")),
             )  # fmt: skip
+        if tied and isinstance(weights["lm_head"], Codes):
+            packed["embedding.weight"] = packed["lm_head.weight"]
+        self.model = QuantizedModel(c, model.scheme, Params(model.params, packed))
         self._table[c.n_layer, int(Layer.NORM)] = self._strips(model.value("norm_f.weight"))
         self._run = np.zeros(len(Run), np.int64)
         self._workspace = np.empty(0, np.uint8)
@@ -283,37 +330,30 @@ class CpuRunner:
         values = np.broadcast_to(x.reshape(-1) if x.ndim else x, order.max() + 1)
         return self._keep(np.where(order >= 0, values[order], f32(missing)))
 
-    def _site(self, number: int, site: str, kind: str, order: IntArray, digits: NDArray[np.uint8]) -> list[int]:
-        """Pack a linear layer's weight into `digits` and describe the layer: the fields of `cpu_kernels.Site`."""
-        params = self.model.params
-        w = cast("Codes | FixedPoint", params[f"{site}.weight"])
-        pack(w, order, digits)
-        one = np.ones((), np.float32)
-        factor = np.ldexp(f32(1), -w.exponent) if isinstance(w, FixedPoint) else one
-        scale = w.scale if isinstance(w, Codes) else one
+    def _site(self, number: int, site: str, kind: str, order: IntArray, w: Packed) -> list[int]:
+        """A linear layer's table: the fields of `cpu_kernels.Site`."""
+        params, fixed, one = self.model.params, w.kind == Kind.FIXED, np.ones((), np.float32)
         into, out = self.scheme.inputs.get(kind), self.scheme.outputs.get(kind)
-        modes = {"per_token": Mode.TOKEN, "per_tensor": Mode.TENSOR, "static": Mode.STATIC}
-        mode = modes[into.scale] if into else Mode.NONE
-        largest = 2 ** (into.bits - 1) - 1 if into else 2**30
-        static = f32(1)
-        if mode == Mode.STATIC:
-            m = self.model.value(f"{site}.absmax")
-            static = np.where(m > 0, scale_of(m, into.bits), f32(0)) if into else static
-        smooth = 0
+        mode = MODES[into.scale] if into else Mode.NONE
+        static = np.zeros((), np.float32)
+        if into and mode == Mode.STATIC and self.model.value(f"{site}.absmax") > 0:
+            static = scale_of(self.model.value(f"{site}.absmax"), into.bits)
+        smooth = bias = 0
         if f"{site}.smooth" in params:
             k = np.ldexp(1.0, -cast(IntArray, params[f"{site}.smooth"]))
             smooth = self._keep(np.pad(k, (0, -len(k) % LANES)))
-        bias = 0
         if f"{site}.bias" in params and kind != "dt_proj":
-            b = self.model.value(f"{site}.bias")
-            bias = self._rows(b, order, 0)
-        slices = 1 if into and not isinstance(w, FixedPoint) else 4
-        return [
-            address(digits), kind_of(w), len(order) // (2 * LANES), strips_of(w.q.shape[1]) * LANES, slices,
-            self._rows(factor, order, 1), self._rows(scale, order, 1), bias, int(mode), largest,
-            self._keep(np.array([static], np.float32)), smooth,
-            int(modes[out.scale] if out else Mode.NONE), 2 ** (out.bits - 1) - 1 if out else 0, number,
-        ]  # fmt: skip
+            bias = self._rows(self.model.value(f"{site}.bias"), order, 0)
+        fields = {
+            Site.CODES: address(w.digits), Site.KIND: w.kind, Site.PAIRS: len(order) // (2 * LANES),
+            Site.K: strips_of(w.columns) * LANES, Site.SLICES: 1 if into and not fixed else 4,
+            Site.FACTOR: self._rows(np.ldexp(f32(1), -w.scale) if fixed else one, order, 1),
+            Site.SCALE: self._rows(one if fixed else w.scale, order, 1), Site.BIAS: bias, Site.IN: mode,
+            Site.IN_LARGEST: 2 ** (into.bits - 1) - 1 if into else 2**ACTIVATION_BITS, Site.IN_SCALE: self._keep(static),
+            Site.SMOOTH: smooth, Site.OUT: MODES[out.scale] if out else Mode.NONE,
+            Site.OUT_LARGEST: 2 ** (out.bits - 1) - 1 if out else 0, Site.NUMBER: number,
+        }  # fmt: skip
+        return [int(fields[field]) for field in Site]
 
     def _set(self, **values: int) -> None:
         for name, value in values.items():
@@ -352,12 +392,11 @@ class CpuRunner:
 
     def _embed(self, tokens: IntArray) -> F32Array:
         """Eq. (15): (L,) -> (L, d_model); from the head's codes where the head is the embedding."""
-        embedding = self.model.params["embedding.weight"]
-        if embedding is self.model.params["lm_head.weight"] and isinstance(embedding, Codes):
-            k = strips_of(self.config.d_model) * LANES
-            q = unpack_rows(kind_of(embedding), k, self._head, tokens)[:, : self.config.d_model]
-            return q.astype(np.float32) / (embedding.scale[tokens] if embedding.scale.ndim else embedding.scale)
-        return embedding.rows(tokens) if isinstance(embedding, Codes) else cast(F32Array, embedding[tokens])
+        embedding = self._embedding
+        if isinstance(embedding, Packed):
+            scale = embedding.scale[tokens] if embedding.scale.ndim else embedding.scale
+            return embedding.rows(tokens).astype(np.float32) / scale
+        return embedding.rows(tokens) if isinstance(embedding, Codes) else embedding[tokens]
 
     def _pass(
         self, sequences: Sequence[IntArray], before: State, after: State, positions: Sequence[Positions], out: F32Array,

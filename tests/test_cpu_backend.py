@@ -232,3 +232,23 @@ def test_without_vnni() -> None:
     older = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | older, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["fp32", "w8-all", "w4-all", "int8", "w4-mlp"])
+def test_a_loaded_model_still_gives_its_parameters(name: str, backend: Cpu) -> None:
+    """They are unpacked from the one copy of the codes."""
+    model = quantized(CONFIGS["biased"], parse_scheme(name))
+    loaded = backend.load(model).model
+    assert set(loaded.params) == set(model.params)
+    for key, param in model.params.items():
+        ours = loaded.params[key]
+        assert type(ours) is type(param)
+        if isinstance(param, Codes):
+            assert np.array_equal(ours.q, param.q)
+            assert np.array_equal(ours.scale, param.scale)
+            assert (ours.q.dtype, ours.bits) == (param.q.dtype, param.bits)
+        elif isinstance(param, FixedPoint):
+            assert np.array_equal(ours.q, param.q)
+            assert np.array_equal(ours.exponent, param.exponent)
+        else:
+            assert np.array_equal(ours, param)
