@@ -1,0 +1,118 @@
+"""refmamba as a model of lm-evaluation-harness (extra `lm_eval`), so that any of its tasks can be run.
+
+    lm_eval --model refmamba --model_args pretrained=small,scheme=int8 --tasks arc_easy
+
+The harness finds the model by the entry point `lm_eval.models`, which it reads after 0.4.13. Up to 0.4.13 it knows its
+own models only; there, this module registers the model and runs the same command line:
+
+    python -m refmamba.eval_tasks.lm_eval_adapter --model refmamba --model_args pretrained=small,scheme=int8 --tasks arc_easy
+"""
+# mypy: disable-error-code="import-not-found, import-untyped, misc, no-untyped-call, untyped-decorator, unused-ignore"
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval import utils
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from tqdm import tqdm
+
+from refmamba.eval_tasks.score import MAX_LENGTH, score, token_request
+from refmamba.generate import LogitsHash, Sampler, generate
+from refmamba.load import ModelChoice, load
+
+BLOCK = 64  # requests scored together, neighbours in the order of their tokens, so that they share their contexts
+NEW_TOKENS = 256  # generated where a task does not say
+
+
+@register_model("refmamba")
+class RefmambaLM(TemplateLM):
+    """A model of refmamba. Arguments: pretrained, scheme, backend, device, revision, calibrate, max_length."""
+
+    def __init__(
+        self, pretrained: str = "small", scheme: str | None = None, backend: str = "cpu", device: str | None = None,
+        revision: str | None = None, calibrate: str | None = None, max_length: int = MAX_LENGTH, **_: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if backend in ("cpu", "reference"):
+            device = None  # they have one only, and the harness says cuda:0 where its user says nothing
+        file = Path(calibrate) if calibrate is not None else None
+        self._loaded = load(ModelChoice(str(pretrained), scheme, backend, device, revision, file))
+        self.max_length = max_length
+
+    @property
+    def eot_token_id(self) -> int | None:
+        """The token that ends a text."""
+        return self._loaded.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int | None:
+        """The token that stands for an empty context."""
+        return self._loaded.tokenizer.prefix_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's caches."""
+        return str(self._loaded.files.tokenizer)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Tokens; a begin token is never added."""
+        return self._loaded.tokenizer.encode(string)
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
+        wanted = [token_request(a, b, self.max_length, f"request {i}") for i, (_, a, b) in enumerate(requests)]
+        order = sorted(range(len(wanted)), key=lambda i: wanted[i].tokens)
+        answers: dict[int, tuple[float, bool]] = {}
+        with tqdm(total=len(order), desc="refmamba", unit="request", disable=disable_tqdm) as bar:
+            for start in range(0, len(order), BLOCK):
+                block = order[start : start + BLOCK]
+                scores = score(self._loaded.runner, self._loaded.backend, [wanted[i] for i in block])
+                for i, one in zip(block, scores, strict=True):
+                    answers[i] = (one.loglikelihood, one.greedy)
+                    if requests[i][0] is not None:  # a window of a rolling request has no text of its own
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
+                bar.update(len(block))
+        return [answers[i] for i in range(len(order))]
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows of max_length as the harness cuts them."""
+        totals = []
+        for request in requests:
+            windows = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length, context_len=1,
+            )  # fmt: skip
+            pieces = [(None, *utils.make_disjoint_window(window)) for window in windows]
+            totals.append(sum(value for value, _ in self._loglikelihood_tokens(pieces, disable_tqdm=True)))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])
+        return totals
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Texts, greedy or sampled with seed 0, up to the first of the request's stops."""
+        return [self._generate(*request.args) for request in tqdm(requests, desc="refmamba", disable=disable_tqdm)]
+
+    def _generate(self, context: str, options: dict[str, Any]) -> str:
+        until = options.get("until") or []
+        stops: Sequence[str] = [until] if isinstance(until, str) else until
+        count = int(options.get("max_gen_toks", NEW_TOKENS))
+        temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
+        sampler = Sampler(temperature, int(options.get("top_k", 0)), float(options.get("top_p", 1.0)), 0)
+        tokenizer, runner = self._loaded.tokenizer, self._loaded.runner
+        ids = tokenizer.encode_array(context)[-max(1, self.max_length - count) :]
+        text, stream = "", tokenizer.stream()
+        for token in generate(runner, ids, sampler, count, tokenizer.n_ids, tokenizer.eos_token_id, LogitsHash()):
+            if token == tokenizer.eos_token_id:
+                break
+            text += stream.put(token)
+            if any(stop and stop in text for stop in stops):
+                break
+        text += stream.flush()
+        for stop in stops:
+            text = text.split(stop)[0] if stop else text
+        return text
+
+
+if __name__ == "__main__":
+    cli_evaluate()
