@@ -1,0 +1,95 @@
+"""Outlier channels: the definition by hand, what the hook saw, and the command."""
+
+import builtins
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from refmamba.cli import refmamba
+from refmamba.errors import DataError
+from refmamba.model import Mamba, ParameterSource, quantize_model
+from refmamba.outliers import Report, Site, observe, plot
+from refmamba.scheme import parse_scheme
+
+TOKENS = np.random.default_rng(1).integers(0, 50, 30)
+
+
+def site(maxima: list[float]) -> Site:
+    return Site(np.array(maxima, np.float32))
+
+
+def test_threshold_by_hand() -> None:
+    """Maxima 1 nine times and 11: mean 2, deviation 3 (population)."""
+    one = site([1.0] * 9 + [11.0])
+    assert one.threshold(2.5) == 9.5
+    assert one.outliers(2.5).tolist() == [9]
+    assert one.threshold(3.0) == 11.0
+    assert one.outliers(3.0).tolist() == []  # beyond, not at
+
+
+def test_no_channel_of_few_is_beyond_six_deviations() -> None:
+    assert site([1.0] * 36 + [1e6]).outliers(6.0).tolist() == []  # K = 37: sqrt(36) = 6
+    assert site([1.0] * 37 + [1e6]).outliers(6.0).tolist() == [37]
+
+
+def test_values_are_taken_over_channels_and_tokens() -> None:
+    """1, -1, 1, -1 and 5, -5: mean 0, mean square 9, so the band of one deviation is +-3."""
+    one = site([0.0, 0.0])
+    one.see(np.float32([[1, 5], [-1, -5]]))
+    one.see(np.float32([[1, 1], [-1, -1]]))
+    assert one.threshold(1.0, "values") == pytest.approx(np.sqrt((2 * 25 + 6) / 8))
+    assert one.outliers(1.0, "values").tolist() == [1]
+    assert one.maxima.tolist() == [1.0, 5.0]
+
+
+def test_observe_sees_the_inputs_of_the_forward(tiny: ParameterSource) -> None:
+    model = quantize_model(tiny, parse_scheme("fp32"))
+    inputs: dict[str, np.ndarray] = {}
+    Mamba(model).prefill([TOKENS], hook=lambda name, value: inputs.__setitem__(name, value))
+    sites = observe(Mamba(model), TOKENS)
+    assert list(sites) == [f"layers.{i}.{p}" for i in range(2) for p in ("in_proj", "x_proj", "dt_proj", "out_proj")]
+    np.testing.assert_array_equal(sites["layers.1.in_proj"].maxima, np.abs(inputs["layers.1.norm"]).max(axis=0))
+    np.testing.assert_array_equal(sites["layers.0.x_proj"].maxima, np.abs(inputs["layers.0.u"]).max(axis=0))
+    np.testing.assert_array_equal(sites["layers.1.out_proj"].maxima, np.abs(inputs["layers.1.gate"]).max(axis=0))
+
+
+def test_recurring_channels() -> None:
+    flat, high = [1.0] * 50, [1.0] * 49 + [100.0]
+    report = Report({"layers.0.in_proj": site(high), "layers.1.in_proj": site(high), "layers.2.in_proj": site(flat),
+                     "layers.0.x_proj": site(high)}, 6.0, "channels")  # fmt: skip
+    assert report.recurring("in_proj") == {49: 2}
+    assert report.recurring("x_proj") == {}
+
+
+def test_command_prints_json_and_writes_plots(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Call me Ishmael. Some years ago, never mind how long precisely.")
+    for suffix, magic in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        file = tmp_path / f"figure.{suffix}"
+        done = CliRunner().invoke(refmamba, ["outliers", "--text", str(text), "--sigma", "3", "--plot", str(file), "--json"])
+        assert done.exit_code == 0, done.output
+        assert file.read_bytes().startswith(magic)
+    result = json.loads(done.stdout)
+    assert result["scheme"] == "fp32"
+    for values in result["sites"].values():
+        assert values["share"] == len(values["outliers"]) / values["channels"]
+        assert (values["absmax"] > values["threshold"]) == bool(values["outliers"])
+
+
+def test_a_missing_matplotlib_and_a_wrong_name_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Report({}, 6.0, "channels")
+    with pytest.raises(DataError, match=r"\.png or \.svg"):
+        plot(report, "", tmp_path / "figure.jpg")
+    imported = builtins.__import__
+
+    def without(name: str, *rest: object) -> object:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return imported(name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(DataError, match=r"refmamba\[plot\]"):
+        plot(report, "", tmp_path / "figure.png")
