@@ -25,6 +25,7 @@ LATER = {  # commands in files of their own, loaded when they are called
     "outliers": "refmamba.outliers:command",
     "perplexity": "refmamba.perplexity:command",
     "reproduce": "refmamba.reproduce:command",
+    "smooth-search": "refmamba.smooth_search:command",
     "verify": "refmamba.verify:verify",
 }
 

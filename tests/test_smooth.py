@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from refmamba.arith import F32Array
 from refmamba.backend import load_backend
 from refmamba.calibrate import calibrate, passage
 from refmamba.checkpoint import open_checkpoint
+from refmamba.cli import refmamba
 from refmamba.config import MambaConfig
 from refmamba.errors import SchemeError
 from refmamba.hub import resolve_model
@@ -17,6 +20,7 @@ from refmamba.model import Mamba, ParameterSource, QuantizedModel, quantize_mode
 from refmamba.perplexity import perplexity
 from refmamba.scheme import LINEAR_LAYERS, Quantizer, Scheme, parse_scheme, scheme_from_json
 from refmamba.smooth import exponents, smoothed
+from refmamba.smooth_search import search
 from refmamba.tokenizer import Tokenizer, load_tokenizer
 
 TOKENS = np.random.default_rng(0).integers(0, 50, 40)
@@ -148,3 +152,24 @@ def test_a_scheme_file_chooses_alpha_and_layers() -> None:
 def test_a_wrong_alpha_is_one_line(smooth: dict[str, float], message: str) -> None:
     with pytest.raises(SchemeError, match=message):
         Scheme("mine", inputs={"in_proj": Quantizer(8, "static")}, smooth=smooth)
+
+
+def test_search_finds_the_lowest_point_layer_by_layer() -> None:
+    lowest = {"in_proj": 0.3, "x_proj": 0.5, "dt_proj": 0.5, "out_proj": 0.9}
+
+    def bits(alphas: Mapping[str, float]) -> float:
+        return sum((alphas[layer] - value) ** 2 for layer, value in lowest.items())
+
+    alike = list(search(bits, per_site=False))
+    assert [set(alphas.values()) for alphas, _ in alike] == [{k / 10} for k in range(11)]
+    assert min(search(bits, per_site=True), key=lambda item: item[1])[0] == lowest
+
+
+def test_search_writes_a_scheme_that_runs(tmp_path: Path) -> None:
+    text, file = tmp_path / "text.txt", tmp_path / "mine.json"
+    text.write_text(TEXT[:200])
+    done = CliRunner().invoke(refmamba, ["smooth-search", "--text", str(text), "--out", str(file)])
+    assert done.exit_code == 0, done.output
+    assert len(done.stdout.splitlines()) == 12
+    run = CliRunner().invoke(refmamba, ["perplexity", "--scheme", str(file), "--calibrate", str(text), "--text", str(text)])
+    assert f"mine: {done.stdout.splitlines()[-1].split()[1].rstrip(':')} bits a byte" in run.stdout

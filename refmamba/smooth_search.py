@@ -1,0 +1,72 @@
+"""SmoothQuant's alpha for a model: what gives the fewest bits per byte on the text that it is calibrated on."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import numpy as np
+
+from refmamba.calibrate import calibrate, passage, read_text
+from refmamba.checkpoint import open_checkpoint
+from refmamba.errors import DataError
+from refmamba.files import write_text
+from refmamba.load import Loaded
+from refmamba.model import QuantizedModel, quantize_model
+from refmamba.options import model_options
+from refmamba.perplexity import perplexity
+from refmamba.scheme import LINEAR_LAYERS
+
+GRID = tuple(k / 10 for k in range(11))
+Alphas = Mapping[str, float]  # linear layer (`in_proj`) -> alpha
+
+
+def search(bits: Callable[[Alphas], float], per_site: bool) -> Iterator[tuple[dict[str, float], float]]:
+    """Every alpha of the grid for all linear layers alike; then, from the best, for one layer after the other.
+
+    Yields each choice with its bits; the best is the smallest, the first of equals.
+    """
+    best: tuple[float, dict[str, float]] | None = None
+    for layers in [LINEAR_LAYERS, *([(layer,) for layer in LINEAR_LAYERS] if per_site else [])]:
+        start = best[1] if best else {}
+        for alpha in GRID:
+            tried = start | dict.fromkeys(layers, alpha)
+            if tried == start:
+                continue
+            found = bits(tried)
+            yield tried, found
+            if best is None or found < best[0]:
+                best = found, tried
+
+
+@click.command("smooth-search")
+@model_options
+@click.option("--text", "file", type=click.Path(path_type=Path),
+              help="Calibrates and scores.  [default: the package's passage]")  # fmt: skip
+@click.option("--per-site", is_flag=True, help="Then an alpha for each linear layer, one after the other.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the best as a scheme file, for --scheme.")
+def command(choose: Callable[[str], Loaded], file: Path | None, per_site: bool, out: Path | None) -> None:
+    """Search SmoothQuant's alpha on a text; int8-smooth unless a scheme is named."""
+    text = passage() if file is None else read_text(file)
+    if out is not None and out.suffix != ".json":
+        raise DataError(f"--out {out}: a scheme file's name ends in .json")
+    loaded = choose("int8-smooth")
+    scheme, source = loaded.runner.scheme, open_checkpoint(loaded.files.folder)
+    if isinstance(source, QuantizedModel):
+        raise DataError(f"{loaded.choice.model}: is saved quantized; the search needs the float checkpoint")
+    ids = loaded.tokenizer.encode_array(text)
+    calibration, tokens = calibrate(source, ids), np.concatenate([loaded.tokenizer.encode_array(""), ids])
+
+    def bits(alphas: Alphas) -> float:
+        model = quantize_model(source, replace(scheme, smooth=alphas), calibration)
+        return perplexity(loaded.backend.load(model), tokens, len(text.encode())).bits_per_byte
+
+    found = []
+    for alphas, value in search(bits, per_site):
+        found.append((value, alphas))
+        click.echo(f"{value:.4f} bits a byte: " + ", ".join(f"{layer} {alpha:g}" for layer, alpha in alphas.items()))
+    value, alphas = min(found, key=lambda item: item[0])
+    click.echo(f"best, {value:.4f}: " + ", ".join(f"{layer} {alpha:g}" for layer, alpha in alphas.items()))
+    if out is not None:
+        write_text(out, json.dumps(replace(scheme, name=out.stem, smooth=alphas).to_json(), indent=1) + "\n")
