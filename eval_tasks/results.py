@@ -90,8 +90,10 @@ class Results:
         ]
         try:
             self._database.execute("BEGIN IMMEDIATE")
-            self._database.execute("INSERT OR IGNORE INTO run (key) VALUES (?)", [_text(key)])
-            self._database.executemany("INSERT OR IGNORE INTO result SELECT id, ?2, ?3, ?4 FROM run WHERE key = ?1", rows)
+            self._database.execute("INSERT INTO run (key) VALUES (?) ON CONFLICT (key) DO NOTHING", [_text(key)])
+            self._database.executemany(
+                "INSERT INTO result SELECT id, ?2, ?3, ?4 FROM run WHERE key = ?1 ON CONFLICT (run, doc_id) DO NOTHING", rows
+            )
             self._database.execute("COMMIT")
         except sqlite3.Error as error:
             if self._database.in_transaction:

@@ -97,7 +97,7 @@ def test_the_hub_s_parquet_gives_the_same_documents_and_hash(task: str, tmp_path
 
 
 def test_the_hash_depends_on_every_part_of_a_document(tmp_path: Path) -> None:
-    changes = ({}, {"goal": "Row"}, {"sol2": "Push"}, {"label": 0})
+    changes: list[dict[str, Any]] = [{}, {"goal": "Row"}, {"sol2": "Push"}, {"label": 0}]
     hashes = [load_file(TASKS["piqa"], write(tmp_path, "piqa", ROWS["piqa"] | change)).sha256 for change in changes]
     assert len(set(hashes)) == 4
 
