@@ -1,0 +1,197 @@
+"""Ours beside transformers and llama.cpp on a CPU: `python benchmarks/cpu.py` writes benchmarks/results/cpu.{json,md,png}.
+
+Models of the 130m and 370m shapes with random weights. Every contender has a process of its own, so that its memory is its
+own; they take turns in every round, so that a slow moment of the machine hits all alike; the fastest round counts.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refmamba.arith import F32Array
+from refmamba.bench import Ours, peak_rss, read_bandwidth, seconds, weight_bytes
+from refmamba.config import MambaConfig
+from refmamba.files import write_text
+from refmamba.peers import LLAMA_TYPES, LlamaCpp, Peer, Transformers, write_gguf
+
+SHAPES = {"130m": MambaConfig(768, 24, 50280), "370m": MambaConfig(1024, 48, 50280)}
+SCHEMES = ("int8", "w8-all", "w4-all", "w8a8-all", "fp32")
+PEERS = ("transformers", *LLAMA_TYPES)
+ROUNDS, WARM_UP = 4, 4
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+class RandomSource:
+    """A checkpoint of random weights, the same in every process."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        self.config = config
+
+    def read(self, name: str) -> F32Array:
+        """One tensor, float32."""
+        shape, rng = self.config.shapes()[name], np.random.default_rng(zlib.crc32(name.encode()))
+        if name.endswith("A_log"):
+            return np.log(np.tile(np.arange(1, shape[1] + 1, dtype=np.float32), (shape[0], 1)))
+        if name.endswith(("norm.weight", "norm_f.weight", ".D")):
+            return np.ones(shape, np.float32)
+        if name.endswith("dt_proj.bias"):
+            return rng.uniform(-6, -2, shape).astype(np.float32)
+        return rng.standard_normal(shape, np.float32) * np.float32(0.05)
+
+
+def contender(name: str, config: MambaConfig, folder: Path, threads: int) -> tuple[Peer, int]:
+    """One of SCHEMES or PEERS, loaded, and the bytes of its weights that a token reads (0: not known)."""
+    source = RandomSource(config)
+    if name == "transformers":
+        return Transformers(source, threads), 4 * sum(int(np.prod(s)) for s in config.shapes().values())
+    if name in LLAMA_TYPES:
+        file = folder / f"{name}.gguf"
+        return LlamaCpp(file, name, threads), file.stat().st_size
+    from refmamba.backends.cpu import Cpu
+    from refmamba.model import quantize_model
+    from refmamba.scheme import parse_scheme
+
+    runner = Cpu().load(quantize_model(source, parse_scheme(name)))
+    return Ours(runner, f"refmamba {name}"), weight_bytes(runner.model)
+
+
+def work(name: str, shape: str, folder: Path, threads: int, prompt_len: int, gen_len: int) -> None:
+    """A contender's process: a line of JSON for each line of stdin."""
+    config = SHAPES[shape]
+    rng = np.random.default_rng(0)
+    prompt, tokens = rng.integers(0, config.vocab_size, prompt_len), rng.integers(0, config.vocab_size, gen_len)
+    peer, size = contender(name, config, folder, threads)
+    peer.prefill(prompt[:16])
+    peer.decode(tokens[:WARM_UP])
+    print(json.dumps({"name": peer.name, "weight_bytes": size}), flush=True)
+    for _ in sys.stdin:
+        prefill = prompt_len / seconds(peer.prefill, prompt)
+        peer.decode(tokens[:WARM_UP])
+        decode = gen_len / seconds(peer.decode, tokens)
+        print(json.dumps({"prefill": prefill, "decode": decode, "peak_rss_bytes": peak_rss()}), flush=True)
+
+
+def measure(shape: str, threads: int, prompt_len: int, gen_len: int, names: list[str]) -> list[dict[str, Any]]:
+    """All contenders on one shape, in turns."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for kind in [n for n in names if n in LLAMA_TYPES]:
+            write_gguf(RandomSource(SHAPES[shape]), Path(scratch) / f"{kind}.gguf", kind)
+        environment = os.environ | {"NUMBA_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+        arguments = ["--folder", scratch, "--threads", str(threads), "--prompt-len", str(prompt_len), "--gen-len", str(gen_len)]
+        processes, results = [], []
+        for name in names:
+            command = [sys.executable, __file__, "--worker", name, "--shapes", shape, *arguments]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+            assert process.stdin
+            assert process.stdout
+            processes.append(process)
+            results.append(json.loads(process.stdout.readline()) | {"prefill": 0.0, "decode": 0.0})
+            print(f"{shape}: {results[-1]['name']} is ready", file=sys.stderr)
+        for _ in range(ROUNDS):
+            for process, result in zip(processes, results, strict=True):
+                assert process.stdin
+                assert process.stdout
+                process.stdin.write("\n")
+                process.stdin.flush()
+                line = json.loads(process.stdout.readline())
+                result.update({k: max(line[k], result[k]) for k in ("prefill", "decode")})
+                result["peak_rss_bytes"] = line["peak_rss_bytes"]
+        for process in processes:
+            process.communicate()
+    return results
+
+
+def bits_per_byte(names: list[str]) -> dict[str, float]:
+    """Of the small model inside the package on the passage inside the package, so that speed is not bought unseen."""
+    from refmamba.backends.cpu import Cpu
+    from refmamba.calibrate import passage
+    from refmamba.load import ModelChoice, load_model
+    from refmamba.ops import log_softmax
+
+    text, result = passage(), {}
+    for name in names:
+        _, tokenizer, model = load_model(ModelChoice(scheme=name))
+        ids = tokenizer.encode_array(text)
+        (logits,), _ = Cpu().load(model).prefill([ids[:-1]], logits="all")
+        chosen = log_softmax(logits)[np.arange(len(ids) - 1), ids[1:]]
+        size = len(tokenizer.decode(ids[1:].tolist()).encode())
+        result[f"refmamba {name}"] = float(-np.sum(chosen, dtype=np.float64) / np.log(2) / size)
+    return result
+
+
+def table(shape: str, results: list[dict[str, Any]], bandwidth: float, quality: dict[str, float]) -> str:
+    """A Markdown table of one shape."""
+    columns = ("", "prefill, tokens/s", "decode, tokens/s", "weights, MB", "share of read bandwidth", "peak memory, MB",
+               "bits per byte (small model)")  # fmt: skip
+    lines = [f"### {shape}", "", f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
+    for r in results:
+        share = r["decode"] * r["weight_bytes"] / bandwidth
+        bits = f"{quality[r['name']]:.3f}" if r["name"] in quality else ""
+        lines.append(f"| {r['name']} | {r['prefill']:.0f} | {r['decode']:.1f} | {r['weight_bytes'] / 1e6:.0f} | {share:.0%} "
+                     f"| {r['peak_rss_bytes'] / 1e6:.0f} | {bits} |")  # fmt: skip
+    return "\n".join([*lines, ""])
+
+
+def plot(shapes: dict[str, list[dict[str, Any]]], file: Path) -> None:
+    """Bars of prefill and decode for each shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(shapes), 2, figsize=(10, 3.6 * len(shapes)), squeeze=False, layout="constrained")
+    for row, (shape, results) in zip(axes, shapes.items(), strict=True):
+        for axis, what in zip(row, ("prefill", "decode"), strict=True):
+            ordered = sorted(results, key=lambda r: float(r[what]))
+            colors = ["#c2410c" if r["name"].startswith("refmamba") else "#94a3b8" for r in ordered]
+            bars = axis.barh([r["name"] for r in ordered], [r[what] for r in ordered], color=colors)
+            axis.bar_label(bars, fmt="%.0f", padding=3)
+            axis.set_title(f"{shape}: {what}, tokens a second")
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.margins(x=0.12)
+    figure.savefig(file, dpi=130)
+
+
+def main() -> None:
+    """The whole comparison, or with --worker one contender's process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--names", nargs="+", default=[*SCHEMES, *PEERS], help="contenders: schemes of ours, and peers")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--prompt-len", type=int, default=512)
+    parser.add_argument("--gen-len", type=int, default=64)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        work(given.worker, given.shapes[0], given.folder, given.threads, given.prompt_len, given.gen_len)
+        return
+    bandwidth = read_bandwidth(given.threads)
+    quality = bits_per_byte([n for n in given.names if n not in PEERS])
+    shapes = {s: measure(s, given.threads, given.prompt_len, given.gen_len, given.names) for s in given.shapes}
+    # The faster of two reads: the sum, and our own matrix-vector products.
+    own = [r["decode"] * r["weight_bytes"] for results in shapes.values() for r in results if r["name"].startswith("refmamba")]
+    bandwidth = max([bandwidth, *own])
+    RESULTS.mkdir(exist_ok=True)
+    head = (f"{given.threads} threads, prefill of {given.prompt_len} tokens, decode of {given.gen_len}; memory reads "
+            f"{bandwidth / 1e9:.1f} GB/s; {time.strftime('%Y-%m-%d')}.\n\n")  # fmt: skip
+    text = head + "\n".join(table(s, results, bandwidth, quality) for s, results in shapes.items())
+    values = {"threads": given.threads, "prompt_len": given.prompt_len, "gen_len": given.gen_len,
+              "read_bandwidth_bytes_per_second": bandwidth, "bits_per_byte": quality, "shapes": shapes}  # fmt: skip
+    write_text(RESULTS / "cpu.md", text)
+    write_text(RESULTS / "cpu.json", json.dumps(values, indent=1) + "\n")
+    plot(shapes, RESULTS / "cpu.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
