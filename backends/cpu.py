@@ -1,5 +1,6 @@
 """The fast CPU backend: numba kernels on packed codes, the specification's bits (see cpu_kernels for how)."""
 
+import functools
 import hashlib
 import math
 import os
@@ -61,6 +62,7 @@ PASS_ROWS = 256  # tokens that go through the layers together, to bound memory; 
 PACK_ROWS = 4096  # rows of a weight packed at a time, to bound memory
 REGIONS = 21  # of a layer, at most
 SCRATCH_BYTES = 5120  # of a product
+FIELDS = {field.name: int(field) for field in Run}
 MODES = {"per_token": Mode.TOKEN, "per_tensor": Mode.TENSOR, "static": Mode.STATIC}
 OFFSET = {Kind.PACKED: 8, Kind.BYTES: 128, Kind.FIXED: 1 << 23}  # makes the codes of a weight unsigned
 Job = Callable[[int, int], None]
@@ -357,7 +359,7 @@ class CpuRunner:
 
     def _set(self, **values: int) -> None:
         for name, value in values.items():
-            self._run[Run[name]] = value
+            self._run[FIELDS[name]] = value
 
     def _reserve(self, rows: int) -> None:
         """Lay out the buffers of a pass of so many rows."""
@@ -403,15 +405,8 @@ class CpuRunner:
         hook: Hook | None,
     ) -> None:  # fmt: skip
         """All layers for a few sequences, from one state to another; the logits of the positions asked for into `out`."""
-        lengths = [len(s) for s in sequences]
-        starts = np.cumsum([0, *lengths])
-        sequence = np.repeat(np.arange(len(lengths)), lengths)
-        firsts = [{"all": 0, "last": n - 1, "none": n}[p] for n, p in zip(lengths, positions, strict=True)]
-        wanted = [np.arange(start + first, start + n) for start, first, n in zip(starts, firsts, lengths, strict=False)]
-        out_row = np.concatenate(wanted)
-        out_starts = np.cumsum([0, *(len(w) for w in wanted)])
-        out_sequence, errors = sequence[out_row], np.zeros(len(lengths), np.int64)
-        rows = int(starts[-1])
+        starts, sequence, out_row, out_starts, out_sequence = plan(tuple(map(len, sequences)), tuple(positions))
+        rows, errors = len(sequence), np.zeros(len(sequences), np.int64)
         self._reserve(rows)
         x = self._embed(np.concatenate(sequences))
         strips, stride = strips_of(self.config.d_model), int(self._run[Run.STRIDE])
@@ -420,7 +415,7 @@ class CpuRunner:
         padded = np.pad(x, ((0, 0), (0, -x.shape[1] % LANES))) if x.shape[1] % LANES else x
         target[:, :rows] = padded.reshape(rows, strips, LANES).swapaxes(0, 1)
         self._set(
-            SEQUENCES=len(lengths), START=address(starts), SEQUENCE=address(sequence), OUT_ROWS=0, OUT_ROW=address(out_row),
+            SEQUENCES=len(sequences), START=address(starts), SEQUENCE=address(sequence), OUT_ROWS=0, OUT_ROW=address(out_row),
             OUT_START=address(out_starts), OUT_SEQUENCE=address(out_sequence), ERRORS=address(errors),
             CONV_IN=address(before.conv), CONV_OUT=address(after.conv), SSM_IN=address(before.ssm),
             SSM_OUT=address(after.ssm), LOGITS=address(out),
@@ -531,6 +526,18 @@ def passes(lengths: Sequence[int], limit: int) -> list[list[tuple[int, int, int]
             room -= stop - start
             start = stop
     return result
+
+
+@functools.lru_cache(8)
+def plan(lengths: tuple[int, ...], positions: tuple[Positions, ...]) -> tuple[IntArray, ...]:
+    """The rows of a pass: first row of each sequence, sequence of each row; rows whose logits are asked for, and the same
+    two of those. Kept, as every step of a decode has the same."""
+    starts = np.cumsum([0, *lengths])
+    sequence = np.repeat(np.arange(len(lengths)), lengths)
+    firsts = [{"all": 0, "last": n - 1, "none": n}[p] for n, p in zip(lengths, positions, strict=True)]
+    wanted = [np.arange(start + first, start + n) for start, first, n in zip(starts, firsts, lengths, strict=False)]
+    out_row = np.concatenate(wanted)
+    return starts, sequence, out_row, np.cumsum([0, *map(len, wanted)]), sequence[out_row]
 
 
 class Cpu:

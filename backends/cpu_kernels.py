@@ -157,10 +157,12 @@ def exp(x):
 
 @inlined
 def exp_negative(x):
-    """Eq. (1) where no x is above zero: n is at most 0, so one factor 2^n does; it is exact, as the two are."""
-    inside = x >= splat_f(EXP_LOW)
-    n, p = exp_parts(where(inside, x, splat_f(ZERO)))
-    return where(inside, p * two_to(n), where(x < splat_f(EXP_LOW), splat_f(ZERO), x))
+    """Eq. (1) where no x is above zero. What is computed below EXP_LOW is thrown away, and a NaN stays one.
+
+    No result is subnormal, so that the exact product by 2^n is an addition to the exponent's bits.
+    """
+    n, p = exp_parts(x)
+    return where(x < splat_f(EXP_LOW), splat_f(ZERO), from_bits(bits(p) + (n << splat_i(23))))
 
 
 @inlined
