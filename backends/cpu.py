@@ -17,7 +17,6 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from refmamba import reference
 from refmamba.arith import F32Array, IntArray, f32
 from refmamba.config import MambaConfig
 from refmamba.errors import BackendError, NonFiniteError
@@ -562,8 +561,18 @@ class Cpu:
         return CpuRunner(model, self.threads)
 
     def operations(self) -> Mapping[str, Callable[..., Any]]:
-        """The specification's functions: the kernels fuse theirs, so the whole model is what shows their bits."""
-        return reference.OPERATIONS
+        """Those that stand alone in the kernels; the others are fused, and the whole model is what shows their bits."""
+        return {name: functools.partial(elementwise, i) for i, name in enumerate(("exp", "softplus", "silu"))}
+
+
+def elementwise(which: int, x: F32Array) -> F32Array:
+    """exp (0), softplus (1) or silu (2) by the kernels. Any shape."""
+    vectors = strips_of(x.size)
+    source, target = aligned((vectors * LANES,)), aligned((vectors * LANES,))
+    source[: x.size], source[x.size :] = x.ravel(), 0
+    table = np.array([which, vectors, address(source), address(target)])
+    kernels.elementwise(address(table))
+    return target[: x.size].reshape(x.shape)
 
 
 def check_exact(threads: Threads) -> None:

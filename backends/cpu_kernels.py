@@ -673,3 +673,18 @@ def probe(rank, run):
         BYTES_8(w, 16 * k, x, k, k, out)
     tiny = get_f(get(run + 32))
     put_f(get(run + 40) + 4 * rank, tiny * HALF)
+
+
+@kernel(cache=True)
+def elementwise(run):
+    """exp, softplus or silu of whole vectors, for the conformance vectors: (which, vectors, source, target)."""
+    which, source, target = get(run), get(run + 16), get(run + 24)
+    for i in range(get(run + 8)):
+        x = load_f(source + i * FLOATS)
+        if which == 0:
+            y = exp(x)
+        elif which == 1:
+            y = softplus(x)
+        else:
+            y = silu(x)
+        store_f(target + i * FLOATS, y)

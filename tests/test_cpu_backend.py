@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import RandomSource
 
+from refmamba import arith
 from refmamba.backends import cpu
 from refmamba.backends.cpu import Cpu, Threads, aligned, pack, packed_bytes, padded_rows, passes
 from refmamba.config import MambaConfig
@@ -191,6 +192,22 @@ def test_a_value_without_codes_is_named(name: str, bad: float, scheme: str, back
     with pytest.raises(NonFiniteError) as error:
         backend.load(broken).prefill([tokens(config, 3)])
     assert str(error.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("name", ["exp", "softplus", "silu"])
+def test_bits_of_the_polynomials(name: str, backend: Cpu) -> None:
+    """Random bit patterns of every magnitude, and the neighbours of every threshold."""
+    patterns = np.random.default_rng(0).integers(-(2**31), 2**31, 200_000).astype(np.int32).view(np.float32)
+    usual = np.random.default_rng(1).uniform(-100, 100, 200_000).astype(np.float32)
+    edges = np.array([0, -0.0, 20, 87.336, 88.722, 0.34657359, 2**-126, 2**-149, np.inf, np.nan], np.float32)
+    near = np.concatenate([(edges.view(np.int32) + i).view(np.float32) for i in range(-3, 4)])
+    x = np.concatenate([patterns, usual, near, -near])
+    with np.errstate(all="ignore"):
+        expected = getattr(arith, name)(x)
+    ours = backend.operations()[name](x)
+    number = ~np.isnan(expected)
+    assert np.array_equal(np.isnan(ours), ~number)
+    assert np.array_equal(ours[number].view(np.int32), expected[number].view(np.int32))
 
 
 def test_packed_layout_of_a_byte_weight() -> None:
