@@ -29,7 +29,7 @@ def cluster(workers: int | None, address: str | None) -> Iterator[Scores]:
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # a lost worker is dealt with below
     if address is not None:
         try:
-            client = dask.Client(address, timeout="10s")
+            client = dask.Client(address, timeout="5s")
         except (OSError, ValueError) as error:
             raise BackendError(f"no dask scheduler answers at {address}: {error}") from error
         with client:

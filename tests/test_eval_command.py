@@ -1,0 +1,245 @@
+"""`refmamba eval` as its users run it: real processes, killed, interrupted, resumed, spread over workers."""
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TWO = ("--schemes", "int8,w8-all")
+WAIT = 60.0  # seconds, on a busy machine
+
+
+def start(folder: Path, *words: str) -> "subprocess.Popen[str]":
+    """The command, in a folder of its own, with a results file there."""
+    command = [sys.executable, "-m", "refmamba.cli", "eval", "--results", "r.sqlite", *words]
+    root = str(Path(__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": root, "PYTHONWARNINGS": "default"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
+
+
+def run(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    process = start(folder, *words)
+    out, err = process.communicate(timeout=4 * WAIT)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def count(folder: Path) -> int:
+    """Documents in the results file, read as another process may."""
+    file = folder / "r.sqlite"
+    if not file.exists():
+        return 0
+    with closing(sqlite3.connect(file, timeout=WAIT)) as database:
+        try:
+            found: int = database.execute("SELECT count(*) FROM result").fetchone()[0]
+        except sqlite3.OperationalError:  # the tables are not there yet
+            return 0
+    return found
+
+
+def wait_until_more_than(folder: Path, before: int, process: "subprocess.Popen[str]") -> None:
+    until = time.monotonic() + WAIT
+    while count(folder) <= before and process.poll() is None:
+        assert time.monotonic() < until, "no document was finished"
+        time.sleep(0.01)
+
+
+def only(samples: str, words: str) -> str:
+    """The lines that have these words."""
+    return "".join(line for line in samples.splitlines(keepends=True) if words in line)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """An unbroken run of six tasks under two schemes: its samples and its JSON."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(folder, *TWO, "--samples", "s.jsonl", "--json")
+    assert done.returncode == 0, done.stderr
+    return {"samples": (folder / "s.jsonl").read_text("utf-8"), "json": json.loads(done.stdout)}
+
+
+def test_json_has_the_harness_s_layout_and_names_everything(whole: dict[str, Any]) -> None:
+    assert list(whole["json"]["schemes"]) == ["int8", "w8-all"]
+    for scheme, one in whole["json"]["schemes"].items():
+        assert list(one["results"]) == ["lambada", "hellaswag", "piqa", "winogrande", "rte", "copa"]
+        assert set(one["results"]["piqa"]) == {
+            "alias", "sample_len", "acc,none", "acc_stderr,none", "acc_norm,none", "acc_norm_stderr,none"
+        }  # fmt: skip
+        assert set(one["results"]["lambada"]) >= {"perplexity,none", "perplexity_stderr,none", "acc,none"}
+        assert one["n-samples"]["rte"] == {"original": 20, "effective": 20}
+        assert one["higher_is_better"]["lambada"] == {"perplexity": False, "acc": True}
+        config = one["config"]
+        assert (config["model"], config["scheme"], config["backend"], config["spec_version"]) == ("small", scheme, "cpu", "1.0")
+        assert config["scheme_map"]["weights"]["in_proj.weight"]["bits"] == 8
+        assert len(config["data"]["piqa"]["sha256"]) == len(config["model_sha256"]) == 64
+        assert "not the benchmark" in config["data"]["piqa"]["note"]
+
+
+def test_samples_give_the_metrics_again(whole: dict[str, Any]) -> None:
+    lines = [json.loads(line) for line in whole["samples"].splitlines()]
+    assert len(lines) == 240
+    for scheme, one in whole["json"]["schemes"].items():
+        for task, entry in one["results"].items():
+            rows = [line for line in lines if (line["scheme"], line["task"]) == (scheme, task)]
+            assert [row["doc_id"] for row in rows] == list(range(20))
+            assert sum(row["acc"] for row in rows) / 20 == pytest.approx(entry["acc,none"])
+            for row in rows:
+                assert len(row["contexts"]) == len(row["continuations"]) == len(row["loglikelihoods"]) == len(row["greedy"])
+                if task in ("hellaswag", "piqa"):
+                    per_character = [x / (len(c) - 1) for x, c in zip(row["loglikelihoods"], row["continuations"], strict=True)]
+                    assert row["acc_norm"] == float(per_character.index(max(per_character)) == row["gold"])
+
+
+def test_kill_nine_at_ten_moments_loses_nothing_and_changes_nothing(whole: dict[str, Any], tmp_path: Path) -> None:
+    rng = random.Random(0)
+    before = 0
+    for _ in range(10):
+        process = start(tmp_path, *TWO, "--samples", "s.jsonl")
+        wait_until_more_than(tmp_path, before, process)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+        now = count(tmp_path)
+        assert now >= before, "finished documents were lost"
+        before = now
+    assert before > 0
+    done = run(tmp_path, *TWO, "--samples", "s.jsonl", "--json")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "s.jsonl").read_text("utf-8") == whole["samples"]
+    assert json.loads(done.stdout) == whole["json"]
+    assert count(tmp_path) == 240
+
+
+def test_two_runs_at_once_into_one_file(whole: dict[str, Any], tmp_path: Path) -> None:
+    both = [start(tmp_path, *TWO, "--samples", f"{i}.jsonl") for i in range(2)]
+    for process in both:
+        _, err = process.communicate(timeout=4 * WAIT)
+        assert process.returncode == 0, err
+    assert [(tmp_path / f"{i}.jsonl").read_text("utf-8") for i in range(2)] == [whole["samples"]] * 2
+    assert count(tmp_path) == 240
+
+
+def test_an_interrupt_prints_what_there_is_and_ends_with_130(tmp_path: Path) -> None:
+    process = start(tmp_path, *TWO)
+    wait_until_more_than(tmp_path, 0, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=WAIT)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "refmamba: interrupted" in err
+    assert "| int8 " in out
+    assert count(tmp_path) > 0
+
+
+def test_the_table_and_its_footnotes(tmp_path: Path) -> None:
+    done = run(tmp_path, "--scheme", "w8a8-mlp", "--tasks", "copa,winogrande", "--limit", "2")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [cell.strip() for cell in lines[0].strip("|").split("|")] == [
+        "Scheme", "Task", "Version", "Documents", "Metric", "Value", "Stderr"
+    ]  # fmt: skip
+    assert set(lines[1]) == {"|", "-"}
+    assert [line.split()[1:9:2] for line in lines[2:4]] == [
+        ["w8a8-mlp", "winogrande", "1.0", "2"],
+        ["w8a8-mlp", "copa", "1.0", "2"],
+    ]
+    assert "each context + continuation was one call" in done.stdout
+    assert "a sample, not the benchmark" in done.stdout
+    assert "weight in_proj.weight" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "squad"], "refmamba: unknown task 'squad'"),
+        (["--schemes", "int8,fp33"], "refmamba: unknown scheme 'fp33'"),
+        (["--data", "piqa=bad.jsonl"], "refmamba: bad.jsonl:2: no field 'sol2'"),
+        (["--schemes", "int8", "--bits", "4"], "give either --schemes, or --scheme"),
+        (["--dask", "tcp://127.0.0.1:9"], "no dask scheduler answers at tcp://127.0.0.1:9"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_status_2(words: Sequence[str], message: str, tmp_path: Path) -> None:
+    if "--dask" in words:
+        pytest.importorskip("distributed")
+    row = {"goal": "a", "sol1": "b", "sol2": "c", "label": 0}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(row) + '\n{"sol1": "b"}\n')
+    done = run(tmp_path, *words)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_an_error_in_the_middle_keeps_and_prints_what_was_before(tmp_path: Path) -> None:
+    row = {"goal": "a", "sol1": "b", "sol2": "c", "label": 0}
+    too_long = {**row, "sol1": "b " * 40}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [row] * 20 + [too_long]))
+    words = (
+        "--scheme",
+        "int8",
+        "--data",
+        "sample",
+        "--data",
+        "piqa=rows.jsonl",
+        "--tasks",
+        "lambada,piqa",
+        "--max-length",
+        "30",
+    )
+    done = run(tmp_path, *words)
+    assert done.returncode == 2
+    assert "rows.jsonl:21: the continuation has" in done.stderr
+    assert "| int8   | lambada | 1.0     | 20 " in done.stdout
+    assert count(tmp_path) == 20
+
+
+def test_workers_give_the_same_results(whole: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    done = run(tmp_path, *TWO, "--workers", "2", "--tasks", "copa", "--samples", "s.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "s.jsonl").read_text("utf-8") == only(whole["samples"], '"task": "copa"')
+
+
+@contextmanager
+def background(module: str, *words: str) -> Iterator["subprocess.Popen[bytes]"]:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "NUMBA_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_dask_worker_that_dies_costs_its_block_only(whole: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    scheduler = tmp_path / "scheduler.json"
+    options = ("--scheduler-file", str(scheduler), "--no-dashboard")
+    worker = ("distributed.cli.dask_worker", *options, "--nthreads", "1", "--no-nanny", "--local-directory", str(tmp_path))
+    with background("distributed.cli.dask_scheduler", *options, "--port", "0"):
+        until = time.monotonic() + WAIT
+        while not scheduler.exists():
+            assert time.monotonic() < until, "the scheduler did not start"
+            time.sleep(0.05)
+        with background(*worker) as victim, background(*worker):
+            address = json.loads(scheduler.read_text())["address"]
+            process = start(tmp_path, "--scheme", "int8", "--dask", address, "--samples", "s.jsonl")
+            wait_until_more_than(tmp_path, 0, process)
+            victim.kill()
+            _, err = process.communicate(timeout=4 * WAIT)
+    assert process.returncode == 0, err
+    assert (tmp_path / "s.jsonl").read_text("utf-8") == only(whole["samples"], '"scheme": "int8"')
+    assert count(tmp_path) == 120
