@@ -6,6 +6,7 @@ of the activation, where the scheme takes one, still sees the channel: so the ba
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -79,7 +80,7 @@ class Row:
     which: str
     channels: int
     bits_per_byte: float
-    tasks: Mapping[str, Mapping[str, tuple[float, float]]]
+    tasks: Mapping[str, Mapping[str, tuple[float, float | None]]]
 
     @property
     def average(self) -> float:
@@ -117,7 +118,7 @@ class Scorer:
         """Documents of a task to score."""
         return min(self.limit or len(data.documents), len(data.documents))
 
-    def task(self, runner: Runner, channels: Channels, data: Dataset, bars: Progress) -> dict[str, tuple[float, float]]:
+    def task(self, runner: Runner, channels: Channels, data: Dataset, bars: Progress) -> dict[str, tuple[float, float | None]]:
         """One task's metrics; documents that the results file has are not scored again."""
         assert self.store is not None
         named = json.dumps({site: found.tolist() for site, found in channels.items()}, sort_keys=True)
@@ -131,7 +132,7 @@ class Scorer:
 
         evaluate(who, data, self.limit, self.store, score_here, bars)
         metrics = Outcome(who, data, self.count(data), self.store.load(who.key(data))).metrics()
-        return {metric.name: (metric.value, metric.stderr) for metric in metrics}
+        return {m.name: (m.value, None if math.isnan(m.stderr) else m.stderr) for m in metrics}
 
 
 def ablate(scorer: Scorer, report: Report, sites: Sequence[str], draws: int, seed: int) -> Iterator[Row]:

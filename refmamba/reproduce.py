@@ -106,7 +106,7 @@ def plan(models: Sequence[str], schemes: Sequence[str], datasets: Sequence[Datas
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure, per cent: ours with its standard error, the paper's where it is known."""
+    """One figure, per cent: ours with its standard error (NaN for one document), the paper's where it is known."""
 
     value: float
     stderr: float
@@ -116,6 +116,11 @@ class Cell:
     def difference(self) -> float | None:
         """Ours less the paper's."""
         return None if self.paper is None else self.value - self.paper
+
+    def to_json(self) -> dict[str, float | None]:
+        """The four figures, null for one that is not known."""
+        stderr = None if math.isnan(self.stderr) else self.stderr
+        return {"value": self.value, "stderr": stderr, "paper": self.paper, "difference": self.difference}
 
 
 def cells(model: str, scheme: str, outcomes: Sequence[Outcome]) -> dict[str, Cell]:
@@ -209,10 +214,7 @@ class ModelTables:
 
     def to_json(self) -> dict[str, Any]:
         """The same, and the paper's figures, null where they are unknown."""
-        rows = {
-            scheme: {name: asdict(cell) | {"difference": cell.difference} for name, cell in row.items()}
-            for scheme, row in self.table_1.items()
-        }
+        rows = {scheme: {name: cell.to_json() for name, cell in row.items()} for scheme, row in self.table_1.items()}
         return {"parameters": self.parameters, "table_1": rows, "bits_per_byte": self.bits_per_byte,
                 "table_2": [asdict(row) for row in self.table_2], "outliers": self.outliers.to_json(),
                 "table_2_paper_average_loss": TABLE_2.get(paper_size(self.model) or "")}  # fmt: skip

@@ -82,4 +82,5 @@ def test_command_makes_every_table_and_figure(tmp_path: Path) -> None:
     tables = json.loads((folder / "tables.json").read_text())["models"]["small"]
     assert list(tables["table_1"]["fp32"]) == ["hellaswag", "hellaswag acc_norm", "copa", "average"]
     assert all(cell["paper"] is None for row in tables["table_1"].values() for cell in row.values())
+    assert "NaN" not in (folder / "tables.json").read_text()
     assert tables["bits_per_byte"]["fp32"] != tables["bits_per_byte"]["w8-all"]
