@@ -5,7 +5,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class Transformers:
             pad_token_id=0, bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
         self._torch: Any = torch
-        self._model: Any = MambaForCausalLM(config)
+        self._model = cast(Any, MambaForCausalLM(config))
         state = {}
         for name in c.shapes():
             x = torch.from_numpy(source.read(name))

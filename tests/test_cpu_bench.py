@@ -1,0 +1,47 @@
+"""`refmamba bench`, and the files that the other programs are given."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import TINY, RandomSource
+
+from refmamba.bench import bench, weight_bytes
+from refmamba.model import quantize_model
+from refmamba.peers import LlamaCpp, write_gguf
+from refmamba.scheme import parse_scheme
+
+KEYS = {"prefill_tokens_per_second", "decode_tokens_per_second", "weight_bytes", "peak_rss_bytes",
+        "read_bandwidth_bytes_per_second"}  # fmt: skip
+
+
+def test_bench_prints_one_json_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refmamba.bench.READ_BYTES", 2**20)
+    result = CliRunner().invoke(bench, ["--scheme", "w4-all", "--prompt-len", "20", "--gen-len", "5", "--json"])
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout)
+    assert set(values) > KEYS
+    assert all(values[key] > 0 for key in KEYS)
+    assert (values["scheme"], values["prompt_len"], values["gen_len"]) == ("w4-all", 20, 5)
+
+
+def test_weight_bytes_worked_out(tiny: RandomSource) -> None:
+    """TINY: two layers of 96x24, 19x48, 48x3 and 24x48 weights, and a head of 50x24."""
+    one = 2 * (96 * 24 + 19 * 48 + 48 * 3 + 24 * 48) + 50 * 24
+    assert weight_bytes(quantize_model(tiny, parse_scheme("w8-all"))) == one
+    assert weight_bytes(quantize_model(tiny, parse_scheme("fp32"))) == 3 * one
+    # A row of three codes takes two bytes.
+    assert weight_bytes(quantize_model(tiny, parse_scheme("w4-all"))) == (one + 2 * 48) // 2
+
+
+def test_llama_cpp_runs_the_file_we_write(tmp_path: Path, tiny: RandomSource) -> None:
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    write_gguf(tiny, tmp_path / "F32.gguf", "F32")
+    peer = LlamaCpp(tmp_path / "F32.gguf", "F32", 1)
+    tokens = np.arange(5)
+    peer.prefill(tokens)
+    peer.decode(tokens)
+    assert TINY.vocab_size == peer._model.n_vocab()
