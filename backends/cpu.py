@@ -26,6 +26,7 @@ from refmamba.quantize import ACTIVATION_BITS, Codes, FixedPoint, Param, scale_o
 from refmamba.scheme import LINEAR_LAYERS
 from refmamba.trace import Hook
 
+NUMBA: Any = numba.config
 HERE = Path(__file__).resolve().parent
 
 
@@ -44,11 +45,11 @@ def _cache_folder() -> Path:
 
 def _import_kernels() -> Any:
     # numba asks for its cache folder when a function is decorated.
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(CACHE)
+    before, NUMBA.CACHE_DIR = NUMBA.CACHE_DIR, str(CACHE)
     try:
         from refmamba.backends import cpu_kernels
     finally:
-        numba.config.CACHE_DIR = before
+        NUMBA.CACHE_DIR = before
     return cpu_kernels
 
 
@@ -72,7 +73,8 @@ def aligned(shape: Sequence[int], dtype: Any = np.float32) -> NDArray[Any]:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + 64, np.uint8)
     start = -address(memory) % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
+    array: NDArray[Any] = memory[start : start + size].view(dtype).reshape(shape)
+    return array
 
 
 def address(array: NDArray[Any]) -> int:
@@ -212,9 +214,11 @@ def unpack(kind: int, k: int, digits: NDArray[np.uint8], places: IntArray) -> In
     chosen = groups[places // LANES, :, :, places % LANES]
     if kind == Kind.FIXED:
         values = chosen.astype(np.int32) << np.array([0, 8, 16], np.int32)[:, None, None]
-        return values.sum(axis=1, dtype=np.int32).reshape(len(places), k) - np.int32(OFFSET[Kind.FIXED])
+        fixed: IntArray = values.sum(axis=1, dtype=np.int32).reshape(len(places), k) - np.int32(OFFSET[Kind.FIXED])
+        return fixed
     q = np.stack([chosen & 15, chosen >> 4], axis=3) if kind == Kind.PACKED else chosen
-    return (q.reshape(len(places), k) - np.uint8(OFFSET[Kind(kind)])).view(np.int8)
+    codes: IntArray = (q.reshape(len(places), k) - np.uint8(OFFSET[Kind(kind)])).view(np.int8)
+    return codes
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,8 +237,8 @@ class Packed:
         """Pack a weight into `digits`."""
         pack(w, order, digits)
         places = np.flatnonzero(order >= 0)  # the order keeps the rows' own
-        fixed = isinstance(w, FixedPoint)
-        return cls(digits, places, kind_of(w), w.q.shape[1], 0 if fixed else w.bits, w.exponent if fixed else w.scale)
+        bits, scale = (0, w.exponent) if isinstance(w, FixedPoint) else (w.bits, w.scale)
+        return cls(digits, places, kind_of(w), w.q.shape[1], bits, scale)
 
     def rows(self, rows: IntArray) -> IntArray:
         """The codes of some rows: (len(rows), columns)."""
@@ -396,7 +400,7 @@ class CpuRunner:
         embedding = self._embedding
         if isinstance(embedding, Packed):
             scale = embedding.scale[tokens] if embedding.scale.ndim else embedding.scale
-            return embedding.rows(tokens).astype(np.float32) / scale
+            return cast(F32Array, embedding.rows(tokens).astype(np.float32) / scale)
         return embedding.rows(tokens) if isinstance(embedding, Codes) else embedding[tokens]
 
     def _pass(
@@ -551,7 +555,7 @@ class Cpu:
     def __init__(self, device: str | None = None) -> None:
         if device not in (None, "cpu"):
             raise BackendError(f"the cpu backend runs on 'cpu', not on '{device}'")
-        self.threads = Threads(numba.config.NUMBA_NUM_THREADS)
+        self.threads = Threads(NUMBA.NUMBA_NUM_THREADS)
 
     def load(self, model: QuantizedModel) -> CpuRunner:
         """Pack a model's codes. Raises BackendError where the processor fails the probe of its exactness."""
