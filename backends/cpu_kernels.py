@@ -115,8 +115,8 @@ def at(table, field):
     return get(table + 8 * field)
 
 
-TILES = [[tile(packed, 2, columns, unroll) for columns, unroll in ((8, 1), (4, 1), (1, 4 >> packed))] for packed in (False, True)]
-BYTES_8, BYTES_4, BYTES_1, PACKED_8, PACKED_4, PACKED_1 = (*TILES[0], *TILES[1])
+BYTES_8, BYTES_4, BYTES_1 = tile(False, 2, 8, 1), tile(False, 2, 4, 1), tile(False, 2, 1, 4)
+PACKED_8, PACKED_4, PACKED_1 = tile(True, 2, 8, 1), tile(True, 2, 4, 1), tile(True, 2, 1, 2)
 
 LOG2_E, LN2_HIGH, LN2_LOW, EXP_LOW, EXP_HIGH = arith.LOG2_E, arith.LN2_HIGH, arith.LN2_LOW, arith.EXP_LOW, arith.EXP_HIGH
 E0, E1, E2, E3, E4 = arith.EXP_TERMS
