@@ -21,7 +21,8 @@ LANES = 16
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # What numba compiles for: the host's features unless NUMBA_CPU_NAME or NUMBA_CPU_FEATURES say otherwise.
 FEATURES = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
-VNNI = {"+avx512vnni", "+avx512bw", "+avx512vl"} <= FEATURES
+# Bytes that one VNNI instruction multiplies; 0: there is none.
+VNNI = 64 if {"+avx512vnni", "+avx512bw", "+avx512vl"} <= FEATURES else 32 if "+avxvnni" in FEATURES else 0
 
 i8, i16, i32, i64, f32, f64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
 
@@ -282,7 +283,13 @@ def _dot(b: Any, total: Any, w: Any, x: Any) -> Any:
     """total + the four products of each lane: w <64 x u8>, x <16 x i32> of four signed bytes. Exact."""
     if VNNI:
         x = b.bitcast(x, w.type)
-        return _call(b, "llvm.x86.avx512.vpdpbusd.512", I.llvm, total, w, x)
+        parts = []
+        for start in range(0, 64, VNNI):
+            lanes, codes = range(start // 4, (start + VNNI) // 4), range(start, start + VNNI)
+            arguments = _pick(b, total, lanes), _pick(b, w, codes), _pick(b, x, codes)
+            parts.append(_call(b, f"llvm.x86.avx512.vpdpbusd.{8 * VNNI}", arguments[0].type, *arguments))
+        together = ir.Constant(ir.VectorType(i32, LANES), list(range(LANES)))
+        return parts[0] if len(parts) == 1 else b.shuffle_vector(*parts, together)
     # Pairs of 16-bit products, a pattern that LLVM knows as one instruction (pmaddwd): no saturation, unlike pmaddubsw.
     short = ir.VectorType(i16, 32)
     eight = ir.Constant(short, [8] * 32)
