@@ -13,18 +13,16 @@ from typing import Any, get_args
 
 import numpy as np
 
-from refmamba.arith import F32Array, IntArray
+from refmamba import arith
+from refmamba.arith import F32Array, IntArray, tree_sum
 from refmamba.backend import Backend, Runner
 from refmamba.errors import DataError, NonFiniteError
 from refmamba.eval_tasks.task import Document
 from refmamba.model import Positions
-from refmamba.ops import log_softmax
 from refmamba.tokenizer import Tokenizer
 
 MAX_LENGTH = 2048
 BATCH_TOKENS = 1024  # run in one call, at most: bounds the memory of logits, never changes a number
-
-Logarithms = Callable[[F32Array], F32Array]
 
 
 @dataclass(frozen=True)
@@ -131,19 +129,21 @@ def _batches(nodes: list[tuple[int, _Node]]) -> Iterator[list[tuple[int, _Node]]
 
 def score(runner: Runner, backend: Backend, wanted: Sequence[Request]) -> list[Score]:
     """The score of each request, in order. Raises NonFiniteError, with the request's place, for a NaN or an infinity."""
-    logarithms: Logarithms = backend.operations().get("log_softmax", log_softmax)
+    exp = backend.operations().get("exp", arith.exp)  # most of the work here, and the same bits
     values = [np.zeros(request.scored, np.float32) for request in wanted]
     greedy = [True] * len(wanted)
 
     def read(logits: F32Array, rows: Sequence[tuple[int, int, int]]) -> None:
         """Put the scores of (row of the logits, request, place) where they belong; row by row stays in the cache."""
         for row, group in itertools.groupby(sorted(rows), key=lambda item: item[0]):
-            logs, best = logarithms(logits[row]), int(np.argmax(logits[row]))
+            best = int(np.argmax(logits[row]))
+            shifted = logits[row] - logits[row, best]
+            total = arith.log(tree_sum(exp(shifted)))  # eq. (25), of which only the targets' values are needed
             for _, i, place in group:
                 target = wanted[i].tokens[len(wanted[i].tokens) - wanted[i].scored + place]
-                values[i][place] = logs[target]
+                values[i][place] = shifted[target] - total
                 greedy[i] &= best == target
-                if not np.isfinite(logs[target]):
+                if not np.isfinite(values[i][place]):
                     raise NonFiniteError(f"{wanted[i].where}: the model gives a NaN or an infinity for this document")
 
     if runner.scheme.whole_sequence:
