@@ -311,7 +311,7 @@ class CpuRunner:
         self._counters = aligned((2 + REGIONS * (c.n_layer + 1), 8), np.int64)
         scratch = max(SCRATCH_BYTES, 64 << (n - 1).bit_length())
         self._set(
-            THREADS=threads.count, SYNC=address(self._counters), LAYERS=c.n_layer, LAYER_TABLES=address(self._table),
+            THREADS=threads.count, COUNTERS=address(self._counters), LAYERS=c.n_layer, LAYER_TABLES=address(self._table),
             SCRATCH=self._keep(np.zeros(threads.count * scratch, np.uint8)), SCRATCH_BYTES=scratch,
             HEAD=address(self._table[c.n_layer]), EPSILON=self._keep(np.array([c.norm_eps], np.float32)),
             D_MODEL=c.d_model, MODEL_STRIPS=strips_of(c.d_model), INNER_STRIPS=strips_of(e), RANK_STRIPS=strips_of(r),

@@ -1,7 +1,7 @@
 """The CPU backend's kernels: a pass through any range of layers in one call, by all threads (docs/SPEC.md, 1 to 6).
 
 Every thread calls `run` with its rank. A pass is a sequence of regions; in a region the threads take items from a shared
-counter until none is left, and meet before the next. Which thread computes an item never changes a bit.
+counter until none is left, and all are done before the next. Which thread computes an item never changes a bit.
 
 Activations lie in strips: [strip of 16 channels][row][16 lanes], float32, where a row is one token of one sequence and
 `stride` rows are reserved a strip. So one vector is 16 channels of one token, and sizes that are no multiple of 16 are
@@ -21,7 +21,7 @@ from refmamba.backends.cpu_vectors import (
     bits,
     double,
     fetch,
-    fetch_add_one,
+    fetch_add,
     float_of,
     from_bits,
     get,
@@ -68,7 +68,7 @@ INFINITE = 0x7F800000
 class Run(IntEnum):
     """The int64 arguments of `run`. Names of buffers stand for their addresses."""
 
-    (THREADS, SYNC, SCRATCH, SCRATCH_BYTES, FIRST, LAST, LAYERS, LAYER_TABLES, HEAD, EPSILON, D_MODEL, MODEL_STRIPS,
+    (THREADS, COUNTERS, SCRATCH, SCRATCH_BYTES, FIRST, LAST, LAYERS, LAYER_TABLES, HEAD, EPSILON, D_MODEL, MODEL_STRIPS,
      INNER_STRIPS, RANK_STRIPS, STATE_STRIPS, D_STATE, TAPS, VOCABULARY, ROWS, STRIDE, SEQUENCES, START, SEQUENCE, OUT_ROWS,
      OUT_ROW, OUT_START, OUT_SEQUENCE, X, NORMED, XZ, U, XBC, DELTA, CODES, FACTOR, SCALE, SUMS, SUM_BLOCKS, ABSMAX, ERRORS,
      CONV_IN, CONV_OUT, SSM_IN, SSM_OUT, LOGITS) = range(45)  # fmt: skip
@@ -98,7 +98,6 @@ class Mode(IntEnum):
     """Where a site's scale comes from; NONE: not quantized, which on the `in` side is fixed point."""
 
     NONE, TOKEN, TENSOR, STATIC = range(4)
-
 
 
 def kernel(**options):  # type: ignore[no-untyped-def]
@@ -210,20 +209,20 @@ def silu(x):
 @inlined
 def item(counter):
     """The next item of a region; a counter that has passed the last stays there."""
-    return fetch_add_one(counter)
+    return fetch_add(counter, 1)
 
 
 @kernel()
-def meet(run, counter):
-    """Wait until every thread has finished the region; its counter's place tells how many regions that makes.
+def meet(counter, items, mine):
+    """Wait until a region's items are done, `mine` of them by this thread. Returns the next region's counter.
 
-    Returns the next region's counter. Waiting spins, as a region is shorter than a sleep, and gives way when it is long.
+    A thread is not waited for, only its items: one that the system has put aside holds nobody up, and passes the regions
+    that went on without it. Waiting spins, as a region is shorter than a sleep, and gives way when it is long.
     """
-    sync, threads = at(run, Run.SYNC), at(run, Run.THREADS)
-    everybody = (counter - sync) // LINE * threads
-    fetch_add_one(sync)
+    done = counter + 8
+    fetch_add(done, mine)
     spins = 0
-    while fetch(sync) < everybody:
+    while fetch(done) < items:
         spins += 1
         if spins < 2000:
             pause(0)
@@ -396,9 +395,10 @@ def code_rows(run, work, layer, index, site, source, counter):
     starts = at(run, Run.OUT_START) if head else at(run, Run.START)
     strips, whole = at(site, Site.K) // 16, at(site, Site.IN) == Mode.TENSOR
     part = ROWS_OF_ITEM if rows > 2 * ROWS_OF_ITEM * at(run, Run.THREADS) else 1
-    first = item(counter) * part
-    while first < rows:
-        for row in range(first, min(rows, first + part)):
+    items, mine = (rows + part - 1) // part, 0
+    i = item(counter)
+    while i < items:
+        for row in range(i * part, min(rows, (i + 1) * part)):
             if work == NORM_ROW:
                 norm_row(run, at(layer, Layer.NORM), row, row)
             elif work == LAST_NORM_ROW:
@@ -412,15 +412,18 @@ def code_rows(run, work, layer, index, site, source, counter):
                 put(at(run, Run.ABSMAX) + 8 * row, m)
             else:
                 code_row(run, site, here, row, m)
-        first = item(counter) * part
-    counter = meet(run, counter)
+        mine += 1
+        i = item(counter)
+    counter = meet(counter, items, mine)
     if whole:
+        mine = 0
         row = item(counter)
         while row < rows:
             m = tensor_absmax(run, starts, get(sequences + 8 * row))
             code_row(run, site, source + row * FLOATS, row, m)
+            mine += 1
             row = item(counter)
-        counter = meet(run, counter)
+        counter = meet(counter, rows, mine)
     return counter
 
 
@@ -430,13 +433,16 @@ def requantize_rows(run, site, source, target, residual, counter):
     rows, step, mode = at(run, Run.ROWS), at(run, Run.STRIDE) * FLOATS, at(site, Site.OUT)
     strips, most, bias = 2 * at(site, Site.PAIRS), at(site, Site.OUT_LARGEST), at(site, Site.BIAS)
     high, low = splat_f(f32(most)), splat_f(-f32(most))
+    mine = 0
     row = item(counter)
     while row < rows:
         sequence = get(at(run, Run.SEQUENCE) + 8 * row)
         m = row_absmax(run, source + row * FLOATS, strips, 0, 2 * at(site, Site.NUMBER) + 1, sequence)
         put(at(run, Run.ABSMAX) + 8 * row, m)
+        mine += 1
         row = item(counter)
-    counter = meet(run, counter)
+    counter = meet(counter, rows, mine)
+    mine = 0
     row = item(counter)
     while row < rows:
         if mode == Mode.TENSOR:
@@ -452,8 +458,9 @@ def requantize_rows(run, site, source, target, residual, counter):
                 y = y + load_f(bias + s * FLOATS)
             here = target + s * step + row * FLOATS
             store_f(here, load_f(here) + y if residual else y)
+        mine += 1
         row = item(counter)
-    return meet(run, counter)
+    return meet(counter, rows, mine)
 
 
 # Products.
@@ -553,14 +560,15 @@ def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes
 def product(rank, run, site, rows, out, strip_bytes, row_bytes, limit, residual, counter):
     """Region: a product, a pair of strips and some rows an item. Returns the next region's counter."""
     pairs = at(site, Site.PAIRS)
-    items = pairs * ((rows + ROWS_OF_TILE - 1) // ROWS_OF_TILE)
+    items, mine = pairs * ((rows + ROWS_OF_TILE - 1) // ROWS_OF_TILE), 0
     i = item(counter)
     while i < items:
         first = i // pairs * ROWS_OF_TILE
         last = min(rows, first + ROWS_OF_TILE)
         product_item(rank, run, site, i % pairs, first, last, out, strip_bytes, row_bytes, limit, residual)
+        mine += 1
         i = item(counter)
-    return meet(run, counter)
+    return meet(counter, items, mine)
 
 
 @kernel()
@@ -626,11 +634,13 @@ def scan_strip(rank, run, layer, index, sequence, s):
 def scan(rank, run, layer, index, counter):
     """Region: the scan, 16 channels of one sequence an item. Returns the next region's counter."""
     strips = at(run, Run.INNER_STRIPS)
+    items, mine = strips * at(run, Run.SEQUENCES), 0
     i = item(counter)
-    while i < strips * at(run, Run.SEQUENCES):
+    while i < items:
         scan_strip(rank, run, layer, index, i // strips, i % strips)
+        mine += 1
         i = item(counter)
-    return meet(run, counter)
+    return meet(counter, items, mine)
 
 
 @kernel(cache=True)
@@ -639,7 +649,7 @@ def run_layers(rank, run):
     step = at(run, Run.STRIDE) * FLOATS
     rows, x, normed, xz = at(run, Run.ROWS), at(run, Run.X), at(run, Run.NORMED), at(run, Run.XZ)
     u, xbc, delta = at(run, Run.U), at(run, Run.XBC), at(run, Run.DELTA)
-    counter = at(run, Run.SYNC) + LINE
+    counter = at(run, Run.COUNTERS)
     for index in range(at(run, Run.FIRST), at(run, Run.LAST)):
         layer = at(run, Run.LAYER_TABLES) + 8 * index * Layer.SIZE
         in_proj, x_proj = layer + 8 * Layer.IN_PROJ, layer + 8 * Layer.X_PROJ

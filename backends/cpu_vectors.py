@@ -362,9 +362,9 @@ def tile(packed: bool, strips: int, columns: int, unroll: int) -> Any:
 
 
 # Threads.
-@_intrinsic(types.int64, types.int64)
-def fetch_add_one(b: Any, address: Any) -> Any:
-    return b.atomic_rmw("add", _pointer(b, address, i64), ir.Constant(i64, 1), "seq_cst")
+@_intrinsic(types.int64, types.int64, types.int64)
+def fetch_add(b: Any, address: Any, amount: Any) -> Any:
+    return b.atomic_rmw("add", _pointer(b, address, i64), amount, "seq_cst")
 
 
 @_intrinsic(types.int64, types.int64)
