@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class Dataset:
     source: str
     note: str = ""
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """A hash of what is asked: every context, continuation and right answer; the file's format does not matter."""
         asked = [[d.contexts, d.continuations, d.gold] for d in self.documents]

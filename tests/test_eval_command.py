@@ -1,5 +1,6 @@
 """`refmamba eval` as its users run it: real processes, killed, interrupted, resumed, spread over workers."""
 
+import hashlib
 import json
 import os
 import random
@@ -7,30 +8,34 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from refmamba.eval_tasks import TASKS
+
 TWO = ("--schemes", "int8,w8-all")
 WAIT = 60.0  # seconds, on a busy machine
 
 
-def start(folder: Path, *words: str) -> "subprocess.Popen[str]":
+def start(folder: Path, *words: str, **variables: str) -> "subprocess.Popen[str]":
     """The command, in a folder of its own, with a results file there."""
     command = [sys.executable, "-m", "refmamba.cli", "eval", "--results", "r.sqlite", *words]
     root = str(Path(__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": root, "PYTHONWARNINGS": "default"}
+    environment = os.environ | {"PYTHONPATH": root, "PYTHONWARNINGS": "default"} | variables
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
     )
 
 
-def run(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    process = start(folder, *words)
+def run(folder: Path, *words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    process = start(folder, *words, **variables)
     out, err = process.communicate(timeout=4 * WAIT)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
@@ -202,6 +207,66 @@ def test_an_error_in_the_middle_keeps_and_prints_what_was_before(tmp_path: Path)
     assert "rows.jsonl:21: the continuation has" in done.stderr
     assert "| int8   | lambada | 1.0     | 20 " in done.stdout
     assert count(tmp_path) == 20
+
+
+def test_the_hub_s_files_are_fetched_at_their_revision_and_checked(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = (Path(__file__).parents[1] / "eval_tasks" / "samples" / "copa.jsonl").read_text("utf-8").splitlines()
+    parquet.write_table(pyarrow.Table.from_pylist([json.loads(row) for row in rows * 5]), tmp_path / "copa.parquet")
+    files = {hub_path("copa"): (tmp_path / "copa.parquet").read_bytes(), hub_path("lambada"): b'{"text": "not LAMBADA"}'}
+    with Datasets(files) as endpoint:
+        hub = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        good = run(tmp_path, "--data", "hub", "--tasks", "copa", "--limit", "2", "--scheme", "int8", "--json", **hub)
+        wrong = run(tmp_path, "--data", "hub", "--tasks", "lambada", "--scheme", "int8", **hub)
+        missing = run(tmp_path, "--data", "hub", "--tasks", "rte", "--scheme", "int8", **hub)
+    assert good.returncode == 0, good.stderr
+    result = json.loads(good.stdout)
+    assert result["n-samples"]["copa"] == {"original": 100, "effective": 2}
+    assert result["config"]["data"]["copa"]["source"].startswith(f"aps/super_glue@{TASKS['copa'].hub.revision}/")
+    assert (wrong.returncode, missing.returncode) == (2, 2)
+    assert "is not data/lambada_test.jsonl of EleutherAI/lambada_openai at 900124bf3b82" in wrong.stderr
+    assert "refmamba: rte: nyu-mll/glue cannot be fetched" in missing.stderr
+
+
+def hub_path(task: str) -> str:
+    hub = TASKS[task].hub
+    return f"/datasets/{hub.repo}/resolve/{hub.revision}/{hub.file}"
+
+
+class Datasets:
+    """As much of the hub as a download of a data set's file needs, on this machine."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                content = files.get(self.path)
+                self.send_response(404 if content is None else 200)
+                if content is None:
+                    self.send_header("X-Error-Code", "EntryNotFound")
+                else:
+                    self.send_header("ETag", hashlib.sha256(content).hexdigest())
+                self.send_header("X-Repo-Commit", self.path.split("/")[5])
+                self.send_header("Content-Length", str(len(content or b"")))
+                self.end_headers()
+                if self.command == "GET" and content:
+                    self.wfile.write(content)
+
+            do_HEAD = do_GET
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Nothing on stderr."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+
+    def __enter__(self) -> str:
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
 
 
 def test_workers_give_the_same_results(whole: dict[str, Any], tmp_path: Path) -> None:
