@@ -61,7 +61,7 @@ def test_piqa_s_labels_lie_beside_its_rows(tmp_path: Path) -> None:
 
 
 def test_rte_from_glue_s_table_keeps_quotes(tmp_path: Path) -> None:
-    table = 'index\tsentence1\tsentence2\tlabel\r\n0\tHe said "no.\tHe spoke.\tentailment\r\n'
+    table = 'sentence1\tsentence2\tlabel\r\nHe said "no.\tHe spoke.\tentailment\r\n'
     (tmp_path / "dev.tsv").write_bytes(b"\xef\xbb\xbf" + table.encode())
     (document,) = load_file(TASKS["rte"], tmp_path / "dev.tsv").documents
     assert document.contexts[0] == 'He said "no.\nQuestion: He spoke. True or False?\nAnswer:'
@@ -153,6 +153,8 @@ def test_a_named_file_goes_before_the_folder_and_two_candidates_are_an_error(tmp
         load_tasks(["rte"], [str(tmp_path)])
     (data,) = load_tasks(["rte"], [str(tmp_path), f"rte={tmp_path}/rte_dev.jsonl"])
     assert data.source.endswith("rte_dev.jsonl")
+    (data,) = load_tasks(["rte"], [str(tmp_path), "sample"])
+    assert data.source == "sample"
 
 
 def test_real_rows_are_read() -> None:

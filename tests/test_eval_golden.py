@@ -90,6 +90,11 @@ def test_the_edges_hold_a_greedy_hit_and_a_miss() -> None:
     assert {edge[3] for edge in GOLDEN["edges"]} == {True, False}
 
 
+def test_acc_norm_leaves_the_delimiter_out() -> None:
+    document = Document("here", ("Question",) * 2, (" a", " abc"), gold=1)
+    assert PER_DOCUMENT["acc_norm"](document, Result(0, (Score(-2.0, False), Score(-4.5, False)))) == 1.0
+
+
 def test_ties_go_to_the_first_choice_and_an_empty_choice_never_wins() -> None:
     document = Document("here", ("Question",) * 3, (" ", " four", " fore"), gold=1)
     result = Result(0, (Score(-9.0, False), Score(-8.0, False), Score(-8.0, False)))
