@@ -1,5 +1,6 @@
 """The fast CPU backend: numba kernels on packed codes, the specification's bits (see cpu_kernels for how)."""
 
+import collections
 import functools
 import hashlib
 import math
@@ -118,6 +119,34 @@ class Threads:
                 done.get()
 
 
+class Lease:
+    """A pool's memory, given back when the last array on it is gone."""
+
+    def __init__(self, pool: "Pool", memory: NDArray[np.uint8]) -> None:
+        self._pool, self._memory = pool, memory
+        self.__array_interface__ = memory.__array_interface__
+
+    def __del__(self) -> None:
+        self._pool.spare.append(self._memory)
+
+
+class Pool:
+    """Memory of states to be used again: the system's new pages would cost a decode more than the scan that fills them."""
+
+    def __init__(self) -> None:
+        self.spare: collections.deque[NDArray[np.uint8]] = collections.deque(maxlen=2)
+
+    def take(self, size: int) -> NDArray[np.uint8]:
+        """`size` bytes on a cache line's boundary, uninitialized."""
+        try:
+            memory = self.spare.pop()
+        except IndexError:
+            memory = np.empty(0, np.uint8)
+        if memory.size != size:
+            memory = aligned((size,), np.uint8)
+        return np.asarray(Lease(self, memory))
+
+
 @dataclass(frozen=True, eq=False)
 class State:
     """The recurrent state of a batch in strips of 16 channels, a value: no call changes it.
@@ -126,15 +155,18 @@ class State:
     """
 
     config: MambaConfig
+    pool: Pool
     conv: F32Array
     ssm: F32Array
 
     @classmethod
-    def empty(cls, config: MambaConfig, batch: int) -> "State":
+    def empty(cls, config: MambaConfig, pool: Pool, batch: int) -> "State":
         """A state that is still to be written."""
         strips = strips_of(config.d_inner)
-        conv = aligned((batch, config.n_layer, config.d_conv - 1, strips * LANES))
-        return cls(config, conv, aligned((batch, config.n_layer, strips, config.d_state, LANES)))
+        conv = (batch, config.n_layer, config.d_conv - 1, strips * LANES)
+        ssm = (batch, config.n_layer, strips, config.d_state, LANES)
+        memory = pool.take(4 * (math.prod(conv) + math.prod(ssm))).view(np.float32)
+        return cls(config, pool, memory[: math.prod(conv)].reshape(conv), memory[math.prod(conv) :].reshape(ssm))
 
     @property
     def batch(self) -> int:
@@ -143,7 +175,7 @@ class State:
 
     def take(self, indices: Sequence[int]) -> "State":
         """The state of the named sequences, in that order; an index may come more than once (a fork)."""
-        new = State.empty(self.config, len(indices))
+        new = State.empty(self.config, self.pool, len(indices))
         new.conv[...], new.ssm[...] = self.conv[list(indices)], self.ssm[list(indices)]
         return new
 
@@ -233,8 +265,9 @@ class Packed:
     scale: NDArray[Any]
 
     @classmethod
-    def of(cls, w: Codes | FixedPoint, order: IntArray, digits: NDArray[np.uint8]) -> "Packed":
-        """Pack a weight into `digits`."""
+    def of(cls, w: Codes | FixedPoint, order: IntArray) -> "Packed":
+        """Pack a weight."""
+        digits = aligned((packed_bytes(w, len(order)),), np.uint8)
         pack(w, order, digits)
         places = np.flatnonzero(order >= 0)  # the order keeps the rows' own
         bits, scale = (0, w.exponent) if isinstance(w, FixedPoint) else (w.bits, w.scale)
@@ -253,8 +286,8 @@ class Packed:
 class Params(Mapping[str, Param]):
     """A loaded model's parameters: the weights of products are unpacked when they are asked for, as they are held once."""
 
-    def __init__(self, params: Mapping[str, Param], packed: Mapping[str, Packed]) -> None:
-        self._rest, self._packed = {name: x for name, x in params.items() if name not in packed}, packed
+    def __init__(self, rest: Mapping[str, Param], packed: Mapping[str, Packed]) -> None:
+        self._rest, self._packed = rest, packed
 
     def __getitem__(self, name: str) -> Param:
         return self._packed[name].param() if name in self._packed else self._rest[name]
@@ -272,26 +305,28 @@ class CpuRunner:
     def __init__(self, model: QuantizedModel, threads: Threads) -> None:
         self.model, self.config, self.scheme = model, model.config, model.scheme
         self._threads, self._kept, self._lock = threads, list[NDArray[Any]](), threading.Lock()
+        self._pool = Pool()
         c = self.config
         e, r, n = c.d_inner, c.dt_rank, c.d_state
         orders = {"in_proj": padded_rows(e, e), "x_proj": padded_rows(r, n, n), "dt_proj": padded_rows(e),
                   "out_proj": padded_rows(c.d_model), "lm_head": padded_rows(c.vocab_size)}  # fmt: skip
         sites = [f"layers.{i}.{layer}" for i in range(c.n_layer) for layer in LINEAR_LAYERS] + ["lm_head"]
-        weights = {site: cast("Codes | FixedPoint", model.params[f"{site}.weight"]) for site in sites}
-        sizes = [packed_bytes(w, len(orders[site.rsplit(".", 1)[-1]])) for site, w in weights.items()]
-        codes = aligned((sum(sizes),), np.uint8)  # every size is a multiple of 256
+        products = {f"{site}.weight" for site in sites} | ({"embedding.weight"} if model.shares_codes else set())
+        rest = {name: model.params[name] for name in model.params if name not in products}
+        self.model = QuantizedModel(c, model.scheme, rest)
         packed: dict[str, Packed] = {}
         self._table = np.zeros((c.n_layer + 1, int(Layer.SIZE)), np.int64)
-        start = 0
-        for number, (site, size) in enumerate(zip(sites, sizes, strict=True)):
+        # The head first: while its codes are held twice there is nothing else yet.
+        for number, site in sorted(enumerate(sites), key=lambda item: item[1] != "lm_head"):
             kind = site.rsplit(".", 1)[-1]
             place = int(Layer.IN_PROJ) + number % 4 * len(Site)
-            weight = Packed.of(weights[site], orders[kind], codes[start : start + size])
+            weight = Packed.of(cast("Codes | FixedPoint", model.params[f"{site}.weight"]), orders[kind])
             packed[f"{site}.weight"] = weight
             self._table[number // 4, place : place + len(Site)] = self._site(number + 1, site, kind, orders[kind], weight)
-            start += size
-        tied = model.params["embedding.weight"] is model.params["lm_head.weight"]
-        self._embedding = packed["lm_head.weight"] if tied else cast("Codes | F32Array", model.params["embedding.weight"])
+        if model.shares_codes:
+            packed["embedding.weight"] = packed["lm_head.weight"]
+        self._embedding = packed.get("embedding.weight") or cast("Codes | F32Array", rest["embedding.weight"])
+        model = self.model = QuantizedModel(c, model.scheme, Params(rest, packed))
         for i in range(c.n_layer):
             at = f"layers.{i}"
             conv = self._strips(model.value(f"{at}.conv1d.weight").T)
@@ -302,9 +337,6 @@ class CpuRunner:
                 self._strips(model.value(f"{at}.norm.weight")), conv, conv_bias, self._keep(A),
                 self._strips(model.value(f"{at}.dt_proj.bias")), self._strips(model.value(f"{at}.D")),
             )  # fmt: skip
-        if tied and isinstance(weights["lm_head"], Codes):
-            packed["embedding.weight"] = packed["lm_head.weight"]
-        self.model = QuantizedModel(c, model.scheme, Params(model.params, packed))
         self._table[c.n_layer, int(Layer.NORM)] = self._strips(model.value("norm_f.weight"))
         self._run = np.zeros(len(Run), np.int64)
         self._workspace = np.empty(0, np.uint8)
@@ -467,7 +499,7 @@ class CpuRunner:
 
     def initial_state(self, batch: int) -> State:
         """The state of `batch` sequences before their first token."""
-        state = State.empty(self.config, batch)
+        state = State.empty(self.config, self._pool, batch)
         state.conv.fill(0)
         state.ssm.fill(0)
         return state
@@ -494,7 +526,7 @@ class CpuRunner:
             here = [b for b, _, _ in parts]
             every = len(here) == len(sequences)
             before = state if every else state.take(here)
-            after = State.empty(self.config, len(here))
+            after = State.empty(self.config, self._pool, len(here))
             positions: list[Positions] = [
                 "none" if logits == "last" and stop < len(sequences[b]) else logits for b, _, stop in parts
             ]

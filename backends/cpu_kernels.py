@@ -1,7 +1,8 @@
 """The CPU backend's kernels: a pass through any range of layers in one call, by all threads (docs/SPEC.md, 1 to 6).
 
-Every thread calls `run` with its rank. A pass is a sequence of regions; in a region the threads take items from a shared
-counter until none is left, and all are done before the next. Which thread computes an item never changes a bit.
+Every thread calls `run` with its rank. A pass is a sequence of regions; in a region the threads take shares of the items
+from a common counter until none is left, and all are done before the next. Which thread computes an item never changes a
+bit.
 
 Activations lie in strips: [strip of 16 channels][row][16 lanes], float32, where a row is one token of one sequence and
 `stride` rows are reserved a strip. So one vector is 16 channels of one token, and sizes that are no multiple of 16 are
@@ -60,7 +61,7 @@ f32 = np.float32
 # numpy's integers where they are arguments: numba compiles a function anew for each of Python's.
 FLOATS = np.int64(64)  # bytes of 16 float32
 BLOCK = 4096  # columns whose integer product is joined in one piece, eq. (12)
-ROWS_OF_ITEM, ROWS_OF_TILE = 4, 64  # rows of one item of a row region, and of a product
+ROWS_OF_TILE = 64  # rows of one item of a product
 LINE = 64  # bytes between two threads' counters
 INFINITE = 0x7F800000
 
@@ -207,9 +208,17 @@ def silu(x):
 
 # Threads.
 @inlined
-def item(counter):
-    """The next item of a region; a counter that has passed the last stays there."""
-    return fetch_add(counter, 1)
+def share(run, counter, items):
+    """The next share of a region's items, first to last - 1; from `items` on there is none.
+
+    Every thread's first share is a part of one half of the items, its next of one half of the rest, and so on: few calls,
+    each a line that travels between cores, neighbours that the machine's prefetchers know, and small shares at the end.
+    """
+    threads, n = at(run, Run.THREADS), fetch_add(counter, 1)
+    left = items >> (n // threads)
+    half = left - (left >> 1)
+    first = items - left
+    return first + n % threads * half // threads, first + (n % threads + 1) * half // threads
 
 
 @kernel()
@@ -394,11 +403,10 @@ def code_rows(run, work, layer, index, site, source, counter):
     sequences = at(run, Run.OUT_SEQUENCE) if head else at(run, Run.SEQUENCE)
     starts = at(run, Run.OUT_START) if head else at(run, Run.START)
     strips, whole = at(site, Site.K) // 16, at(site, Site.IN) == Mode.TENSOR
-    part = ROWS_OF_ITEM if rows > 2 * ROWS_OF_ITEM * at(run, Run.THREADS) else 1
-    items, mine = (rows + part - 1) // part, 0
-    i = item(counter)
-    while i < items:
-        for row in range(i * part, min(rows, (i + 1) * part)):
+    mine = 0
+    first, last = share(run, counter, rows)
+    while first < rows:
+        for row in range(first, last):
             if work == NORM_ROW:
                 norm_row(run, at(layer, Layer.NORM), row, row)
             elif work == LAST_NORM_ROW:
@@ -412,17 +420,18 @@ def code_rows(run, work, layer, index, site, source, counter):
                 put(at(run, Run.ABSMAX) + 8 * row, m)
             else:
                 code_row(run, site, here, row, m)
-        mine += 1
-        i = item(counter)
-    counter = meet(counter, items, mine)
+        mine += last - first
+        first, last = share(run, counter, rows)
+    counter = meet(counter, rows, mine)
     if whole:
         mine = 0
-        row = item(counter)
-        while row < rows:
-            m = tensor_absmax(run, starts, get(sequences + 8 * row))
-            code_row(run, site, source + row * FLOATS, row, m)
-            mine += 1
-            row = item(counter)
+        first, last = share(run, counter, rows)
+        while first < rows:
+            for row in range(first, last):
+                m = tensor_absmax(run, starts, get(sequences + 8 * row))
+                code_row(run, site, source + row * FLOATS, row, m)
+            mine += last - first
+            first, last = share(run, counter, rows)
         counter = meet(counter, rows, mine)
     return counter
 
@@ -434,32 +443,34 @@ def requantize_rows(run, site, source, target, residual, counter):
     strips, most, bias = 2 * at(site, Site.PAIRS), at(site, Site.OUT_LARGEST), at(site, Site.BIAS)
     high, low = splat_f(f32(most)), splat_f(-f32(most))
     mine = 0
-    row = item(counter)
-    while row < rows:
-        sequence = get(at(run, Run.SEQUENCE) + 8 * row)
-        m = row_absmax(run, source + row * FLOATS, strips, 0, 2 * at(site, Site.NUMBER) + 1, sequence)
-        put(at(run, Run.ABSMAX) + 8 * row, m)
-        mine += 1
-        row = item(counter)
+    first, last = share(run, counter, rows)
+    while first < rows:
+        for row in range(first, last):
+            sequence = get(at(run, Run.SEQUENCE) + 8 * row)
+            m = row_absmax(run, source + row * FLOATS, strips, 0, 2 * at(site, Site.NUMBER) + 1, sequence)
+            put(at(run, Run.ABSMAX) + 8 * row, m)
+        mine += last - first
+        first, last = share(run, counter, rows)
     counter = meet(counter, rows, mine)
     mine = 0
-    row = item(counter)
-    while row < rows:
-        if mode == Mode.TENSOR:
-            m = tensor_absmax(run, at(run, Run.START), get(at(run, Run.SEQUENCE) + 8 * row))
-        else:
-            m = get(at(run, Run.ABSMAX) + 8 * row)
-        multiplier, scale, _ = factors(mode, most, m, ONE)
-        by, over = splat_f(multiplier), splat_f(scale)
-        for s in range(strips):
-            v = load_f(source + s * step + row * FLOATS) * by
-            y = to_float(to_int(rint(where(v > high, high, where(v < low, low, v))))) / over
-            if bias != 0:
-                y = y + load_f(bias + s * FLOATS)
-            here = target + s * step + row * FLOATS
-            store_f(here, load_f(here) + y if residual else y)
-        mine += 1
-        row = item(counter)
+    first, last = share(run, counter, rows)
+    while first < rows:
+        for row in range(first, last):
+            if mode == Mode.TENSOR:
+                m = tensor_absmax(run, at(run, Run.START), get(at(run, Run.SEQUENCE) + 8 * row))
+            else:
+                m = get(at(run, Run.ABSMAX) + 8 * row)
+            multiplier, scale, _ = factors(mode, most, m, ONE)
+            by, over = splat_f(multiplier), splat_f(scale)
+            for s in range(strips):
+                v = load_f(source + s * step + row * FLOATS) * by
+                y = to_float(to_int(rint(where(v > high, high, where(v < low, low, v))))) / over
+                if bias != 0:
+                    y = y + load_f(bias + s * FLOATS)
+                here = target + s * step + row * FLOATS
+                store_f(here, load_f(here) + y if residual else y)
+        mine += last - first
+        first, last = share(run, counter, rows)
     return meet(counter, rows, mine)
 
 
@@ -561,13 +572,14 @@ def product(rank, run, site, rows, out, strip_bytes, row_bytes, limit, residual,
     """Region: a product, a pair of strips and some rows an item. Returns the next region's counter."""
     pairs = at(site, Site.PAIRS)
     items, mine = pairs * ((rows + ROWS_OF_TILE - 1) // ROWS_OF_TILE), 0
-    i = item(counter)
-    while i < items:
-        first = i // pairs * ROWS_OF_TILE
-        last = min(rows, first + ROWS_OF_TILE)
-        product_item(rank, run, site, i % pairs, first, last, out, strip_bytes, row_bytes, limit, residual)
-        mine += 1
-        i = item(counter)
+    first, last = share(run, counter, items)
+    while first < items:
+        for i in range(first, last):
+            row = i // pairs * ROWS_OF_TILE
+            end = min(rows, row + ROWS_OF_TILE)
+            product_item(rank, run, site, i % pairs, row, end, out, strip_bytes, row_bytes, limit, residual)
+        mine += last - first
+        first, last = share(run, counter, items)
     return meet(counter, items, mine)
 
 
@@ -635,11 +647,12 @@ def scan(rank, run, layer, index, counter):
     """Region: the scan, 16 channels of one sequence an item. Returns the next region's counter."""
     strips = at(run, Run.INNER_STRIPS)
     items, mine = strips * at(run, Run.SEQUENCES), 0
-    i = item(counter)
-    while i < items:
-        scan_strip(rank, run, layer, index, i // strips, i % strips)
-        mine += 1
-        i = item(counter)
+    first, last = share(run, counter, items)
+    while first < items:
+        for i in range(first, last):
+            scan_strip(rank, run, layer, index, i // strips, i % strips)
+        mine += last - first
+        first, last = share(run, counter, items)
     return meet(counter, items, mine)
 
 

@@ -18,6 +18,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
 
 LANES = 16
+AHEAD = 4096  # bytes from the codes being read to those asked for
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # What numba compiles for: the host's features unless NUMBA_CPU_NAME or NUMBA_CPU_FEATURES say otherwise.
 FEATURES = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
@@ -101,6 +102,12 @@ def _load(builder: Any, address: Any, of: ir.Type, align: int) -> Any:
 def _call(builder: Any, name: str, result: ir.Type, *arguments: Any) -> Any:
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [a.type for a in arguments]), name)
     return builder.call(function, arguments)
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    """Ask for a cache line that is read soon. No address is a fault."""
+    read, keep, data = (ir.Constant(i32, value) for value in (0, 3, 1))
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), _pointer(builder, address, i8), read, keep, data)
 
 
 def _splat(builder: Any, scalar: Any, lanes: int = LANES) -> Any:
@@ -331,6 +338,8 @@ def tile(packed: bool, strips: int, columns: int, unroll: int) -> Any:
             for s in range(strips):
                 address = b.add(b.add(w_at, ir.Constant(i64, 64 * u)), b.mul(w_stride, ir.Constant(i64, s)))
                 raw = _load(b, address, code, 64)
+                if columns <= 4:  # bound by memory, which the machine's own prefetchers read only to the end of a page
+                    _prefetch(b, b.add(address, ir.Constant(i64, AHEAD)))
                 if packed:
                     low = ir.Constant(code, [15] * 64)
                     digits.append([b.and_(raw, low), b.lshr(raw, ir.Constant(code, [4] * 64))])

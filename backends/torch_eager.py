@@ -312,12 +312,11 @@ class Mamba:
 
     def __init__(self, model: QuantizedModel, device: torch.device) -> None:
         self.model, self.config, self.scheme, self.device = model, model.config, model.scheme, device
-        moved: dict[int, Any] = {}  # a tied head is one object with the embedding
         self.params: dict[str, Any] = {}
-        for name, param in model.params.items():
-            if id(param) not in moved:
-                moved[id(param)] = self._move(param)
-            self.params[name] = moved[id(param)]
+        for name in model.params:
+            if not (name == "lm_head.weight" and model.shares_codes):
+                self.params[name] = self._move(model.params[name])
+        self.params.setdefault("lm_head.weight", self.params["embedding.weight"])
         self.A = [-exp(self.value(f"layers.{i}.A_log")) for i in range(self.config.n_layer)]
         matrices = [p for p in self.params.values() if isinstance(p, Codes) and p.q.ndim == 2]
         longest = max((p.q.shape[1] for p in matrices), default=1)

@@ -101,11 +101,13 @@ class Checkpoint:
         _no_others(self._tensors, self.config.shapes())
 
     def read(self, name: str) -> F32Array:
-        """One parameter: a new float32 array, its shape that of MambaConfig.shapes. Nothing is kept."""
+        """One parameter, float32, read-only: a view of the memory map where the file holds that type. Nothing is kept."""
         array = self._tensors[name].array
         if array.dtype == BFLOAT16:  # the upper half of a float32
             array = (array.astype(np.uint32) << 16).view(np.float32)
-        return np.array(array, np.float32).reshape(self.config.shapes()[name])
+        x = np.asarray(array, np.float32).reshape(self.config.shapes()[name])
+        x.flags.writeable = False
+        return x
 
 
 def content_hash(model: ParameterSource | QuantizedModel) -> str:
@@ -319,9 +321,10 @@ def save_quantized(model: QuantizedModel, folder: Path, tokenizer: Path) -> None
 
 def _arrays(model: QuantizedModel) -> Iterator[tuple[str, NDArray[Any]]]:
     """What is saved of a model, by name."""
-    for name, param in sorted(model.params.items()):
+    for name in sorted(model.params):
         if name == "lm_head.weight" and model.config.tie_embeddings:
             continue
+        param = model.params[name]
         if isinstance(param, Codes):
             yield f"{name}.q", pack4(np.atleast_2d(param.q)) if param.bits <= 4 else param.q
             yield f"{name}.scale", np.asarray(param.scale)

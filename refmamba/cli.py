@@ -150,8 +150,8 @@ def quantize(
     absmax = calibration_for(opened, tokenizer, calibrate) if parsed.needs_calibration or save_calibration else None
     if save_calibration and absmax is not None:
         calibration.save_calibration(absmax, save_calibration)
-    with progress(opened, f"quantizing {scheme}") as source:
-        save_quantized(quantize_model(source, parsed, absmax), folder, files.tokenizer)
+    with progress(quantize_model(opened, parsed, absmax)) as quantized:
+        save_quantized(quantized, folder, files.tokenizer)
     click.echo(f"{folder}: {model} as {parsed.name}")
 
 

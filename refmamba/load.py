@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from refmamba.arith import F32Array
 from refmamba.backend import Backend, Runner, load_backend
 from refmamba.calibrate import SUFFIX, calibrate, load_calibration, passage, read_text
 from refmamba.checkpoint import open_checkpoint
-from refmamba.config import MambaConfig
 from refmamba.errors import SchemeError
 from refmamba.hub import ModelFiles, resolve_model
 from refmamba.model import ParameterSource, QuantizedModel, quantize_model
+from refmamba.quantize import Param
 from refmamba.scheme import parse_scheme
 from refmamba.tokenizer import Tokenizer, load_tokenizer
 
@@ -66,28 +66,33 @@ def choose_scheme(scheme: str | None, bits: int | None, act_bits: int | None) ->
     return scheme
 
 
-class _Counted:
-    """A ParameterSource that moves a progress bar with every tensor read."""
+class _Counted(Mapping[str, Param]):
+    """A model's parameters; each one taken moves a progress bar."""
 
-    def __init__(self, source: ParameterSource, bar: "tqdm[Any]") -> None:
-        self._source, self._bar = source, bar
+    def __init__(self, params: Mapping[str, Param], bar: "tqdm[Any]") -> None:
+        self._params, self._bar = params, bar
 
-    @property
-    def config(self) -> MambaConfig:
-        return self._source.config
-
-    def read(self, name: str) -> F32Array:
-        x = self._source.read(name)
+    def __getitem__(self, name: str) -> Param:
+        param = self._params[name]
         self._bar.update()
-        return x
+        return param
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._params
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
 
 
 @contextmanager
-def progress(source: ParameterSource, what: str) -> Iterator[ParameterSource]:
-    """The source, with a bar on a terminal's stderr while it is read."""
-    total = len(source.config.shapes())
+def progress(model: QuantizedModel) -> Iterator[QuantizedModel]:
+    """The model, with a bar on a terminal's stderr while its parameters are quantized and taken."""
+    what, total = f"quantizing {model.scheme.name}", len(model.params)
     with tqdm(total=total, desc=what, unit="tensor", leave=False, disable=not sys.stderr.isatty()) as bar:
-        yield _Counted(source, bar)
+        yield replace(model, params=_Counted(model.params, bar))
 
 
 def calibration_for(source: ParameterSource, tokenizer: Tokenizer, file: Path | None) -> Mapping[str, F32Array]:
@@ -110,12 +115,12 @@ def load_model(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> tup
             raise SchemeError(f"{choice.model} is saved as {opened.scheme.name}; leave out --scheme {scheme.name}")
         return files, tokenizer, opened
     calibration = calibration_for(opened, tokenizer, choice.calibrate) if scheme.needs_calibration else None
-    with progress(opened, f"quantizing {scheme.name}") as source:
-        return files, tokenizer, quantize_model(source, scheme, calibration)
+    return files, tokenizer, quantize_model(opened, scheme, calibration)
 
 
 def load(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> Loaded:
     """Everything that a command needs to run the model. Raises RefmambaError."""
     backend = load_backend(choice.backend, choice.device)
     files, tokenizer, model = load_model(choice, default_scheme)
-    return Loaded(choice, files, tokenizer, backend, backend.load(model))
+    with progress(model) as counted:
+        return Loaded(choice, files, tokenizer, backend, backend.load(counted))

@@ -1,6 +1,6 @@
 """The model: what a scheme makes of a checkpoint, and its forward for one sequence (docs/SPEC.md, sections 4 and 6)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -45,9 +45,9 @@ class QuantizedModel:
     """A model under a scheme: what every backend loads.
 
     params, by name: Codes where the scheme quantizes the parameter; FixedPoint for any other matrix of a product; else
-    float32. `lm_head.weight` is always there (the embedding's own Codes where both are one). A static input has
+    float32. `lm_head.weight` is always there (the embedding's Codes where `shares_codes`). A static input has
     `{site}.absmax` (float32, shape ()), a smoothed one `{site}.smooth` (int32 exponents, one an input channel), where
-    site is `layers.{i}.in_proj` and so on.
+    site is `layers.{i}.in_proj` and so on. The mapping may make a parameter each time it is asked for: see `held`.
     """
 
     config: MambaConfig
@@ -60,6 +60,18 @@ class QuantizedModel:
         assert not isinstance(param, FixedPoint)
         return param.dequantize() if isinstance(param, Codes) else param
 
+    @property
+    def shares_codes(self) -> bool:
+        """Whether the head's codes are the embedding's."""
+        return self.config.tie_embeddings and "embedding.weight" in self.scheme.weights
+
+    def held(self) -> "QuantizedModel":
+        """The same model with every parameter in memory, for whoever reads them more than once."""
+        params = {name: self.params[name] for name in self.params if not (self.shares_codes and name == "lm_head.weight")}
+        if self.shares_codes:
+            params["lm_head.weight"] = params["embedding.weight"]
+        return QuantizedModel(self.config, self.scheme, params)
+
 
 def quantize_parameter(x: F32Array, kind: str, name: str, scheme: Scheme) -> Param:
     """One parameter under a scheme: eq. (7, 8), eq. (10), or as it is. kind: the name without its layer."""
@@ -70,29 +82,51 @@ def quantize_parameter(x: F32Array, kind: str, name: str, scheme: Scheme) -> Par
     return x
 
 
+class _OnDemand(Mapping[str, Param]):
+    """The parameters of a checkpoint under a scheme: each is quantized when it is asked for, and not kept."""
+
+    def __init__(self, source: ParameterSource, scheme: Scheme, sites: Mapping[str, Param]) -> None:
+        self._source, self._scheme, self._sites = source, scheme, sites
+        self._names = list(dict.fromkeys([*sites, *source.config.shapes(), "lm_head.weight"]))
+
+    def __getitem__(self, name: str) -> Param:
+        if name in self._sites:
+            return self._sites[name]
+        if name not in self._names:
+            raise KeyError(name)
+        kind = name.split(".", 2)[2] if name.startswith("layers.") else name
+        if name == "lm_head.weight" and self._source.config.tie_embeddings:
+            name = "embedding.weight"
+            kind = name if name in self._scheme.weights else kind
+        return quantize_parameter(self._source.read(name), kind, name, self._scheme)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def quantize_model(
     source: ParameterSource, scheme: Scheme, calibration: Mapping[str, F32Array] | None = None
 ) -> QuantizedModel:
-    """Quantize tensor by tensor: no more than one float32 tensor is held at a time.
+    """A checkpoint under a scheme. Its `params` are quantized one by one as a backend takes them, and none is kept.
 
     calibration: for each site the absolute maximum of each input channel, (K,) float32, as `refmamba.calibrate` gives
-    it; needed where `scheme.needs_calibration`. Raises NonFiniteError, and DataError where calibration lacks a site.
+    it; needed where `scheme.needs_calibration`. Raises DataError where calibration lacks a site; reading a parameter
+    raises NonFiniteError.
     """
-    config, params = source.config, dict[str, Param]()
+    sites: dict[str, Param] = {}
     if scheme.needs_calibration:
-        absmax = _site_absmax(config, scheme, calibration or {})
+        absmax = _site_absmax(source.config, scheme, calibration or {})
         if scheme.smooth:
             source, absmax, exponents = smoothed(source, absmax, scheme.smooth)
-            params.update(exponents)
-        params.update({f"{site}.absmax": np.asarray(np.max(m)) for site, m in absmax.items()})
-    for name in config.shapes():
-        x = source.read(name)
-        kind = name.split(".", 2)[2] if name.startswith("layers.") else name
-        params[name] = quantize_parameter(x, kind, name, scheme)
-        if name == "embedding.weight" and config.tie_embeddings:
-            tied = params[name] if isinstance(params[name], Codes) else quantize_parameter(x, "lm_head.weight", name, scheme)
-            params["lm_head.weight"] = tied
-    return QuantizedModel(config, scheme, params)
+            sites.update(exponents)
+        sites.update({f"{site}.absmax": np.asarray(np.max(m)) for site, m in absmax.items()})
+    return QuantizedModel(source.config, scheme, _OnDemand(source, scheme, sites))
 
 
 def _site_absmax(config: MambaConfig, scheme: Scheme, calibration: Mapping[str, F32Array]) -> dict[str, F32Array]:
@@ -142,10 +176,10 @@ class Mamba:
     """The reference forward of one QuantizedModel. A batch is its sequences one after the other."""
 
     def __init__(self, model: QuantizedModel) -> None:
-        self.model, self.config, self.scheme = model, model.config, model.scheme
+        self.model, self.config, self.scheme = model.held(), model.config, model.scheme
         A_log = [f"layers.{i}.A_log" for i in range(self.config.n_layer)]
-        self.A = [state_matrix(model.value(name)) for name in A_log]
-        embedding = model.params["embedding.weight"]
+        self.A = [state_matrix(self.model.value(name)) for name in A_log]
+        embedding = self.model.params["embedding.weight"]
         assert not isinstance(embedding, FixedPoint)
         self.embedding = embedding
 

@@ -59,7 +59,7 @@ class Transformers:
         self._model = cast(Any, MambaForCausalLM(config))
         state = {}
         for name in c.shapes():
-            x = torch.from_numpy(source.read(name))
+            x = torch.tensor(source.read(name))
             if name == "lm_head.weight":
                 state[name] = x
             elif name == "embedding.weight":

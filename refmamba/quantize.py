@@ -18,6 +18,7 @@ ABSMAX_ZERO = f32(2.0**-100)  # an absolute maximum below this counts as zero
 ACTIVATION_BITS, WEIGHT_BITS = 30, 22  # magnitudes of the fixed-point codes are at most 2^30 and 2^22
 LOW_PART = 4096  # a weight's fixed-point code is hi * 4096 + lo
 BLOCK = 4096  # longest row whose fixed-point product is exact in float64
+ROWS = 4096  # rows coded at a time
 LONGEST_ROW = 65536  # longest row of an 8-bit by 31-bit product that is exact in float64
 
 Granularity = Literal["per_tensor", "per_row"]
@@ -60,7 +61,8 @@ def absmax(x: F32Array, site: str, granularity: Granularity = "per_tensor") -> F
 
     Raises NonFiniteError, naming the site, for a NaN or an infinity.
     """
-    m = np.max(np.abs(x)) if granularity == "per_tensor" else np.max(np.abs(x), axis=-1, keepdims=True)
+    axis = None if granularity == "per_tensor" else -1
+    m = np.maximum(np.max(x, axis, keepdims=axis is not None), -np.min(x, axis, keepdims=axis is not None))
     if not np.all(np.isfinite(m)):
         raise NonFiniteError(f"{site}: a value is NaN or infinite, so it has no codes; check the weights and the input")
     return np.where(m < ABSMAX_ZERO, f32(0), m)
@@ -83,9 +85,10 @@ def quantize(x: F32Array, scale: F32Array, bits: int) -> IntArray:
 
 def code(x: F32Array, bits: int, site: str, granularity: Granularity = "per_tensor") -> Codes:
     """Quantize with the scale that the values themselves give, eq. (7, 8). Raises NonFiniteError."""
-    m = absmax(x, site, granularity)
-    scale = scale_of(m, bits)
-    return Codes(quantize(np.where(m == 0, f32(0), x), scale, bits), scale, bits)
+    scale = scale_of(absmax(x, site, granularity), bits)
+    parts = [slice(i, i + ROWS) for i in range(0, len(x), ROWS)]  # a large matrix needs little memory beside it
+    q = np.concatenate([quantize(x[part], scale[part] if scale.ndim else scale, bits) for part in parts])
+    return Codes(q, scale, bits)
 
 
 def code_static(x: F32Array, static_absmax: F32Array, bits: int, site: str) -> Codes:
@@ -107,7 +110,7 @@ def fixed_point(x: F32Array, magnitude_bits: int, site: str) -> FixedPoint:
     m = absmax(x, site, "per_row")
     _, e = np.frexp(m)  # absmax = fraction * 2^E with 1/2 <= fraction < 1
     exponent = np.where(m == 0, 0, np.minimum(126, magnitude_bits - e)).astype(np.int32)
-    q = np.rint(np.ldexp(np.where(m == 0, f32(0), x), exponent)).astype(np.int32)
+    q = np.rint(np.ldexp(x, exponent)).astype(np.int32)
     return FixedPoint(q, exponent[:, 0])
 
 
