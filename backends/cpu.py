@@ -3,6 +3,7 @@
 import collections
 import functools
 import hashlib
+import itertools
 import math
 import os
 import queue
@@ -158,6 +159,8 @@ class State:
     pool: Pool
     conv: F32Array
     ssm: F32Array
+    conv_address: int
+    ssm_address: int
 
     @classmethod
     def empty(cls, config: MambaConfig, pool: Pool, batch: int) -> "State":
@@ -165,8 +168,10 @@ class State:
         strips = strips_of(config.d_inner)
         conv = (batch, config.n_layer, config.d_conv - 1, strips * LANES)
         ssm = (batch, config.n_layer, strips, config.d_state, LANES)
-        memory = pool.take(4 * (math.prod(conv) + math.prod(ssm))).view(np.float32)
-        return cls(config, pool, memory[: math.prod(conv)].reshape(conv), memory[math.prod(conv) :].reshape(ssm))
+        size = math.prod(conv)  # whole vectors, so that what follows is aligned too
+        memory = pool.take(4 * (size + math.prod(ssm))).view(np.float32)
+        start = address(memory)
+        return cls(config, pool, memory[:size].reshape(conv), memory[size:].reshape(ssm), start, start + 4 * size)
 
     @property
     def batch(self) -> int:
@@ -339,7 +344,8 @@ class CpuRunner:
             )  # fmt: skip
         self._table[c.n_layer, int(Layer.NORM)] = self._strips(model.value("norm_f.weight"))
         self._run = np.zeros(len(Run), np.int64)
-        self._workspace = np.empty(0, np.uint8)
+        self._workspace, self._residual = np.empty(0, np.uint8), np.empty((0, 0, LANES), np.float32)
+        self._errors = np.zeros(0, np.int64)
         self._counters = aligned((2 + REGIONS * (c.n_layer + 1), 8), np.int64)
         scratch = max(SCRATCH_BYTES, 64 << (n - 1).bit_length())
         self._set(
@@ -417,7 +423,10 @@ class CpuRunner:
             start += -start % 64
             self._set(**{name: start})
             start += size
-        self._set(ROWS=rows, STRIDE=stride)
+        self._errors = np.zeros(rows, np.int64)  # of each sequence
+        self._set(ROWS=rows, STRIDE=stride, ERRORS=address(self._errors))
+        residual = self._workspace[int(get(Run.X)) - address(self._workspace) :][: model * stride * LANES * 4]
+        self._residual = residual.view(np.float32).reshape(model, stride, LANES)
 
     def _buffer(self, name: str, channels: int) -> F32Array:
         """A buffer's values after a pass: (rows, channels)."""
@@ -440,48 +449,43 @@ class CpuRunner:
         hook: Hook | None,
     ) -> None:  # fmt: skip
         """All layers for a few sequences, from one state to another; the logits of the positions asked for into `out`."""
-        starts, sequence, out_row, out_starts, out_sequence = plan(tuple(map(len, sequences)), tuple(positions))
-        rows, errors = len(sequence), np.zeros(len(sequences), np.int64)
-        self._reserve(rows)
+        rows = plan(tuple(map(len, sequences)), tuple(positions))
+        self._reserve(rows.count)
         x = self._embed(np.concatenate(sequences))
-        strips, stride = strips_of(self.config.d_model), int(self._run[Run.STRIDE])
-        start = int(self._run[Run.X]) - address(self._workspace)
-        target = self._workspace[start : start + strips * stride * LANES * 4].view(np.float32).reshape(strips, stride, LANES)
         padded = np.pad(x, ((0, 0), (0, -x.shape[1] % LANES))) if x.shape[1] % LANES else x
-        target[:, :rows] = padded.reshape(rows, strips, LANES).swapaxes(0, 1)
+        self._residual[:, : rows.count] = padded.reshape(rows.count, -1, LANES).swapaxes(0, 1)
         self._set(
-            SEQUENCES=len(sequences), START=address(starts), SEQUENCE=address(sequence), OUT_ROWS=0, OUT_ROW=address(out_row),
-            OUT_START=address(out_starts), OUT_SEQUENCE=address(out_sequence), ERRORS=address(errors),
-            CONV_IN=address(before.conv), CONV_OUT=address(after.conv), SSM_IN=address(before.ssm),
-            SSM_OUT=address(after.ssm), LOGITS=address(out),
+            SEQUENCES=len(sequences), CONV_IN=before.conv_address, CONV_OUT=after.conv_address, SSM_IN=before.ssm_address,
+            SSM_OUT=after.ssm_address, LOGITS=address(out), **rows.fields,
         )  # fmt: skip
         if hook is None:
-            self._layers(0, self.config.n_layer, len(out_row), errors)
+            self._layers(0, self.config.n_layer, rows.out_count)
             return
         hook("embedding", x)
         for i in range(self.config.n_layer):
-            self._show_layer(i, after, errors, hook)
-        self._layers(self.config.n_layer, self.config.n_layer, len(out_row), errors)
-        if len(out_row):
+            self._show_layer(i, after, hook)
+        self._layers(self.config.n_layer, self.config.n_layer, rows.out_count)
+        if rows.out_count:
             hook("lm_head.out", out.copy())
 
-    def _layers(self, first: int, last: int, out_rows: int, errors: IntArray) -> None:
+    def _layers(self, first: int, last: int, out_rows: int) -> None:
         self._set(FIRST=first, LAST=last, OUT_ROWS=out_rows)
         self._counters.fill(0)
+        self._errors.fill(0)
         self._threads.run(kernels.run_layers, self._run)
-        if errors.any():
-            number, side = divmod(int(errors[np.flatnonzero(errors)[0]]), 2)
+        if self._errors.any():
+            number, side = divmod(int(self._errors[np.flatnonzero(self._errors)[0]]), 2)
             layer, place = divmod(number - 1, 4)
             name = "lm_head" if layer == self.config.n_layer else f"layers.{layer}.{LINEAR_LAYERS[place]}"
             site = f"{name}.{('in', 'result')[side]}"
             raise NonFiniteError(f"{site}: a value is NaN or infinite, so it has no codes; check the weights and the input")
 
-    def _show_layer(self, i: int, after: State, errors: IntArray, hook: Hook) -> None:
+    def _show_layer(self, i: int, after: State, hook: Hook) -> None:
         """One layer, and what its buffers hold when it is done: SITES."""
         c, at = self.config, f"layers.{i}"
         e, strips = c.d_inner, LANES
         hook(f"{at}.residual_in", self._buffer("X", c.d_model))
-        self._layers(i, i + 1, 0, errors)
+        self._layers(i, i + 1, 0)
         xz = self._buffer("XZ", 2 * strips_of(e) * strips)
         half = strips_of(e) * strips
         hook(f"{at}.in_proj.out", np.concatenate([xz[:, :e], xz[:, half : half + e]], axis=1))
@@ -538,7 +542,8 @@ class CpuRunner:
             else:
                 state = state.take(range(len(sequences)))
                 state.conv[here], state.ssm[here] = after.conv, after.ssm
-        return np.split(out, np.cumsum(counts)[:-1]), state
+        ends = list(itertools.accumulate(counts))
+        return [out[end - count : end] for end, count in zip(ends, counts, strict=True)], state
 
     def step(self, tokens: IntArray, state: State, *, hook: Hook | None = None) -> tuple[F32Array, State]:
         """One token for each sequence; see `refmamba.backend.Runner.step`."""
@@ -563,16 +568,29 @@ def passes(lengths: Sequence[int], limit: int) -> list[list[tuple[int, int, int]
     return result
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of a pass: how many there are, of how many the logits are asked for, and the tables that the kernels read."""
+
+    count: int
+    out_count: int
+    fields: dict[str, int]  # addresses of the tables
+    tables: tuple[IntArray, ...]
+
+
 @functools.lru_cache(8)
-def plan(lengths: tuple[int, ...], positions: tuple[Positions, ...]) -> tuple[IntArray, ...]:
-    """The rows of a pass: first row of each sequence, sequence of each row; rows whose logits are asked for, and the same
-    two of those. Kept, as every step of a decode has the same."""
+def plan(lengths: tuple[int, ...], positions: tuple[Positions, ...]) -> Rows:
+    """First row of each sequence, sequence of each row; rows whose logits are asked for, and the same two of those. Kept, as
+    every step of a decode has the same."""
     starts = np.cumsum([0, *lengths])
     sequence = np.repeat(np.arange(len(lengths)), lengths)
     firsts = [{"all": 0, "last": n - 1, "none": n}[p] for n, p in zip(lengths, positions, strict=True)]
     wanted = [np.arange(start + first, start + n) for start, first, n in zip(starts, firsts, lengths, strict=False)]
     out_row = np.concatenate(wanted)
-    return starts, sequence, out_row, np.cumsum([0, *map(len, wanted)]), sequence[out_row]
+    out_starts, out_sequence = np.cumsum([0, *map(len, wanted)]), sequence[out_row]
+    tables = {"START": starts, "SEQUENCE": sequence, "OUT_ROW": out_row, "OUT_START": out_starts,
+              "OUT_SEQUENCE": out_sequence}  # fmt: skip
+    return Rows(len(sequence), len(out_row), {name: address(t) for name, t in tables.items()}, tuple(tables.values()))
 
 
 class Cpu:

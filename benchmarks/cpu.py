@@ -24,7 +24,8 @@ from refmamba.files import write_text
 from refmamba.peers import LLAMA_TYPES, LlamaCpp, Peer, Transformers, write_gguf
 
 SHAPES = {"130m": MambaConfig(768, 24, 50280), "370m": MambaConfig(1024, 48, 50280)}
-SCHEMES = ("int8", "w8-all", "w4-all", "w8a8-all", "fp32")
+OLDER = " without VNNI"  # the same kernels, compiled for a processor of 2013
+SCHEMES = ("int8", "w8-all", "w4-all", "w8a8-all", "fp32", "int8" + OLDER)
 PEERS = ("transformers", *LLAMA_TYPES)
 ROUNDS, WARM_UP = 4, 4
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -60,7 +61,7 @@ def contender(name: str, config: MambaConfig, folder: Path, threads: int) -> tup
     from refmamba.model import quantize_model
     from refmamba.scheme import parse_scheme
 
-    runner = Cpu().load(quantize_model(source, parse_scheme(name)))
+    runner = Cpu().load(quantize_model(source, parse_scheme(name.removesuffix(OLDER))))
     return Ours(runner, f"refmamba {name}"), weight_bytes(runner.model)
 
 
@@ -90,11 +91,16 @@ def measure(shape: str, threads: int, prompt_len: int, gen_len: int, names: list
         processes, results = [], []
         for name in names:
             command = [sys.executable, __file__, "--worker", name, "--shapes", shape, *arguments]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+            own = environment | ({"NUMBA_CPU_NAME": "haswell"} if name.endswith(OLDER) else {})
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=own)
             assert process.stdin
             assert process.stdout
+            ready = process.stdout.readline()
+            if not ready:
+                print(f"{shape}: {name} ended with status {process.wait()} and is left out", file=sys.stderr)
+                continue
             processes.append(process)
-            results.append(json.loads(process.stdout.readline()) | {"prefill": 0.0, "decode": 0.0})
+            results.append(json.loads(ready) | {"prefill": 0.0, "decode": 0.0})
             print(f"{shape}: {results[-1]['name']} is ready", file=sys.stderr)
         for _ in range(ROUNDS):
             for process, result in zip(processes, results, strict=True):
@@ -119,7 +125,7 @@ def bits_per_byte(names: list[str]) -> dict[str, float]:
 
     text, result = passage(), {}
     for name in names:
-        _, tokenizer, model = load_model(ModelChoice(scheme=name))
+        _, tokenizer, model = load_model(ModelChoice(scheme=name.removesuffix(OLDER)))
         ids = tokenizer.encode_array(text)
         (logits,), _ = Cpu().load(model).prefill([ids[:-1]], logits="all")
         chosen = log_softmax(logits)[np.arange(len(ids) - 1), ids[1:]]
