@@ -37,24 +37,34 @@ class Job:
     model_sha256: str
     spec_version: str = SPEC_VERSION
 
+    def load(self) -> Loaded:
+        """Make the model ready to run. Raises RefmambaError."""
+        return load(self.choice)
+
 
 Scorer = Callable[[Job, Sequence[Block]], Iterator[list[Result]]]  # a block's results as they come, in any order
 
 _ONE_AT_A_TIME = threading.Lock()  # a worker may have several threads, and a runner is for one
 
 
-@functools.lru_cache(maxsize=1)
-def _loaded(job: Job) -> Loaded:
-    _, found = _model_files(job.choice.model, job.choice.revision)
-    if (found, SPEC_VERSION) != (job.model_sha256, job.spec_version):
-        raise DataError(f"{job.choice.model}: this process has other files of that name, or another refmamba")
-    return load(job.choice)
+_HELD: dict[Job, Loaded] = {}  # the last job's model
+
+
+def loaded(job: Job) -> Loaded:
+    """The job's model, of which a process holds one at a time. Raises RefmambaError."""
+    if job not in _HELD:
+        _, found = _model_files(job.choice.model, job.choice.revision)
+        if (found, SPEC_VERSION) != (job.model_sha256, job.spec_version):
+            raise DataError(f"{job.choice.model}: this process has other files of that name, or another refmamba")
+        _HELD.clear()
+        _HELD[job] = job.load()
+    return _HELD[job]
 
 
 def score_block(job: Job, block: Block) -> list[Result]:
     """Score some documents; the model is loaded once for each process and job. Raises RefmambaError."""
     with _ONE_AT_A_TIME:
-        return score_documents(_loaded(job), job.max_length, block)
+        return score_documents(loaded(job), job.max_length, block)
 
 
 def score_documents(loaded: Loaded, max_length: int, block: Block) -> list[Result]:

@@ -7,36 +7,40 @@ of the activation, where the scheme takes one, still sees the channel: so the ba
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 import numpy as np
 
 from refmamba.arith import F32Array, IntArray
-from refmamba.backend import Runner
+from refmamba.backend import load_backend
 from refmamba.calibrate import passage, read_text
 from refmamba.checkpoint import open_checkpoint
 from refmamba.config import MambaConfig
 from refmamba.errors import DataError
 from refmamba.eval_tasks import TASKS
-from refmamba.eval_tasks.evaluate import Block, Job, Subject, evaluate, score_documents, subject
+from refmamba.eval_tasks.evaluate import Job, Scorer, Subject, evaluate, loaded, score_here, subject
 from refmamba.eval_tasks.load import Dataset, load_tasks
+from refmamba.eval_tasks.metrics import acc, mean_stderr
 from refmamba.eval_tasks.progress import Progress, progress
 from refmamba.eval_tasks.report import Outcome
-from refmamba.eval_tasks.results import Result, Results
+from refmamba.eval_tasks.results import Key, Results
 from refmamba.eval_tasks.score import MAX_LENGTH
-from refmamba.load import Loaded, calibration_for
+from refmamba.hub import ModelFiles, resolve_model
+from refmamba.load import DEFAULT_SCHEME, Loaded, ModelChoice, calibration_for, choose_scheme
 from refmamba.model import ParameterSource, QuantizedModel, quantize_model
-from refmamba.options import model_options
-from refmamba.outliers import SIGMA, Over, Report, observe
-from refmamba.perplexity import perplexity
-from refmamba.scheme import LINEAR_LAYERS
+from refmamba.options import MODEL_OPTIONS
+from refmamba.outliers import SIGMA, Over, Report, report_on
+from refmamba.perplexity import text_perplexity
+from refmamba.scheme import LINEAR_LAYERS, parse_scheme
+from refmamba.tokenizer import load_tokenizer
 
 Channels = Mapping[str, IntArray]  # site (`layers.{i}.in_proj`) -> its channels
+Zeroed = tuple[tuple[str, tuple[int, ...]], ...]  # the same, hashable
 
 
 @dataclass(frozen=True)
@@ -72,15 +76,71 @@ def random_channels(report: Report, outliers: Channels, seed: Sequence[int]) -> 
     return drawn
 
 
+def float_checkpoint(choice: ModelChoice) -> tuple[ModelFiles, ParameterSource]:
+    """A model's files, opened. Raises RefmambaError, so DataError where it was saved quantized."""
+    files = resolve_model(choice.model, choice.revision)
+    opened = open_checkpoint(files.folder)
+    if isinstance(opened, QuantizedModel):
+        raise DataError(f"{choice.model}: is saved quantized; this needs the float checkpoint")
+    return files, opened
+
+
+@dataclass(frozen=True)
+class AblatedJob(Job):
+    """A job whose model lacks some channels. zeroed: (site, its channels) for each site."""
+
+    zeroed: Zeroed = ()
+
+    def load(self) -> Loaded:
+        """Make the model ready to run, its columns zeroed. Raises RefmambaError."""
+        choice, (files, opened) = self.choice, float_checkpoint(self.choice)
+        source = Ablated(opened, {site: np.array(channels) for site, channels in self.zeroed})
+        scheme = parse_scheme(choice.scheme or DEFAULT_SCHEME)
+        tokenizer, backend = load_tokenizer(files, opened.config), load_backend(choice.backend, choice.device)
+        calibration = calibration_for(source, tokenizer, choice.calibrate) if scheme.needs_calibration else None
+        runner = backend.load(quantize_model(source, scheme, calibration))
+        return Loaded(choice, files, tokenizer, backend, runner)
+
+
+@dataclass(frozen=True)
+class AblatedSubject(Subject):
+    """What is evaluated without some channels; its results have names of their own."""
+
+    zeroed: Zeroed = ()
+
+    @property
+    def job(self) -> Job:
+        """What scores it."""
+        return AblatedJob(self.choice, self.max_length, self.model_sha256, zeroed=self.zeroed)
+
+    def key(self, data: Dataset) -> Key:
+        """The name of a task's results."""
+        named = json.dumps(dict(self.zeroed), sort_keys=True)
+        name = hashlib.sha256(f"{self.model_sha256} without {named}".encode()).hexdigest()
+        return replace(super().key(data), model=name)
+
+
+def without(subject: Subject, channels: Channels) -> Subject:
+    """The subject less these channels; itself where there are none."""
+    zeroed = tuple((site, tuple(found.tolist())) for site, found in sorted(channels.items()) if len(found))
+    values = {field.name: getattr(subject, field.name) for field in fields(subject)}
+    return AblatedSubject(**values, zeroed=zeroed) if zeroed else subject
+
+
 @dataclass(frozen=True)
 class Row:
-    """One ablation. channels: how many were zeroed in all layers; tasks: {task: {metric: [value, standard error]}}."""
+    """One ablation. channels: how many were zeroed in all layers; tasks: {task: {metric: [value, standard error]}}.
+
+    loss: of average accuracy (acc) against the baseline, and its standard error over documents, both having answered the
+    same ones; None without tasks. An error is None where a task has one document.
+    """
 
     site: str
     which: str
     channels: int
     bits_per_byte: float
     tasks: Mapping[str, Mapping[str, tuple[float, float | None]]]
+    loss: tuple[float, float | None] | None
 
     @property
     def average(self) -> float:
@@ -89,81 +149,82 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Scorer:
+class Ablation:
     """Scores a model without some channels on a text and on tasks."""
 
-    loaded: Loaded
-    source: ParameterSource
     subject: Subject
     text: str
     datasets: Sequence[Dataset]
     limit: int | None
     store: Results | None
+    scorer: Scorer
 
     def row(self, site: str, which: str, channels: Channels) -> Row:
         """Zero the channels and score."""
-        tokenizer, scheme = self.loaded.tokenizer, self.loaded.runner.scheme
-        source, file = Ablated(self.source, channels), self.loaded.choice.calibrate
-        calibration = calibration_for(source, tokenizer, file) if scheme.needs_calibration else None
-        runner = self.loaded.backend.load(quantize_model(source, scheme, calibration))
-        tokens = np.concatenate([tokenizer.encode_array(""), tokenizer.encode_array(self.text)])
-        bits = perplexity(runner, tokens, len(self.text.encode())).bits_per_byte
+        who, zeroed = without(self.subject, channels), sum(map(len, channels.values()))
+        bits = text_perplexity(loaded(who.job), self.text).bits_per_byte
         if not self.datasets:
-            return Row(site, which, sum(map(len, channels.values())), bits, {})
+            return Row(site, which, zeroed, bits, {}, None)
         with progress(sum(self.count(data) for data in self.datasets)) as bars:
-            tasks = {data.task.name: self.task(runner, channels, data, bars) for data in self.datasets}
-        return Row(site, which, sum(map(len, channels.values())), bits, tasks)
+            outcomes = [self.task(who, data, bars) for data in self.datasets]
+        tasks = {one.data.task.name: {m.name: (m.value, known(m.stderr)) for m in one.metrics()} for one in outcomes}
+        lost = [mean_stderr(self.lost(one)) for one in outcomes]
+        stderr = math.sqrt(sum(error**2 for _, error in lost)) / len(lost)
+        return Row(site, which, zeroed, bits, tasks, (float(np.mean([mean for mean, _ in lost])), known(stderr)))
 
     def count(self, data: Dataset) -> int:
         """Documents of a task to score."""
-        return min(self.limit or len(data.documents), len(data.documents))
+        return len(data.documents[: self.limit])
 
-    def task(self, runner: Runner, channels: Channels, data: Dataset, bars: Progress) -> dict[str, tuple[float, float | None]]:
-        """One task's metrics; documents that the results file has are not scored again."""
+    def task(self, who: Subject, data: Dataset, bars: Progress) -> Outcome:
+        """One task; documents that the results file has are not scored again."""
         assert self.store is not None
-        named = json.dumps({site: found.tolist() for site, found in channels.items()}, sort_keys=True)
-        name = hashlib.sha256(f"{self.subject.model_sha256} without {named}".encode()).hexdigest()
-        who = replace(self.subject, model_sha256=name) if channels else self.subject
+        evaluate(who, data, self.limit, self.store, self.scorer, bars)
+        return Outcome(who, data, self.count(data), self.store.load(who.key(data)))
 
-        loaded = replace(self.loaded, runner=runner)
-
-        def score_here(job: Job, blocks: Sequence[Block]) -> Iterator[list[Result]]:
-            return (score_documents(loaded, job.max_length, block) for block in blocks)
-
-        evaluate(who, data, self.limit, self.store, score_here, bars)
-        metrics = Outcome(who, data, self.count(data), self.store.load(who.key(data))).metrics()
-        return {m.name: (m.value, None if math.isnan(m.stderr) else m.stderr) for m in metrics}
+    def lost(self, one: Outcome) -> list[float]:
+        """For each document 1 where only the baseline is right, -1 where only the ablated model is, else 0."""
+        assert self.store is not None
+        baseline, documents = self.store.load(self.subject.key(one.data)), one.data.documents
+        return [acc(documents[r.doc_id], baseline[r.doc_id]) - acc(documents[r.doc_id], r) for r in one.finished]
 
 
-def ablate(scorer: Scorer, report: Report, sites: Sequence[str], draws: int, seed: int) -> Iterator[Row]:
+def known(stderr: float) -> float | None:
+    """A standard error for JSON: None for NaN."""
+    return None if math.isnan(stderr) else stderr
+
+
+def ablate(ablation: Ablation, report: Report, sites: Sequence[str], draws: int, seed: int) -> Iterator[Row]:
     """The baseline, then for each site (a linear layer, or `all`) the outliers and `draws` random controls."""
-    yield scorer.row("none", "baseline", {})
+    yield ablation.row("none", "baseline", {})
     for site in sites:
         outliers = report.channels if site == "all" else report.of(site)
         if not any(map(len, outliers.values())):
             continue
-        yield scorer.row(site, "outliers", outliers)
+        yield ablation.row(site, "outliers", outliers)
         for draw in range(draws):
-            yield scorer.row(site, f"random {draw + 1}", random_channels(report, outliers, (seed, draw)))
+            yield ablation.row(site, f"random {draw + 1}", random_channels(report, outliers, (seed, draw)))
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: differences from the baseline."""
+    """Markdown: differences from the baseline, that of the average with its standard error."""
     tasks = list(rows[0].tasks)
     head = ["zeroed at", "which", "channels", "bits per byte", "difference", *tasks]
     head += ["average", "difference"] if tasks else []
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
-        cells = [row.site, row.which, str(row.channels), f"{row.bits_per_byte:.4f}",
-                 f"{row.bits_per_byte - rows[0].bits_per_byte:+.4f}"]  # fmt: skip
+        cells = [row.site, row.which, str(row.channels), f"{row.bits_per_byte:.4f}"]
+        cells += [f"{row.bits_per_byte - rows[0].bits_per_byte:+.4f}" if row.channels else ""]
         cells += [f"{100 * row.tasks[task]['acc'][0]:.2f}" for task in tasks]
-        cells += [f"{100 * row.average:.2f}", f"{100 * (row.average - rows[0].average):+.2f}"] if tasks else []
+        if row.loss is not None:
+            loss, stderr = row.loss
+            error = "" if stderr is None else f" ± {100 * stderr:.2f}"
+            cells += [f"{100 * row.average:.2f}", f"{0 - 100 * loss:+.2f}{error}" if row.channels else ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 @click.command("ablate")
-@model_options
 @click.option("--site", "sites", multiple=True, type=click.Choice([*LINEAR_LAYERS, "all"]),
               help="Where to zero; repeatable.  [default: each, and all]")  # fmt: skip
 @click.option("--text", "file", type=click.Path(path_type=Path),
@@ -180,23 +241,27 @@ def table(rows: Sequence[Row]) -> str:
               show_default=True, help="Keeps the tasks' results; a run goes on where the last one stopped.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 def command(
-    choose: Callable[[str], Loaded], sites: tuple[str, ...], file: Path | None, scored: Path | None, sigma: float, over: Over,
-    draws: int, seed: int, tasks: str | None, data: tuple[str, ...], limit: int | None, results: Path, as_json: bool,
+    sites: tuple[str, ...], file: Path | None, scored: Path | None, sigma: float, over: Over, draws: int, seed: int,
+    tasks: str | None, data: tuple[str, ...], limit: int | None, results: Path, as_json: bool, scheme: str | None,
+    bits: int | None, act_bits: int | None, **model: Any,
 ) -> None:  # fmt: skip
     """Zero the outlier channels, and random ones beside them (table 2); fp32 unless a scheme is named."""
     text = passage() if file is None else read_text(file)
     scored_text = text if scored is None else read_text(scored)
     datasets = load_tasks([] if tasks == "all" else tasks.split(","), data) if tasks else []
-    loaded = choose("fp32")
-    source = open_checkpoint(loaded.files.folder)
-    if isinstance(source, QuantizedModel):
-        raise DataError(f"{loaded.choice.model}: is saved quantized; ablation needs the float checkpoint")
-    report = Report(observe(loaded.runner, loaded.tokenizer.encode_array(text)), sigma, over)
-    who = subject(replace(loaded.choice, scheme=loaded.choice.scheme or "fp32"), MAX_LENGTH)
+    choice = ModelChoice(scheme=choose_scheme(scheme, bits, act_bits) or "fp32", **model)
+    float_checkpoint(choice)
+    who = subject(choice, MAX_LENGTH)
+    described = loaded(who.job).describe()
+    report = report_on(loaded(who.job), text, sigma, over)
     with Results(results) if datasets else nullcontext() as store:
-        scorer = Scorer(loaded, source, who, scored_text, datasets, limit, store)
-        rows = list(ablate(scorer, report, sites or (*LINEAR_LAYERS, "all"), draws, seed))
+        ablation = Ablation(who, scored_text, datasets, limit, store, score_here)
+        rows = list(ablate(ablation, report, sites or (*LINEAR_LAYERS, "all"), draws, seed))
     if as_json:
-        click.echo(json.dumps(loaded.describe() | {"sigma": sigma, "over": over, "rows": [asdict(row) for row in rows]}))
+        click.echo(json.dumps(described | {"sigma": sigma, "over": over, "rows": [asdict(row) for row in rows]}))
     else:
         click.echo(table(rows))
+
+
+for _option in reversed(MODEL_OPTIONS):
+    command = _option(command)

@@ -26,15 +26,17 @@ import numpy as np
 
 from refmamba.arith import F32Array, IntArray
 from refmamba.backend import Runner
-from refmamba.calibrate import passage, read_text
+from refmamba.calibrate import SUFFIX, passage, read_text, save_calibration
 from refmamba.errors import DataError
 from refmamba.files import write_file
-from refmamba.model import Mamba
+from refmamba.load import Loaded
+from refmamba.model import Mamba, Positions
 from refmamba.options import model_options
 from refmamba.perplexity import CALL
 from refmamba.scheme import LINEAR_LAYERS
 
 SIGMA = 6.0
+HEAD = "lm_head"  # a linear layer whose input the paper's figure leaves out
 Over = Literal["channels", "values"]
 
 
@@ -68,9 +70,10 @@ class Site:
         return np.flatnonzero(self.maxima > self.threshold(sigma, over))
 
 
-def observe(runner: Runner, tokens: IntArray) -> dict[str, Site]:
+def observe(runner: Runner, tokens: IntArray, head: bool = False) -> dict[str, Site]:
     """Every linear layer's input over the tokens (L,), the state carried: `layers.{i}.in_proj` and so on, in order.
 
+    head: run the head too, and show its input as `lm_head`, last.
     The reference runs the runner's model: it shows every input, and where a backend is exact its values are the same.
     """
     sites: dict[str, Site] = {}
@@ -80,9 +83,10 @@ def observe(runner: Runner, tokens: IntArray) -> dict[str, Site]:
         if site != name:
             sites.setdefault(site, Site(np.zeros(value.shape[1], np.float32))).see(value)
 
+    logits: Positions = "all" if head else "none"
     model, state = Mamba(runner.model), None
     for start in range(0, len(tokens), CALL):
-        _, state = model.prefill([tokens[start : start + CALL]], state, logits="none", hook=look)
+        _, state = model.prefill([tokens[start : start + CALL]], state, logits=logits, hook=look)
     return sites
 
 
@@ -141,6 +145,11 @@ class Report:
         return "\n".join(lines)
 
 
+def report_on(loaded: Loaded, text: str, sigma: float = SIGMA, over: Over = "channels") -> Report:
+    """The outliers of a loaded model over a text. Raises DataError, NonFiniteError."""
+    return Report(observe(loaded.runner, loaded.tokenizer.encode_array(text)), sigma, over)
+
+
 def plot(report: Report, title: str, file: Path) -> None:
     """Figure 1: a panel a site, every channel's m over the layers, the band within the threshold shaded. PNG or SVG.
 
@@ -150,20 +159,35 @@ def plot(report: Report, title: str, file: Path) -> None:
         raise DataError(f"--plot {file}: the name must end in .png or .svg")
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise DataError("a plot needs matplotlib; install it with: pip install 'refmamba[plot]'") from error
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    for axes, layer in zip(figure.subplots(2, 2).flat, LINEAR_LAYERS, strict=True):
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    panels = list(figure.subplots(2, 2).flat)
+    for axes, layer in zip(panels, LINEAR_LAYERS, strict=True):
         for i, name in enumerate(report.of(layer)):
             site, outliers = report.sites[name], report.channels[name]
-            x = i + (np.arange(len(site.maxima)) + 0.5) / len(site.maxima)
-            axes.fill_between([i, i + 1], 0, site.threshold(report.sigma, report.over), color="0.85", lw=0)
-            axes.plot(x, site.maxima, ".", ms=1, color="tab:blue", rasterized=True)
-            axes.plot(x[outliers], site.maxima[outliers], "o", ms=3, color="tab:red")
-        axes.set(title=f"input of {layer}", xlabel="layer, its channels from left to right", ylabel="absolute maximum")
+            edges = [i - 0.5, i + 0.5]
+            x = i - 0.5 + (np.arange(len(site.maxima)) + 0.5) / len(site.maxima)
+            band = axes.fill_between(edges, 0, site.threshold(report.sigma, report.over), color="0.86", lw=0)
+            (mean,) = axes.plot(edges, [site.maxima.mean()] * 2, color="black", lw=1.2, zorder=3)
+            (rest,) = axes.plot(x, site.maxima, ".", ms=2.5, mew=0, color="tab:blue", rasterized=True)
+            (found,) = axes.plot(x[outliers], site.maxima[outliers], "o", ms=4, color="tab:red")
+            handles = [found, rest, mean, band]
+        count, again = sum(map(len, report.of(layer).values())), report.recurring(layer)
+        named = [f"channel {c} in {n} of {len(report.of(layer))} layers" for c, n in list(again.items())[:1]]
+        outliers_in = f"{count or 'no'} outlier channel{'s' * (count != 1)}"
+        axes.set_title(f"input of {layer}: " + ", ".join([outliers_in, *named]), fontsize=10)
+        axes.set(xlabel="layer (in each, its channels from left to right)", ylabel="absolute maximum over the text")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(x=0.01)
         axes.set_ylim(bottom=0)
-    figure.suptitle(f"{title}: channels beyond {report.sigma:g} standard deviations (red)")
-    write_file(file, lambda stream: figure.savefig(stream, format=file.suffix[1:], dpi=150))
+    over = "it" if report.over == "channels" else "that of all values"
+    labels = ["outlier channel", "other channel", "mean of the layer's channels",
+              f"up to {report.sigma:g} standard deviations above {over}"]  # fmt: skip
+    figure.suptitle(title)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, markerscale=1.5)
+    write_file(file, lambda stream: figure.savefig(stream, format=file.suffix[1:], dpi=100))
 
 
 @click.command("outliers")
@@ -173,14 +197,23 @@ def plot(report: Report, title: str, file: Path) -> None:
 @click.option("--over", default="channels", show_default=True, type=click.Choice(get_args(Over)),
               help="Mean and deviation of the channels' maxima, or of all values.")  # fmt: skip
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path, dir_okay=False), help="F.png or F.svg.")
+@click.option("--save-calibration", "saved", type=click.Path(path_type=Path, dir_okay=False),
+              help="Write every channel's maximum to this .json, for --calibrate.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
 def command(
-    choose: Callable[[str], Any], file: Path | None, sigma: float, over: Over, plot_file: Path | None, as_json: bool
-) -> None:
+    choose: Callable[[str], Loaded], file: Path | None, sigma: float, over: Over, plot_file: Path | None, saved: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Where the outlier channels sit (figure 1); fp32 unless a scheme is named."""
     text = passage() if file is None else read_text(file)
+    if saved is not None and saved.suffix != SUFFIX:
+        raise DataError(f"--save-calibration {saved}: the name must end in {SUFFIX}")
     loaded = choose("fp32")
-    report = Report(observe(loaded.runner, loaded.tokenizer.encode_array(text)), sigma, over)
+    sites = observe(loaded.runner, loaded.tokenizer.encode_array(text), head=saved is not None)
+    if saved is not None:
+        save_calibration({name: site.maxima for name, site in sites.items()}, saved)
+    sites.pop(HEAD, None)
+    report = Report(sites, sigma, over)
     if plot_file is not None:
         plot(report, f"{loaded.choice.model}, {loaded.runner.scheme.name}", plot_file)
     if as_json:

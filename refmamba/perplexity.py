@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -14,6 +13,7 @@ from refmamba.arith import IntArray
 from refmamba.backend import Runner
 from refmamba.calibrate import read_text
 from refmamba.errors import DataError
+from refmamba.load import Loaded
 from refmamba.ops import log_softmax
 from refmamba.options import model_options
 
@@ -55,17 +55,22 @@ def perplexity(runner: Runner, tokens: IntArray, n_bytes: int) -> Perplexity:
     return Perplexity(len(tokens) - 1, nats, n_bytes)
 
 
+def text_perplexity(loaded: Loaded, text: str) -> Perplexity:
+    """Score a text from its first token on, given the token that begins a text. Raises DataError, NonFiniteError."""
+    tokenizer = loaded.tokenizer
+    tokens = np.concatenate([tokenizer.encode_array(""), tokenizer.encode_array(text)])
+    return perplexity(loaded.runner, tokens, len(text.encode()))
+
+
 @click.command("perplexity")
 @model_options
 @click.option("--text", "file", required=True, type=click.Path(path_type=Path), help="A UTF-8 text file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a line.")
-def command(choose: Callable[[], Any], file: Path, as_json: bool) -> None:
+def command(choose: Callable[[], Loaded], file: Path, as_json: bool) -> None:
     """Perplexity and bits per byte of a text, the state carried through."""
     text = read_text(file)
     loaded = choose()
-    prefix = loaded.tokenizer.encode_array("")
-    tokens = np.concatenate([prefix, loaded.tokenizer.encode_array(text)])
-    result = perplexity(loaded.runner, tokens, len(text.encode()))
+    result = text_perplexity(loaded, text)
     values = {"tokens": result.tokens, "bytes": result.n_bytes, "perplexity": result.per_token,
               "bits_per_byte": result.bits_per_byte}  # fmt: skip
     if as_json:

@@ -4,9 +4,9 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
-import numpy as np
 
 from refmamba.calibrate import calibrate, passage, read_text
 from refmamba.checkpoint import open_checkpoint
@@ -15,7 +15,7 @@ from refmamba.files import write_text
 from refmamba.load import Loaded
 from refmamba.model import QuantizedModel, quantize_model
 from refmamba.options import model_options
-from refmamba.perplexity import perplexity
+from refmamba.perplexity import text_perplexity
 from refmamba.scheme import LINEAR_LAYERS
 
 GRID = tuple(k / 10 for k in range(11))
@@ -46,7 +46,8 @@ def search(bits: Callable[[Alphas], float], per_site: bool) -> Iterator[tuple[di
               help="Calibrates and scores.  [default: the package's passage]")  # fmt: skip
 @click.option("--per-site", is_flag=True, help="Then an alpha for each linear layer, one after the other.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the best as a scheme file, for --scheme.")
-def command(choose: Callable[[str], Loaded], file: Path | None, per_site: bool, out: Path | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
+def command(choose: Callable[[str], Loaded], file: Path | None, per_site: bool, out: Path | None, as_json: bool) -> None:
     """Search SmoothQuant's alpha on a text; int8-smooth unless a scheme is named."""
     text = passage() if file is None else read_text(file)
     if out is not None and out.suffix != ".json":
@@ -55,18 +56,22 @@ def command(choose: Callable[[str], Loaded], file: Path | None, per_site: bool, 
     scheme, source = loaded.runner.scheme, open_checkpoint(loaded.files.folder)
     if isinstance(source, QuantizedModel):
         raise DataError(f"{loaded.choice.model}: is saved quantized; the search needs the float checkpoint")
-    ids = loaded.tokenizer.encode_array(text)
-    calibration, tokens = calibrate(source, ids), np.concatenate([loaded.tokenizer.encode_array(""), ids])
+    calibration = calibrate(source, loaded.tokenizer.encode_array(text))
 
     def bits(alphas: Alphas) -> float:
         model = quantize_model(source, replace(scheme, smooth=alphas), calibration)
-        return perplexity(loaded.backend.load(model), tokens, len(text.encode())).bits_per_byte
+        return text_perplexity(replace(loaded, runner=loaded.backend.load(model)), text).bits_per_byte
 
-    found = []
+    found: list[dict[str, Any]] = []
     for alphas, value in search(bits, per_site):
-        found.append((value, alphas))
-        click.echo(f"{value:.4f} bits a byte: " + ", ".join(f"{layer} {alpha:g}" for layer, alpha in alphas.items()))
-    value, alphas = min(found, key=lambda item: item[0])
-    click.echo(f"best, {value:.4f}: " + ", ".join(f"{layer} {alpha:g}" for layer, alpha in alphas.items()))
+        found.append({"alpha": alphas, "bits_per_byte": value})
+        if not as_json:
+            click.echo(f"{value:.4f} bits a byte: " + ", ".join(f"{layer} {alpha:g}" for layer, alpha in alphas.items()))
+    best = min(found, key=lambda one: one["bits_per_byte"])
     if out is not None:
-        write_text(out, json.dumps(replace(scheme, name=out.stem, smooth=alphas).to_json(), indent=1) + "\n")
+        write_text(out, json.dumps(replace(scheme, name=out.stem, smooth=best["alpha"]).to_json(), indent=1) + "\n")
+    if as_json:
+        click.echo(json.dumps(loaded.describe() | {"text": str(file or "the package's passage"), "tried": found, "best": best}))
+    else:
+        chosen = ", ".join(f"{layer} {alpha:g}" for layer, alpha in best["alpha"].items())
+        click.echo(f"best, {best['bits_per_byte']:.4f}: {chosen}")

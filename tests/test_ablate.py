@@ -1,15 +1,24 @@
 """Ablation: zeroed columns are zeroed activations, controls are as many other channels, and the command."""
 
 import json
+import math
+import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from refmamba.ablate import Ablated, random_channels
+from refmamba.ablate import Ablated, Ablation, Row, random_channels, table, without
 from refmamba.cli import refmamba
 from refmamba.errors import DataError
+from refmamba.eval_tasks import TASKS
+from refmamba.eval_tasks.evaluate import score_block, score_here, subject
+from refmamba.eval_tasks.load import load_sample
+from refmamba.eval_tasks.results import Result, Results
+from refmamba.eval_tasks.score import Score
+from refmamba.load import ModelChoice
 from refmamba.model import Mamba, ParameterSource, quantize_model
 from refmamba.outliers import Report, Site
 from refmamba.scheme import parse_scheme
@@ -71,5 +80,60 @@ def test_command_scores_text_and_tasks(tmp_path: Path) -> None:
     assert 0 < rows[1]["channels"] == rows[2]["channels"]
     assert len({row["bits_per_byte"] for row in rows}) == 3
     assert all(row["tasks"]["copa"]["acc"][0] in (0.0, 0.5, 1.0) for row in rows)
+    assert rows[0]["loss"] == [0.0, 0.0]
+    assert rows[1]["loss"][0] == rows[0]["tasks"]["copa"]["acc"][0] - rows[1]["tasks"]["copa"]["acc"][0]
     again = CliRunner().invoke(refmamba, words)
     assert "| in_proj | outliers |" in again.stdout
+
+
+def test_the_loss_is_paired(tmp_path: Path) -> None:
+    """Right before and after, right before only, wrong before and after, right after only, right before only: the lost
+    ones are 0, 1, 0, -1, 1, their mean 0.2, their error sqrt(2.8 / 4) / sqrt(5)."""
+    choice = ModelChoice("small", "fp32")
+    base, data = subject(choice, 2048), load_sample(TASKS["copa"])
+    less = without(base, {"layers.0.in_proj": np.array([3, 5])})
+    right, wrong = ([Score(-1.0, False), Score(-2.0, False)], [Score(-2.0, False), Score(-1.0, False)])
+
+    def results(correct: str) -> list[Result]:
+        of = zip(correct, data.documents, strict=False)
+        return [Result(i, tuple(right if (c == "y") == (d.gold == 0) else wrong)) for i, (c, d) in enumerate(of)]
+
+    with Results(tmp_path / "r.sqlite") as store:
+        store.save(base.key(data), results("yynny"))
+        store.save(less.key(data), results("ynnyn"))
+        ablation = Ablation(base, "Call me Ishmael.", [data], 5, store, score_here)
+        row = ablation.row("in_proj", "outliers", {"layers.0.in_proj": np.array([3, 5])})
+    assert row.loss is not None
+    assert row.loss == pytest.approx((0.2, math.sqrt(2.8 / 4) / math.sqrt(5)))
+    assert "-20.00 ± 37.42" in table([ablation_baseline(row), row])
+
+
+def ablation_baseline(row: Row) -> Row:
+    return replace(row, site="none", which="baseline", channels=0, loss=(0.0, 0.0))
+
+
+def test_nothing_zeroed_is_the_model_itself_and_anything_has_a_name_of_its_own() -> None:
+    base, data = subject(ModelChoice("small", "fp32"), 2048), load_sample(TASKS["copa"])
+    assert without(base, {}) is base
+    assert without(base, {"layers.0.in_proj": np.array([], np.int64)}) is base
+    one, other = (without(base, {"layers.0.in_proj": np.array([c])}) for c in (3, 5))
+    assert len({who.key(data) for who in (base, one, other)}) == 3
+
+
+def test_other_processes_zero_the_same_channels() -> None:
+    """A worker of a cluster gets the job alone, pickled."""
+    base = subject(ModelChoice("small", "fp32"), 2048)
+    less = without(base, {"layers.0.in_proj": np.arange(100)})
+    document = load_sample(TASKS["copa"]).documents[0]
+    sent = pickle.loads(pickle.dumps(less.job))
+    (here,), (before,) = (score_block(job, [(0, document)]) for job in (sent, base.job))
+    assert here.scores != before.scores
+
+
+def test_a_saved_quantized_model_is_one_line(tmp_path: Path) -> None:
+    done = CliRunner().invoke(refmamba, ["quantize", "small", str(tmp_path / "q"), "--scheme", "int8"])
+    assert done.exit_code == 0, done.output
+    for words in (["ablate", "--model"], ["reproduce", str(tmp_path / "out"), "--models"]):
+        failed = CliRunner().invoke(refmamba, [*words, str(tmp_path / "q")])
+        assert isinstance(failed.exception, DataError)
+        assert "is saved quantized; this needs the float checkpoint" in str(failed.exception)

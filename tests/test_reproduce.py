@@ -1,20 +1,41 @@
 """reproduce: the published figures stand where they belong, unknown ones stay blank, and the command in a tiny form."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from refmamba import reproduce
+from refmamba.ablate import Row
+from refmamba.backend import load_backend
 from refmamba.cli import refmamba
+from refmamba.eval_tasks import evaluate as evaluate_module
+from refmamba.eval_tasks.copa import TASK as COPA
 from refmamba.eval_tasks.hellaswag import TASK as HELLASWAG
 from refmamba.eval_tasks.lambada import TASK as LAMBADA
 from refmamba.eval_tasks.load import load_sample
 from refmamba.eval_tasks.report import Outcome
 from refmamba.eval_tasks.results import Result
 from refmamba.eval_tasks.score import Score
-from refmamba.eval_tasks.winogrande import TASK as WINOGRANDE
-from refmamba.reproduce import Cell, cells, characters, config_of, paper_size, parameters, table_1
+from refmamba.outliers import Report
+from refmamba.reproduce import (
+    PAPER_TASKS,
+    Cell,
+    ModelTables,
+    Work,
+    cells,
+    config_of,
+    duration,
+    guessing,
+    paper_size,
+    parameters,
+    plan,
+    table_1,
+    work_of,
+    work_on_hub,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,34 +74,98 @@ def test_unknown_cells_stay_blank() -> None:
     row = {"copa": Cell(70.0, 4.6, 79.0), "average": Cell(60.0, 1.0, None)}
     rows = {"fp32": row, "int8": {name: Cell(1.0, 0.5, None) for name in row}}
     assert table_1(rows, {"fp32": 1.5, "int8": 1.6}).splitlines()[2:] == [
-        "| fp32 | ours | 70.00 ± 4.60 | 60.00 ± 1.00 | 1.5000 |", "| | paper | 79.00 |  | |", "| | difference | -9.00 |  | |",
+        "| fp32 | ours | 70.00 ± 4.60 | 60.00 ± 1.00 | 1.5000 |",
+        "| | paper | 79.00 |  | |",
+        "| | difference | -9.00 ± 4.60 |  | |",
         "| int8 | ours | 1.00 ± 0.50 | 1.00 ± 0.50 | 1.6000 |",
-    ]  # fmt: skip
+    ]
 
 
 def test_whole_sequence_schemes_run_a_context_for_each_choice() -> None:
-    lambada, winogrande = load_sample(LAMBADA), load_sample(WINOGRANDE)
-    assert characters([lambada], None, "w8a8-all") == characters([lambada], None, "w8-all")  # one choice
-    first = winogrande.documents[0]
-    assert characters([winogrande], 1, "fp32") == sum(map(len, {*first.contexts})) + sum(map(len, first.continuations))
+    """COPA's first document: one context for both choices; 4 characters a token, logits of the continuations only."""
+    data = load_sample(COPA)
+    (context, _), choices = data.documents[0].contexts, sum(map(len, data.documents[0].continuations))
+    work = work_of([data], 1)
+    assert work.tokens("int8") == ((len(context) + choices) / 4, choices / 4)
+    assert work.tokens("w8a8-all") == ((2 * len(context) + choices) / 4,) * 2
 
 
-def test_command_makes_every_table_and_figure(tmp_path: Path) -> None:
+def test_work_of_the_published_data() -> None:
+    """Document counts as lm-evaluation-harness lists them; HellaSwag's contexts run once, or four times."""
+    whole = work_on_hub(PAPER_TASKS, None)
+    assert whole.documents == 5153 + 10042 + 1838 + 1267 + 277 + 100
+    assert work_on_hub(["copa", "lambada"], 200).documents == 300
+    hellaswag = work_on_hub(["hellaswag"], None)
+    assert hellaswag.repeated == pytest.approx(4 * hellaswag.shared)
+
+
+def test_the_plan_of_published_models_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*_: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    models = "state-spaces/mamba-130m-hf,state-spaces/mamba-2.8b-hf"
+    words = ["reproduce", str(tmp_path / "out"), "--data", "hub", "--models", models, "--schemes", "fp32,int8",
+             "--sites", "all", "--draws", "2", "--dry-run"]  # fmt: skip
+    done = CliRunner().invoke(refmamba, words)
+    assert done.exit_code == 0, done.output
+    assert "| state-spaces/mamba-130m-hf | 129 M | 0.52 GB |" in done.stdout
+    assert "18677 documents" in done.stdout
+    assert "| 3 ablations, fp32 | " in done.stdout
+
+
+def test_the_time_of_a_plan_is_work_over_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks and head each at a speed of its own: 36 s and 3.6 s for a token."""
+    model = "state-spaces/mamba-130m"
+    config = config_of(model)
+    head = config.vocab_size * config.d_model
+    monkeypatch.setattr(reproduce, "speed", lambda scheme, backend: ((129_135_360 - head) / 36.0, head / 3.6))
+    work = Work(1, shared=300, repeated=300, continuations=100)  # 100 tokens, 25 of them through the head: 1.025 h
+    table = plan([model], ["int8"], work, 2, False, load_backend("reference")).splitlines()
+    assert "| int8 | 1.0 h |" in table
+    assert "| 2 ablations, fp32 | 2.0 h |" in table
+    assert "| all | 3.1 h |" in table
+    assert duration(0.5) == "30 min"
+    assert duration(0.01) == "36 s"
+
+
+def test_the_loss_stands_beside_the_papers() -> None:
+    rows = [Row("none", "baseline", 0, 1.0, {}, (0.0, 0.0)), Row("all", "outliers", 3, 1.1, {}, (0.15, 0.02))]
+    tables = {model: ModelTables(model, 1, {}, {}, rows, Report({}, 6.0, "channels")) for model in ("mamba-130m", "small")}
+    assert tables["mamba-130m"].loss == Cell(15.0, 2.0, 12.61)
+    assert tables["small"].loss == Cell(15.0, 2.0, None)
+
+
+def test_guessing_counts_nothing_where_there_are_no_choices() -> None:
+    assert guessing([load_sample(task) for task in (LAMBADA, HELLASWAG, COPA)]) == pytest.approx((0 + 25 + 50) / 3)
+
+
+def test_command_makes_every_table_and_figure_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Call me Ishmael. Some years ago, never mind how long precisely.")
     folder = tmp_path / "out"
-    words = ["reproduce", str(folder), "--schemes", "fp32,w8-all", "--tasks", "copa,hellaswag", "--limit", "1", "--draws", "0",
-             "--text", str(text)]  # fmt: skip
+    words = ["reproduce", str(folder), "--schemes", "fp32,w8-all", "--tasks", "copa,hellaswag", "--limit", "2",
+             "--sites", "all", "--text", str(text)]  # fmt: skip
     planned = CliRunner().invoke(refmamba, [*words, "--dry-run"])
     assert planned.exit_code == 0, planned.output
-    assert "2 x 2" in planned.stdout
+    assert "Time for 4 documents" in planned.stdout
     assert not folder.exists()
     done = CliRunner().invoke(refmamba, words)
     assert done.exit_code == 0, done.output
     names = {file.name for file in folder.iterdir()}
     assert names >= {"tables.md", "tables.json", "figure1-small.png", "figure1-small.svg", "figure2.png", "figure2.svg"}
-    tables = json.loads((folder / "tables.json").read_text())["models"]["small"]
+    written = (folder / "tables.json").read_text()
+    tables = json.loads(written)["models"]["small"]
     assert list(tables["table_1"]["fp32"]) == ["hellaswag", "hellaswag acc_norm", "copa", "average"]
     assert all(cell["paper"] is None for row in tables["table_1"].values() for cell in row.values())
-    assert "NaN" not in (folder / "tables.json").read_text()
+    assert "NaN" not in written
     assert tables["bits_per_byte"]["fp32"] != tables["bits_per_byte"]["w8-all"]
+
+    def nothing_is_left(*_: object) -> None:
+        raise AssertionError("a document was scored again")
+
+    (folder / "tables.json").unlink()
+    monkeypatch.setattr(evaluate_module, "score_documents", nothing_is_left)
+    again = CliRunner().invoke(refmamba, words)
+    assert again.exit_code == 0, again.output
+    assert (folder / "tables.json").read_text() == written

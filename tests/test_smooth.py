@@ -1,5 +1,6 @@
 """SmoothQuant: factors worked out by hand, the same function before quantization, and planted outliers."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from refmamba.config import MambaConfig
 from refmamba.errors import SchemeError
 from refmamba.hub import resolve_model
 from refmamba.model import Mamba, ParameterSource, QuantizedModel, quantize_model
+from refmamba.outliers import observe
 from refmamba.perplexity import perplexity
 from refmamba.scheme import LINEAR_LAYERS, Quantizer, Scheme, parse_scheme, scheme_from_json
 from refmamba.smooth import exponents, smoothed
@@ -121,6 +123,18 @@ def test_planted_outliers_break_static_int8_and_smoothing_recovers(small: tuple[
     assert after["int8-smooth"] < before["fp32"] + 0.05
 
 
+def test_maxima_of_an_fp32_forward_recover_a_channel_a_thousand_times_larger(small: tuple[ParameterSource, Tokenizer]) -> None:
+    """The built-in calibration's forward codes the norm's weight at 8 bits with one scale: 2^10 drowns the rest of it."""
+    source, tokenizer = small
+    planted, tokens = Planted(source, shift=10), tokenizer.encode_array(passage())
+    fp32 = Mamba(quantize_model(planted, parse_scheme("fp32")))
+    maxima = {site: found.maxima for site, found in observe(fp32, tokens, head=True).items()}
+    before = bits_per_byte(planted, tokenizer, "fp32", {})
+    assert bits_per_byte(planted, tokenizer, "int8-static", maxima) > before + 1
+    assert bits_per_byte(planted, tokenizer, "int8-smooth", maxima) < before + 0.05
+    assert bits_per_byte(planted, tokenizer, "int8-smooth", calibrate(planted, tokens)) > before + 1
+
+
 def test_smoothing_undoes_a_planted_power_of_two_exactly(tiny: ParameterSource) -> None:
     """s of the planted channel is 2^shift times what it was, for every alpha: the same bits come out."""
     calibration = calibrate(tiny, TOKENS)
@@ -171,5 +185,10 @@ def test_search_writes_a_scheme_that_runs(tmp_path: Path) -> None:
     done = CliRunner().invoke(refmamba, ["smooth-search", "--text", str(text), "--out", str(file)])
     assert done.exit_code == 0, done.output
     assert len(done.stdout.splitlines()) == 12
+    as_json = CliRunner().invoke(refmamba, ["smooth-search", "--text", str(text), "--json"])
+    found = json.loads(as_json.stdout)
+    assert len(found["tried"]) == 11
+    assert found["best"] == min(found["tried"], key=lambda one: one["bits_per_byte"])
+    assert json.loads(file.read_text())["smooth"] == found["best"]["alpha"]
     run = CliRunner().invoke(refmamba, ["perplexity", "--scheme", str(file), "--calibrate", str(text), "--text", str(text)])
     assert f"mine: {done.stdout.splitlines()[-1].split()[1].rstrip(':')} bits a byte" in run.stdout
