@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from refmamba.scheme import parse_scheme
 
 MAX_TOKENS = 512  # of the text, from its start
 SUFFIX = ".json"
+# Those of the schemes that are calibrated. One scale a tensor, as in w8-all, would let one large channel drown the rest.
+WEIGHTS_ONLY = replace(parse_scheme("int8"), name="int8 weights", inputs={})
 
 
 def passage() -> str:
@@ -34,7 +37,7 @@ def read_text(file: Path) -> str:
 
 
 def calibrate(source: ParameterSource, tokens: IntArray) -> dict[str, F32Array]:
-    """Run the exact `w8-all` forward on the tokens (L,), eq. (27).
+    """Run the forward with `int8`'s weights and no activation in codes on the tokens (L,), eq. (27).
 
     Returns, for each site (`layers.{i}.in_proj`, ..., `lm_head`), the absolute maximum of each input channel, float32
     (K,), over all positions.
@@ -45,7 +48,7 @@ def calibrate(source: ParameterSource, tokens: IntArray) -> dict[str, F32Array]:
         if site.endswith(".in"):
             absmax[site.removesuffix(".in")] = np.max(np.abs(value), axis=0)
 
-    Mamba(quantize_model(source, parse_scheme("w8-all"))).prefill([tokens[:MAX_TOKENS]], logits="all", hook=look)
+    Mamba(quantize_model(source, WEIGHTS_ONLY)).prefill([tokens[:MAX_TOKENS]], logits="all", hook=look)
     return absmax
 
 

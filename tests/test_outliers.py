@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from refmamba.calibrate import WEIGHTS_ONLY
 from refmamba.cli import refmamba
 from refmamba.errors import DataError
 from refmamba.model import Mamba, ParameterSource, quantize_model
@@ -96,17 +97,18 @@ def test_a_missing_matplotlib_and_a_wrong_name_are_one_line(tmp_path: Path, monk
 
 
 def test_saved_maxima_calibrate(tmp_path: Path) -> None:
-    """Those of the fp32 forward; with the scheme and text of the built-in calibration they are its own."""
-    text, fp32, w8 = tmp_path / "text.txt", tmp_path / "fp32.json", tmp_path / "w8.json"
+    """Those of the fp32 forward; under the built-in calibration's scheme and on its text they are its own."""
+    text, fp32, own = tmp_path / "text.txt", tmp_path / "fp32.json", tmp_path / "own.json"
+    scheme = tmp_path / "scheme.json"
+    scheme.write_text(json.dumps(WEIGHTS_ONLY.to_json()))
     text.write_text("Call me Ishmael. Some years ago, never mind how long precisely.")
     run = ["perplexity", "--text", str(text), "--scheme", "int8-smooth", "--json", "--calibrate"]
-    for scheme, file in (("fp32", fp32), ("w8-all", w8)):
-        done = CliRunner().invoke(
-            refmamba, ["outliers", "--text", str(text), "--scheme", scheme, "--save-calibration", str(file)]
-        )
+    words = ["outliers", "--text", str(text), "--scheme"]
+    for name, file in (("fp32", fp32), (str(scheme), own)):
+        done = CliRunner().invoke(refmamba, [*words, name, "--save-calibration", str(file)])
         assert done.exit_code == 0, done.output
         assert "lm_head" not in done.stdout
-    found = [json.loads(CliRunner().invoke(refmamba, [*run, str(file)]).stdout)["bits_per_byte"] for file in (fp32, w8, text)]
+    found = [json.loads(CliRunner().invoke(refmamba, [*run, str(file)]).stdout)["bits_per_byte"] for file in (fp32, own, text)]
     assert found[1] == found[2]
     assert found[0] != found[1]
     failed = CliRunner().invoke(refmamba, ["outliers", "--save-calibration", str(text)])

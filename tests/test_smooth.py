@@ -18,7 +18,6 @@ from refmamba.config import MambaConfig
 from refmamba.errors import SchemeError
 from refmamba.hub import resolve_model
 from refmamba.model import Mamba, ParameterSource, QuantizedModel, quantize_model
-from refmamba.outliers import observe
 from refmamba.perplexity import perplexity
 from refmamba.scheme import LINEAR_LAYERS, Quantizer, Scheme, parse_scheme, scheme_from_json
 from refmamba.smooth import exponents, smoothed
@@ -123,16 +122,26 @@ def test_planted_outliers_break_static_int8_and_smoothing_recovers(small: tuple[
     assert after["int8-smooth"] < before["fp32"] + 0.05
 
 
-def test_maxima_of_an_fp32_forward_recover_a_channel_a_thousand_times_larger(small: tuple[ParameterSource, Tokenizer]) -> None:
-    """The built-in calibration's forward codes the norm's weight at 8 bits with one scale: 2^10 drowns the rest of it."""
+def test_smoothing_recovers_from_any_factor(small: tuple[ParameterSource, Tokenizer]) -> None:
+    """Calibration's own forward must survive the planted channel, so no weight of it may share its scale."""
     source, tokenizer = small
-    planted, tokens = Planted(source, shift=10), tokenizer.encode_array(passage())
-    fp32 = Mamba(quantize_model(planted, parse_scheme("fp32")))
-    maxima = {site: found.maxima for site, found in observe(fp32, tokens, head=True).items()}
+    planted = Planted(source, shift=12)
+    calibration = calibrate(planted, tokenizer.encode_array(passage()))
     before = bits_per_byte(planted, tokenizer, "fp32", {})
-    assert bits_per_byte(planted, tokenizer, "int8-static", maxima) > before + 1
-    assert bits_per_byte(planted, tokenizer, "int8-smooth", maxima) < before + 0.05
-    assert bits_per_byte(planted, tokenizer, "int8-smooth", calibrate(planted, tokens)) > before + 1
+    assert bits_per_byte(planted, tokenizer, "int8-static", calibration) > before + 1
+    assert bits_per_byte(planted, tokenizer, "int8-smooth", calibration) < before + 0.05
+
+
+def test_calibration_sees_the_inputs_of_a_forward_with_weights_in_codes(tiny: ParameterSource) -> None:
+    """Eq. (27): the weights of int8, the activations as they are."""
+    weights = ("embedding", "lm_head", *LINEAR_LAYERS)
+    coded = Scheme("by hand", {f"{name}.weight": Quantizer(8, "per_channel") for name in weights})
+    seen: dict[str, F32Array] = {}
+    Mamba(quantize_model(tiny, coded)).prefill([TOKENS], logits="all", hook=lambda name, x: seen.__setitem__(name, x))
+    found = calibrate(tiny, TOKENS)
+    assert set(found) == {f"layers.{i}.{layer}" for i in range(2) for layer in LINEAR_LAYERS} | {"lm_head"}
+    for site, maxima in found.items():
+        np.testing.assert_array_equal(maxima, np.abs(seen[f"{site}.in"]).max(axis=0))
 
 
 def test_smoothing_undoes_a_planted_power_of_two_exactly(tiny: ParameterSource) -> None:
