@@ -18,26 +18,32 @@ from refmamba.options import model_options
 from refmamba.perplexity import text_perplexity
 from refmamba.scheme import LINEAR_LAYERS
 
-GRID = tuple(k / 10 for k in range(11))
+GRID = (None, *(k / 10 for k in range(11)))  # None: not smoothed
 Alphas = Mapping[str, float]  # linear layer (`in_proj`) -> alpha
 
 
 def search(bits: Callable[[Alphas], float], per_site: bool) -> Iterator[tuple[dict[str, float], float]]:
-    """Every alpha of the grid for all linear layers alike; then, from the best, for one layer after the other.
+    """No smoothing and every alpha of the grid, for all linear layers alike; then, from the best, for one after the other.
 
-    Yields each choice with its bits; the best is the smallest, the first of equals.
+    Yields each choice with its bits; a layer that is not in it is not smoothed. The best is the smallest, the first of equals.
     """
     best: tuple[float, dict[str, float]] | None = None
     for layers in [LINEAR_LAYERS, *([(layer,) for layer in LINEAR_LAYERS] if per_site else [])]:
-        start = best[1] if best else {}
+        start = best[1] if best else None
         for alpha in GRID:
-            tried = start | dict.fromkeys(layers, alpha)
+            others = {layer: chosen for layer, chosen in (start or {}).items() if layer not in layers}
+            tried = others if alpha is None else others | dict.fromkeys(layers, alpha)
             if tried == start:
                 continue
             found = bits(tried)
             yield tried, found
             if best is None or found < best[0]:
                 best = found, tried
+
+
+def describe(alphas: Alphas) -> str:
+    """`in_proj 0.5, x_proj off, ...`."""
+    return ", ".join(f"{layer} {alphas[layer]:g}" if layer in alphas else f"{layer} off" for layer in LINEAR_LAYERS)
 
 
 @click.command("smooth-search")
@@ -66,12 +72,11 @@ def command(choose: Callable[[str], Loaded], file: Path | None, per_site: bool, 
     for alphas, value in search(bits, per_site):
         found.append({"alpha": alphas, "bits_per_byte": value})
         if not as_json:
-            click.echo(f"{value:.4f} bits a byte: " + ", ".join(f"{layer} {alpha:g}" for layer, alpha in alphas.items()))
+            click.echo(f"{value:.4f} bits a byte: {describe(alphas)}")
     best = min(found, key=lambda one: one["bits_per_byte"])
     if out is not None:
         write_text(out, json.dumps(replace(scheme, name=out.stem, smooth=best["alpha"]).to_json(), indent=1) + "\n")
     if as_json:
         click.echo(json.dumps(loaded.describe() | {"text": str(file or "the package's passage"), "tried": found, "best": best}))
     else:
-        chosen = ", ".join(f"{layer} {alpha:g}" for layer, alpha in best["alpha"].items())
-        click.echo(f"best, {best['bits_per_byte']:.4f}: {chosen}")
+        click.echo(f"best, {best['bits_per_byte']:.4f}: {describe(best['alpha'])}")

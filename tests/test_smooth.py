@@ -181,11 +181,22 @@ def test_search_finds_the_lowest_point_layer_by_layer() -> None:
     lowest = {"in_proj": 0.3, "x_proj": 0.5, "dt_proj": 0.5, "out_proj": 0.9}
 
     def bits(alphas: Mapping[str, float]) -> float:
-        return sum((alphas[layer] - value) ** 2 for layer, value in lowest.items())
+        return sum((alphas.get(layer, 2.0) - value) ** 2 for layer, value in lowest.items())
 
     alike = list(search(bits, per_site=False))
-    assert [set(alphas.values()) for alphas, _ in alike] == [{k / 10} for k in range(11)]
+    assert [set(alphas.values()) for alphas, _ in alike] == [set(), *({k / 10} for k in range(11))]
     assert min(search(bits, per_site=True), key=lambda item: item[1])[0] == lowest
+
+
+def test_search_leaves_a_layer_as_it_is_where_smoothing_hurts() -> None:
+    def bits(alphas: Mapping[str, float]) -> float:
+        return (alphas.get("in_proj", 0.0) - 0.7) ** 2 + alphas.get("x_proj", -1.0)
+
+    tried = list(search(bits, per_site=True))
+    best = min(tried, key=lambda item: item[1])[0]
+    assert best["in_proj"] == 0.7
+    assert "x_proj" not in best
+    assert len(tried) == 12 + 4 * 11
 
 
 def test_search_writes_a_scheme_that_runs(tmp_path: Path) -> None:
@@ -193,10 +204,10 @@ def test_search_writes_a_scheme_that_runs(tmp_path: Path) -> None:
     text.write_text(TEXT[:200])
     done = CliRunner().invoke(refmamba, ["smooth-search", "--text", str(text), "--out", str(file)])
     assert done.exit_code == 0, done.output
-    assert len(done.stdout.splitlines()) == 12
+    assert len(done.stdout.splitlines()) == 13
     as_json = CliRunner().invoke(refmamba, ["smooth-search", "--text", str(text), "--json"])
     found = json.loads(as_json.stdout)
-    assert len(found["tried"]) == 11
+    assert len(found["tried"]) == 12
     assert found["best"] == min(found["tried"], key=lambda one: one["bits_per_byte"])
     assert json.loads(file.read_text())["smooth"] == found["best"]["alpha"]
     run = CliRunner().invoke(refmamba, ["perplexity", "--scheme", str(file), "--calibrate", str(text), "--text", str(text)])
