@@ -50,8 +50,8 @@ def perplexity(runner: Runner, tokens: IntArray, n_bytes: int) -> Perplexity:
     for start in range(0, len(tokens) - 1, CALL):
         targets = tokens[start + 1 : start + 1 + CALL]
         rows, state = runner.prefill([tokens[start : start + len(targets)]], state, logits="all")
-        scores = log_softmax(rows[0])[np.arange(len(targets)), targets]
-        nats -= float(np.sum(scores, dtype=np.float64))
+        for row, target in zip(rows[0], targets, strict=True):  # one by one: of a large vocabulary, 512 rows are a gigabyte
+            nats -= float(log_softmax(row[None])[0, target])
     return Perplexity(len(tokens) - 1, nats, n_bytes)
 
 

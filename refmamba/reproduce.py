@@ -58,7 +58,7 @@ HUB_CHARACTERS = {
 }  # fmt: skip
 CHARACTERS_A_TOKEN = 4.0  # of English text under GPT-NeoX's tokenizer
 BLOCK = MambaConfig(768, 1, vocab_size=4096)  # what is timed: a block of the smallest model's width, and a part of its head
-BYTES_A_PARAMETER = 9  # of a process that runs fp32, at its peak: measured at 130m and 370m
+MEMORY, BYTES_A_PARAMETER = 0.8e9, 11  # of a process at its peak: 2.1 GB and 4.7 GB were measured at 130m's and 370m's shape
 
 
 def paper_size(model: str) -> str | None:
@@ -166,7 +166,7 @@ def plan(
     for model, config in configs.items():
         count = parameters(config)
         download = f"{4 * count / 1e9:.2f} GB" if "/" in model and not Path(model).is_dir() else "none"
-        lines.append(f"| {model} | {count / 1e6:.0f} M | {download} | {BYTES_A_PARAMETER * count / 1e9 + 0.5:.1f} GB |")
+        lines.append(f"| {model} | {count / 1e6:.0f} M | {download} | {(BYTES_A_PARAMETER * count + MEMORY) / 1e9:.1f} GB |")
     lines += ["", f"Time for {work.documents} documents:", "", "| scheme | " + " | ".join(models) + " |"]
     lines.append("|---|" + "---|" * len(models))
     rows = {scheme: [hours(config, scheme) for config in configs.values()] for scheme in schemes}
