@@ -24,8 +24,9 @@ from refmamba.files import write_text
 from refmamba.peers import LLAMA_TYPES, LlamaCpp, Peer, Transformers, write_gguf
 
 SHAPES = {"130m": MambaConfig(768, 24, 50280), "370m": MambaConfig(1024, 48, 50280)}
-OLDER = " without VNNI"  # the same kernels, compiled for a processor of 2013
+OLDER = " without VNNI"  # the same kernels, compiled for a processor of 2013 with AVX2
 SCHEMES = ("int8", "w8-all", "w4-all", "w8a8-all", "fp32", "int8" + OLDER)
+HASWELL = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+popcnt"}
 PEERS = ("transformers", *LLAMA_TYPES)
 ROUNDS, WARM_UP = 4, 4
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -91,7 +92,7 @@ def measure(shape: str, threads: int, prompt_len: int, gen_len: int, names: list
         processes, results = [], []
         for name in names:
             command = [sys.executable, __file__, "--worker", name, "--shapes", shape, *arguments]
-            own = environment | ({"NUMBA_CPU_NAME": "haswell"} if name.endswith(OLDER) else {})
+            own = environment | (HASWELL if name.endswith(OLDER) else {})
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=own)
             assert process.stdin
             assert process.stdout

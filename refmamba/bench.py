@@ -1,7 +1,6 @@
 """`refmamba bench`: how fast a model runs here, beside what the machine's memory allows."""
 
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -50,7 +49,14 @@ def read_bandwidth(threads: int) -> float:
 
 
 def peak_rss() -> int:
-    """The largest resident size of this process so far, in bytes."""
+    """The largest resident size of this process so far, in bytes; 0 where the system does not tell (Windows)."""
+    if sys.platform == "linux":  # where getrusage begins with what the parent had
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    if sys.platform == "win32":
+        return 0
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
