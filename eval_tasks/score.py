@@ -1,20 +1,20 @@
 """Log-likelihoods of continuations, each shared beginning computed once.
 
 All token sequences of a batch of requests form a tree: what two of them begin with is one node, and the state after a
-node is forked into its children. So a document's context runs once for all its choices, and so does what the choices
-share. Nodes of the same depth run together, sorted by length. Schemes with a scale over the whole sequence (`wNaM-*`)
-have no such states: each context + continuation is one call, as the paper's set-up has it.
+node is forked into its children. So a document's context runs once for all its choices, and so does a long beginning
+that choices or documents share. Nodes of the same depth run together, sorted by length. Schemes with a scale over the
+whole sequence (`wNaM-*`) have no such states: each context + continuation is one call, as the paper's set-up has it.
 """
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
 from refmamba import arith
-from refmamba.arith import F32Array, IntArray, tree_sum
+from refmamba.arith import F32Array, IntArray
 from refmamba.backend import Backend, Runner
 from refmamba.errors import DataError, NonFiniteError
 from refmamba.eval_tasks.task import Document
@@ -22,7 +22,11 @@ from refmamba.model import Positions
 from refmamba.tokenizer import Tokenizer
 
 MAX_LENGTH = 2048
-BATCH_TOKENS = 1024  # run in one call, at most: bounds the memory of logits, never changes a number
+# None of these changes a number. A call of more tokens is slower on the cpu backend, which runs so many at a time and
+# would carry all states from piece to piece; a state of mamba-2.8b has 25 MB; forking one costs what a few tokens cost.
+BATCH_TOKENS = 256  # run in one call, at most
+BATCH_NODES = 32  # run in one call, at most
+WORTH_SHARING = 8  # tokens, at least, of a shared beginning that is no whole context
 
 
 @dataclass(frozen=True)
@@ -87,41 +91,43 @@ class _Node:
     children: list["_Node"]
 
     @property
-    def positions(self) -> Positions:
-        """Which logits are needed."""
-        offsets = {offset for offset, _, _ in self.wanted}
-        return "none" if not offsets else "last" if offsets == {len(self.tokens) - 1} else "all"
+    def inside(self) -> bool:
+        """Whether logits are wanted before the last token."""
+        return any(offset < len(self.tokens) - 1 for offset, _, _ in self.wanted)
 
 
 def _tree(wanted: Sequence[Request]) -> list[_Node]:
     """The roots of the requests' tree. A sequence's last token is only scored, never run."""
 
-    def grow(group: list[int], start: int) -> list[_Node]:
-        """Nodes for requests that agree before `start`, and are sorted by their tokens."""
+    def grow(group: list[int], start: int, agreed: int) -> list[_Node]:
+        """Nodes from `start` on for requests that agree before `agreed`, and are sorted by their tokens."""
         nodes, group = [], [i for i in group if len(wanted[i].tokens) - 1 > start]
-        for _, members in itertools.groupby(group, key=lambda i: wanted[i].tokens[start]):
+        for _, members in itertools.groupby(group, key=lambda i: wanted[i].tokens[agreed]):
             branch = list(members)
             low, high = wanted[branch[0]].tokens, wanted[branch[-1]].tokens  # all share what these two share
             # a node also ends where a context does, so that no logits are computed inside one, and where a sequence does
             ends = {len(wanted[i].tokens) - part for i in branch for part in (1, wanted[i].scored)}
-            end = start + 1
+            end = agreed + 1
             while end not in ends and low[end] == high[end]:
                 end += 1
+            if end not in ends and len(branch) > 1 and end - start < WORTH_SHARING:
+                nodes += grow(branch, start, end)
+                continue
             scored = []
             for i in branch:
                 first = len(wanted[i].tokens) - wanted[i].scored
                 scored += [(place - 1 - start, i, place - first) for place in range(max(start + 1, first), end + 1)]
-            nodes.append(_Node(np.array(low[start:end], np.int64), wanted[branch[0]].where, scored, grow(branch, end)))
+            nodes.append(_Node(np.array(low[start:end], np.int64), wanted[branch[0]].where, scored, grow(branch, end, end)))
         return nodes
 
-    return grow(sorted(range(len(wanted)), key=lambda i: wanted[i].tokens), 0)
+    return grow(sorted(range(len(wanted)), key=lambda i: wanted[i].tokens), 0, 0)
 
 
 def _batches(nodes: list[tuple[int, _Node]]) -> Iterator[list[tuple[int, _Node]]]:
-    """Nodes by length, the longest first, at most BATCH_TOKENS a batch (one node may have more)."""
+    """Nodes by length, the longest first, at most BATCH_TOKENS and BATCH_NODES a batch (one node may have more)."""
     nodes = sorted(nodes, key=lambda item: len(item[1].tokens), reverse=True)
     while nodes:
-        totals = itertools.accumulate(len(node.tokens) for _, node in nodes)
+        totals = itertools.accumulate(len(node.tokens) for _, node in nodes[:BATCH_NODES])
         count = max(1, sum(total <= BATCH_TOKENS for total in totals))
         yield nodes[:count]
         nodes = nodes[count:]
@@ -133,12 +139,14 @@ def score(runner: Runner, backend: Backend, wanted: Sequence[Request]) -> list[S
     values = [np.zeros(request.scored, np.float32) for request in wanted]
     greedy = [True] * len(wanted)
 
+    shifted = np.empty(runner.config.vocab_size, np.float32)  # one row at a time stays in the cache
+
     def read(logits: F32Array, rows: Sequence[tuple[int, int, int]]) -> None:
-        """Put the scores of (row of the logits, request, place) where they belong; row by row stays in the cache."""
+        """Put the scores of (row of the logits, request, place) where they belong: eq. (25), for the targets only."""
         for row, group in itertools.groupby(sorted(rows), key=lambda item: item[0]):
             best = int(np.argmax(logits[row]))
-            shifted = logits[row] - logits[row, best]
-            total = arith.log(tree_sum(exp(shifted)))  # eq. (25), of which only the targets' values are needed
+            np.subtract(logits[row], logits[row, best], out=shifted)
+            total = arith.log(_sum(exp(shifted)))
             for _, i, place in group:
                 target = wanted[i].tokens[len(wanted[i].tokens) - wanted[i].scored + place]
                 values[i][place] = shifted[target] - total
@@ -158,13 +166,28 @@ def score(runner: Runner, backend: Backend, wanted: Sequence[Request]) -> list[S
     return [Score(float(np.sum(v, dtype=np.float64)), g) for v, g in zip(values, greedy, strict=True)]
 
 
+def _sum(terms: F32Array) -> F32Array:
+    """`arith.tree_sum` of terms (n,) that are no -0.0, in their own memory: adding +0.0 to those changes nothing."""
+    n = len(terms)
+    width = 1 << (n - 1).bit_length()
+    while width > 1:
+        width //= 2
+        if n > width:
+            terms[: n - width] += terms[width:n]
+            n = width
+    return terms[0]
+
+
 Read = Callable[[F32Array, Sequence[tuple[int, int, int]]], None]
 
 
 def _walk(runner: Runner, nodes: Sequence[tuple[int, _Node]], state: Any | None, read: Read) -> None:
     """Run nodes, each from the state of its index (None: from the first token), then what follows them."""
-    for mode in get_args(Positions):
-        for batch in _batches([(index, node) for index, node in nodes if node.positions == mode]):
+    every = [(index, node) for index, node in nodes if node.inside or len(node.tokens) == 1]
+    others = [(index, node) for index, node in nodes if not (node.inside or len(node.tokens) == 1)]
+    for some, inside in ((others, False), (every, True)):
+        for batch in _batches(some):
+            mode: Positions = "all" if inside else "last" if any(node.wanted for _, node in batch) else "none"
             before = state if state is None else state.take([index for index, _ in batch])
             try:
                 logits, after = runner.prefill([node.tokens for _, node in batch], before, logits=mode)

@@ -68,11 +68,13 @@ def directly(runner: Counting, request: Request) -> Score:
 
 
 @pytest.mark.parametrize("scheme", ["fp32", "int8", "w4-mlp", "w8a8-all"])
-@pytest.mark.parametrize("batch_tokens", [40, 100_000])
+@pytest.mark.parametrize(("tokens", "nodes", "worth_sharing"), [(40, 3, 1), (100_000, 1000, 1), (256, 32, 8)])
 def test_every_batch_gives_the_bits_of_the_definition(
-    scheme: str, batch_tokens: int, tiny: RandomSource, monkeypatch: pytest.MonkeyPatch
+    scheme: str, tokens: int, nodes: int, worth_sharing: int, tiny: RandomSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(scoring, "BATCH_TOKENS", tokens)
+    monkeypatch.setattr(scoring, "BATCH_NODES", nodes)
+    monkeypatch.setattr(scoring, "WORTH_SHARING", worth_sharing)
     runner, wanted = Counting(tiny, scheme), questions(1)
     together = score(runner, REFERENCE, wanted)
     assert together == [directly(runner, one) for one in wanted]
@@ -95,10 +97,24 @@ def test_a_greedy_hit_needs_every_token(tiny: RandomSource) -> None:
 
 def test_what_choices_share_runs_once_and_last_tokens_never(tiny: RandomSource) -> None:
     runner = Counting(tiny, "fp32")
-    context, shared = [5, 6, 7, 8], [9, 10]
-    choices = [[*shared, 11, 12], [*shared, 13], [*shared, 11, 14, 15]]
+    context, shared = [5, 6, 7, 8], [*range(9, 17)]
+    choices = [[*shared, 21, 22], [*shared, 23, 24, 20], [*shared, 23, 25, 26]]
     score(runner, REFERENCE, [token_request(context, choice, 2048, "") for choice in choices])
-    assert runner.tokens == 4 + 2 + 1 + 1  # context; 9 10; 11; then 14, and no last token
+    assert runner.tokens == 4 + 8 + 1 + 2 + 2  # context; 9 to 16; 21; 23 24; 23 25: one token is not worth a fork
+
+
+def test_a_context_is_shared_however_short_and_nothing_else_is(tiny: RandomSource) -> None:
+    runner = Counting(tiny, "fp32")
+    documents = [token_request([5, 6, first], [7, 8, choice, 9], 2048, "") for first in (1, 2) for choice in (3, 4)]
+    score(runner, REFERENCE, documents)
+    assert [[len(sequence) for sequence in call] for call in runner.ran] == [[3, 3], [3, 3, 3, 3]]
+
+
+def test_a_call_has_no_more_tokens_and_states_than_its_limits(tiny: RandomSource) -> None:
+    runner, rng = Counting(tiny, "fp32"), np.random.default_rng(0)
+    contexts = [rng.integers(0, 50, length).tolist() for length in (300, *[100] * 5, *[4] * 40)]
+    score(runner, REFERENCE, [token_request(context, [1], 2048, "") for context in contexts])
+    assert [len(call) for call in runner.ran] == [1, 2, 2, 32, 9]
 
 
 def test_a_whole_sequence_scheme_is_never_forked(tiny: RandomSource) -> None:
