@@ -3,19 +3,26 @@
 Only this process writes results. A block whose worker dies is given to another one; what is finished stays finished.
 """
 
+import hashlib
 import importlib
 import logging
 import os
+import signal
+import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from refmamba.errors import BackendError
+from tqdm import tqdm
+
+from refmamba.errors import BackendError, DataError
 from refmamba.eval_tasks.evaluate import Block, Job, score_block
 from refmamba.eval_tasks.results import Result
 
+WAIT_SECONDS = 5.0  # until it is asked whether there are workers at all
 Scores = Callable[[Job, Sequence[Block]], Iterator[list[Result]]]
 
 
@@ -23,7 +30,8 @@ Scores = Callable[[Job, Sequence[Block]], Iterator[list[Result]]]
 def cluster(workers: int | None, address: str | None) -> Iterator[Scores]:
     """A scorer on `workers` spawned processes here, each with its share of the cores, or on a scheduler's workers.
 
-    Raises BackendError where dask.distributed is missing, the scheduler does not answer, or a block kills its workers.
+    Raises BackendError where dask.distributed is missing, the scheduler does not answer, or a block kills its workers. Call it
+    from the main thread.
     """
     dask = _distributed()
     logging.getLogger("distributed").setLevel(logging.CRITICAL)  # a lost worker is dealt with below
@@ -37,13 +45,16 @@ def cluster(workers: int | None, address: str | None) -> Iterator[Scores]:
         return
     threads = str(max(1, (os.cpu_count() or 1) // (workers or 1)))
     environment = {"NUMBA_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
-    with (
-        dask.LocalCluster(
-            n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=None, env=environment,
-            silence_logs=logging.CRITICAL,
-        ) as local,
-        dask.Client(local) as client,
-    ):  # fmt: skip
+    with ExitStack() as stack:
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit it: Ctrl-C is for this process
+        try:
+            local = stack.enter_context(dask.LocalCluster(
+                n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=None, env=environment,
+                silence_logs=logging.CRITICAL,
+            ))  # fmt: skip
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
+        client = stack.enter_context(dask.Client(local))
         yield lambda job, blocks: _score(client, job, blocks)
 
 
@@ -55,16 +66,51 @@ def _distributed() -> Any:
 
 
 def _score(client: Any, job: Job, blocks: Sequence[Block]) -> Iterator[list[Result]]:
-    dask = _distributed()
-    futures = [client.submit(score_block, _absolute(job), block, pure=False) for block in blocks]
+    job = _absolute(job)
+    inputs = _inputs(job)
+    return _finished(client, [client.submit(_on_worker, job, inputs, block, pure=False) for block in blocks])
+
+
+def _inputs(job: Job) -> str:
+    """A hash of the files that a job names besides the model's, which has its own. Raises DataError."""
+    total = hashlib.sha256()
+    for file in (job.choice.scheme and Path(job.choice.scheme), job.choice.calibrate):
+        if file and file.is_absolute():  # a scheme's name is not
+            try:
+                total.update(file.read_bytes() + b"\0")
+            except OSError as error:
+                raise DataError(f"{file}: cannot be read on {socket.gethostname()}: {error.strerror}") from error
+    return total.hexdigest()
+
+
+def _on_worker(job: Job, inputs: str, block: Block) -> list[Result]:
+    if _inputs(job) != inputs:
+        raise DataError(f"{socket.gethostname()} has another {job.choice.scheme} or {job.choice.calibrate}")
+    return score_block(job, block)
+
+
+def _finished(client: Any, futures: list[Any]) -> Iterator[list[Result]]:
+    dask, pending, alone = _distributed(), set(futures), False
     try:
-        for future in dask.as_completed(futures):
-            yield future.result()
-            future.release()
+        while pending:
+            try:
+                done, pending = dask.wait(pending, timeout=WAIT_SECONDS, return_when="FIRST_COMPLETED")
+            except dask.TimeoutError:
+                if not alone and not client.nthreads():
+                    tqdm.write("the scheduler has no worker; waiting for one", file=sys.stderr)
+                    alone = True
+                continue
+            alone = False
+            for future in done:
+                yield future.result()
+                future.release()
     except dask.KilledWorker as error:
         raise BackendError(f"a block of documents was lost with each of its workers: {error}") from error
+    except (dask.CancelledError, OSError) as error:
+        raise BackendError("the connection to the dask scheduler is lost; start it and this command again") from error
     finally:
-        client.cancel(futures)
+        if client.status == "running":
+            client.cancel(futures)
 
 
 def _absolute(job: Job) -> Job:

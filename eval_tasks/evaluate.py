@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from refmamba import SPEC_VERSION
 from refmamba.backend import Backend, load_backend
 from refmamba.calibrate import passage
+from refmamba.checkpoint import open_checkpoint
 from refmamba.errors import DataError, SchemeError
 from refmamba.eval_tasks.load import Dataset
 from refmamba.eval_tasks.progress import Progress
@@ -20,10 +21,11 @@ from refmamba.eval_tasks.score import requests, score
 from refmamba.eval_tasks.task import Document
 from refmamba.hub import ModelFiles, resolve_model
 from refmamba.load import DEFAULT_SCHEME, Loaded, ModelChoice, load
-from refmamba.scheme import Scheme, parse_scheme, scheme_from_json
+from refmamba.model import QuantizedModel
+from refmamba.scheme import Scheme, parse_scheme
 
 BLOCK = 16  # documents scored and saved together
-HASHED = ("config.json", "*.safetensors", "pytorch_model*.bin", "*.index.json")
+HASHED = ("config.json", "tokenizer_config.json", "*.safetensors", "pytorch_model*.bin", "*.index.json")
 
 Block = list[tuple[int, Document]]
 
@@ -42,7 +44,8 @@ class Job:
         return load(self.choice)
 
 
-Scorer = Callable[[Job, Sequence[Block]], Iterator[list[Result]]]  # a block's results as they come, in any order
+# A block's results as they come, in any order. A call may begin with the work; it does not wait for it.
+Scorer = Callable[[Job, Sequence[Block]], Iterator[list[Result]]]
 
 _ONE_AT_A_TIME = threading.Lock()  # a worker may have several threads, and a runner is for one
 
@@ -118,21 +121,25 @@ class Subject:
 def _model_files(model: str, revision: str | None) -> tuple[ModelFiles, str]:
     files, total = resolve_model(model, revision), hashlib.sha256()
     for file in sorted({files.tokenizer, *(f for pattern in HASHED for f in files.folder.glob(pattern))}):
-        with file.open("rb") as stream:
-            total.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        try:
+            with file.open("rb") as stream:
+                total.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror}; a model folder needs it") from error
     return files, total.hexdigest()
 
 
 def subject(choice: ModelChoice, max_length: int) -> Subject:
-    """Find out what a choice of model is without loading it. Raises RefmambaError."""
-    wanted = parse_scheme(choice.scheme or DEFAULT_SCHEME)
+    """Find out what a choice of model is without quantizing it. Raises RefmambaError."""
+    scheme = wanted = parse_scheme(choice.scheme or DEFAULT_SCHEME)
     files, model_sha256 = _model_files(choice.model, choice.revision)
-    saved = json.loads((files.folder / "config.json").read_text("utf-8")).get("refmamba")
-    scheme = scheme_from_json(saved["scheme"]) if saved else wanted
+    opened = open_checkpoint(files.folder)
+    if isinstance(opened, QuantizedModel):
+        scheme = opened.scheme
     if choice.scheme is not None and scheme != wanted:
         raise SchemeError(f"{choice.model} is saved as {scheme.name}; leave out {wanted.name}")
     calibration = ""
-    if scheme.needs_calibration and not saved:
+    if scheme.needs_calibration and not isinstance(opened, QuantizedModel):
         text = passage().encode() if choice.calibrate is None else _bytes(choice.calibrate)
         calibration = hashlib.sha256(text).hexdigest()
     return Subject(choice, model_sha256, scheme, calibration, load_backend(choice.backend, choice.device), max_length)
@@ -147,12 +154,24 @@ def _bytes(file: Path) -> bytes:
 
 def evaluate(subject: Subject, data: Dataset, limit: int | None, results: Results, scorer: Scorer, progress: Progress) -> None:
     """Score what is missing of a task's first `limit` documents into `results`. Raises RefmambaError."""
-    key = subject.key(data)
-    documents, there = data.documents[:limit], results.load(key)
-    missing = [(i, document) for i, document in enumerate(documents) if i not in there]
-    progress.start(f"{subject.scheme.name} {data.task.name}", len(documents))
-    progress.found(len(documents) - len(missing))
-    missing.sort(key=lambda item: len(item[1].contexts[0]) + sum(map(len, item[1].continuations)), reverse=True)
-    for block in scorer(subject.job, [missing[i : i + BLOCK] for i in range(0, len(missing), BLOCK)]):
-        results.save(key, block)
-        progress.saved(len(block))
+    evaluate_all([(subject, data)], limit, results, scorer, progress)
+
+
+def evaluate_all(
+    wanted: Iterable[tuple[Subject, Dataset]], limit: int | None, results: Results, scorer: Scorer, progress: Progress
+) -> None:
+    """The same for several; the scorer is given all of them before the first is waited for, so that no worker idles."""
+    given = []
+    for subject, data in wanted:
+        key = subject.key(data)
+        documents, there = data.documents[:limit], results.load(key)
+        missing = [(i, document) for i, document in enumerate(documents) if i not in there]
+        missing.sort(key=lambda item: len(item[1].contexts[0]) + sum(map(len, item[1].continuations)), reverse=True)
+        finished = scorer(subject.job, [missing[i : i + BLOCK] for i in range(0, len(missing), BLOCK)])
+        given.append((key, f"{subject.scheme.name} {data.task.name}", len(documents), len(missing), finished))
+    for key, name, count, left, finished in given:
+        progress.start(name, count)
+        progress.found(count - left)
+        for block in finished:
+            results.save(key, block)
+            progress.saved(len(block))

@@ -33,8 +33,13 @@ def read_jsonl(file: Path) -> Iterator[Row]:
     for where, text in lines(file):
         try:
             values = json.loads(text)
+            json.dumps(values, ensure_ascii=False).encode()
         except json.JSONDecodeError as error:
             raise DataError(f"{where}: broken JSON at column {error.colno}: {error.msg}") from None
+        except UnicodeEncodeError:
+            raise DataError(f"{where}: half of a surrogate pair, \\ud800 to \\udfff, which is no character") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise DataError(f"{where}: broken JSON: {str(error).partition(':')[0]}") from None
         if not isinstance(values, dict):
             raise DataError(f"{where}: not a JSON object")
         yield Row(values, where)

@@ -29,18 +29,22 @@ NEW_TOKENS = 256  # generated where a task does not say
 
 @register_model("refmamba")
 class RefmambaLM(TemplateLM):
-    """A model of refmamba. Arguments: pretrained, scheme, backend, device, revision, calibrate, max_length."""
+    """A model of refmamba. Arguments: pretrained, scheme, backend, device, revision, calibrate, max_length.
+
+    batch_size and max_batch_size come from the harness and change nothing. Another argument is a TypeError.
+    """
 
     def __init__(
         self, pretrained: str = "small", scheme: str | None = None, backend: str = "cpu", device: str | None = None,
-        revision: str | None = None, calibrate: str | None = None, max_length: int = MAX_LENGTH, **_: Any,
+        revision: str | None = None, calibrate: str | None = None, max_length: int = MAX_LENGTH,
+        batch_size: Any = None, max_batch_size: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if backend in ("cpu", "reference"):
             device = None  # they have one only, and the harness says cuda:0 where its user says nothing
         file = Path(calibrate) if calibrate is not None else None
         self._loaded = load(ModelChoice(str(pretrained), scheme, backend, device, revision, file))
-        self.max_length = max_length
+        self.max_length = int(max_length)
 
     @property
     def eot_token_id(self) -> int | None:

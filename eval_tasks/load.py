@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from refmamba.errors import DataError, HubError
 from refmamba.eval_tasks import TASKS
-from refmamba.eval_tasks.formats import LABELS_SUFFIX, READERS, read_rows
+from refmamba.eval_tasks.formats import READERS, read_rows
 from refmamba.eval_tasks.task import Document, HubFile, Task
 
 SAMPLE, HUB = "sample", "hub"  # what --data takes besides folders and TASK=FILE
@@ -69,16 +70,20 @@ def check_hub(task: Task, file: Path, pinned: HubFile) -> Dataset:
     return Dataset(task, data.documents, f"{pinned.repo}@{pinned.revision}/{pinned.file}")
 
 
+def _words(path: str) -> list[str]:
+    return re.findall("[a-z0-9]+", path.lower())
+
+
 def find(task: Task, folder: Path) -> Path | None:
-    """The one file of a folder, at most two deep, that has the task in its path and its split in its name.
+    """The one file of a folder, at most two deep, that has the task as a word of its path and its split in its name.
 
     Raises DataError where several have.
     """
     found = []
     for file in sorted([*folder.glob("*"), *folder.glob("*/*"), *folder.glob("*/*/*")]):
-        path, name = "/".join([folder.name, *file.relative_to(folder).parts]).lower(), file.name.lower()
-        split = any(word in name for word in task.split)
-        if file.suffix in READERS and task.name in path and split and LABELS_SUFFIX not in name:
+        path, name = (_words(text) for text in ("/".join([folder.name, *file.relative_to(folder).parts]), file.name))
+        split = any(word.startswith(task.split) for word in name)
+        if file.suffix in READERS and {task.name, task.also} & set(path) and split:
             found.append(file)
     if len(found) > 1:
         raise DataError(f"{folder}: {task.name} could be {' or '.join(map(str, found))}; say which: --data {task.name}=FILE")

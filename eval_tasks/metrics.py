@@ -47,10 +47,12 @@ def mean_stderr(values: Sequence[float]) -> tuple[float, float]:
 
 
 def perplexity(loglikelihoods: Sequence[float]) -> tuple[float, float]:
-    """exp(-mean), and the standard deviation of the same over RESAMPLES bootstrap samples, seeded."""
+    """exp(-mean), and the standard deviation of the same over RESAMPLES bootstrap samples, seeded; may be infinite."""
     values, rng = np.array(loglikelihoods), np.random.default_rng(0)
-    drawn = [np.exp(-rng.choice(values, len(values)).mean()) for _ in range(RESAMPLES)]
-    return math.exp(-math.fsum(loglikelihoods) / len(loglikelihoods)), float(np.std(drawn, ddof=1))
+    with np.errstate(over="ignore", invalid="ignore"):  # a model that is worse than 10^-308 a document
+        drawn = [np.exp(-rng.choice(values, len(values)).mean()) for _ in range(RESAMPLES)]
+        value = np.exp(-math.fsum(loglikelihoods) / len(loglikelihoods))
+        return float(value), float(np.std(drawn, ddof=1))
 
 
 def metrics(task: Task, documents: Sequence[Document], results: Sequence[Result]) -> list[Metric]:

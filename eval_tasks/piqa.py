@@ -20,6 +20,7 @@ TASK = Task(
     document=document,
     metrics=("acc", "acc_norm"),
     labels="label",
+    also="physicaliqa",
     hub=HubFile(
         repo="baber/piqa",
         revision="142f6d7367fd9877f0fb3b5734ea6a545f54cdd1",

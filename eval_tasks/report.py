@@ -8,7 +8,7 @@ from typing import Any
 
 from refmamba import SPEC_VERSION, __version__
 from refmamba.eval_tasks.evaluate import Subject
-from refmamba.eval_tasks.load import Dataset
+from refmamba.eval_tasks.load import SAMPLE, Dataset
 from refmamba.eval_tasks.metrics import HIGHER_IS_BETTER, PER_DOCUMENT, Metric, metrics
 from refmamba.eval_tasks.results import Result
 
@@ -45,11 +45,9 @@ def table(outcomes: Sequence[Outcome]) -> str:
     for one in outcomes:
         count = f"{len(one.finished)}" + (f" of {one.wanted}" if len(one.finished) < one.wanted else "")
         for metric in one.metrics():
-            stderr = "" if math.isnan(metric.stderr) else f"{metric.stderr:.4f}"
-            task = one.data.task
-            rows.append(
-                (one.subject.scheme.name, task.name, str(task.version), count, metric.name, f"{metric.value:.4f}", stderr)
-            )
+            stderr, task = f"{metric.stderr:.4f}" if math.isfinite(metric.stderr) else "", one.data.task
+            name = f"{task.name} ({SAMPLE})" if one.data.source == SAMPLE else task.name
+            rows.append((one.subject.scheme.name, name, str(task.version), count, metric.name, f"{metric.value:.4f}", stderr))
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
@@ -73,13 +71,13 @@ def text(outcomes: Sequence[Outcome]) -> str:
 
 
 def harness(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """One scheme's outcomes in the layout of lm-evaluation-harness's results; NaN (no standard error) is "N/A"."""
+    """One scheme's outcomes in the layout of lm-evaluation-harness's results; what is no number is "N/A"."""
     results: dict[str, dict[str, Any]] = {}
     for one in outcomes:
         entry: dict[str, Any] = {"alias": one.data.task.name, "sample_len": len(one.finished)}
         for metric in one.metrics():
-            entry[f"{metric.name},none"] = metric.value
-            entry[f"{metric.name}_stderr,none"] = "N/A" if math.isnan(metric.stderr) else metric.stderr
+            entry[f"{metric.name},none"] = metric.value if math.isfinite(metric.value) else "N/A"
+            entry[f"{metric.name}_stderr,none"] = metric.stderr if math.isfinite(metric.stderr) else "N/A"
         results[one.data.task.name] = entry
     tasks = {one.data.task.name: one for one in outcomes}
     return {

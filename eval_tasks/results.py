@@ -2,28 +2,31 @@
 
 A document's result is kept under everything that its numbers depend on (`Key`), so nothing is computed twice and
 nothing is taken for something else. Blocks of documents are written in one transaction each. Several processes may
-write to the file; for a document that two of them computed, the first result stays.
+write to the file, on one machine (SQLite's log needs shared memory); for a document that two of them computed, the
+first result stays.
 """
 
 import json
 import sqlite3
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from refmamba.errors import DataError
 from refmamba.eval_tasks.score import Score
 
 WAIT_SECONDS = 60.0  # for another writer's transaction
-TABLES = """
-CREATE TABLE IF NOT EXISTS run (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE);
-CREATE TABLE IF NOT EXISTS result (
-  run INTEGER NOT NULL REFERENCES run(id), doc_id INTEGER NOT NULL, loglikelihoods TEXT NOT NULL, greedy TEXT NOT NULL,
-  PRIMARY KEY (run, doc_id)
-) WITHOUT ROWID;
-"""
+APPLICATION = 0x72666D62  # marks the file as ours
+TABLES = (
+    f"PRAGMA application_id = {APPLICATION}",
+    "CREATE TABLE run (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE)",
+    "CREATE TABLE result (run INTEGER NOT NULL REFERENCES run(id), doc_id INTEGER NOT NULL, loglikelihoods TEXT NOT NULL, "
+    "greedy TEXT NOT NULL, PRIMARY KEY (run, doc_id)) WITHOUT ROWID",
+)
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,40 @@ class Results:
         self._file = file
         try:
             self._database = sqlite3.connect(file, timeout=WAIT_SECONDS, isolation_level=None)
-            self._database.execute("PRAGMA journal_mode = WAL")  # readers and one writer at a time, safe against kill -9
-            self._database.executescript(TABLES)
-            self._database.execute("SELECT key FROM run LIMIT 1")
+            self._open()
         except sqlite3.Error as error:
             raise DataError(f"{file}: cannot be used as a results file: {error}; give another --results FILE") from error
+
+    def _open(self) -> None:
+        until = time.monotonic() + WAIT_SECONDS
+        while True:
+            try:
+                with self._transaction():
+                    if self._one("SELECT count(*) FROM sqlite_master") == 0:
+                        for statement in TABLES:
+                            self._database.execute(statement)
+                    elif self._one("PRAGMA application_id") != APPLICATION:
+                        raise sqlite3.DatabaseError("it is another program's database")
+                self._database.execute("PRAGMA journal_mode = WAL")  # readers and one writer at a time, safe against kill -9
+                return
+            except sqlite3.OperationalError as error:  # a change of journal mode does not wait for another process
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                    raise
+                time.sleep(0.02)
+
+    def _one(self, query: str) -> Any:
+        return self._database.execute(query).fetchone()[0]
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._database.execute("COMMIT")
+        except BaseException:
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -74,10 +106,12 @@ class Results:
         self._database.close()
 
     def load(self, key: Key) -> dict[int, Result]:
-        """What is finished, by doc_id."""
-        rows = self._database.execute(
-            "SELECT doc_id, loglikelihoods, greedy FROM result JOIN run ON run.id = run WHERE key = ?", [_text(key)]
-        )
+        """What is finished, by doc_id. Raises DataError where the file cannot be read."""
+        query = "SELECT doc_id, loglikelihoods, greedy FROM result JOIN run ON run.id = run WHERE key = ?"
+        try:
+            rows = self._database.execute(query, [_text(key)]).fetchall()
+        except sqlite3.Error as error:
+            raise DataError(f"{self._file}: cannot be read: {error}") from error
         return {
             doc_id: Result(doc_id, tuple(map(Score, json.loads(values), json.loads(greedy)))) for doc_id, values, greedy in rows
         }
@@ -88,16 +122,12 @@ class Results:
             (_text(key), r.doc_id, json.dumps([s.loglikelihood for s in r.scores]), json.dumps([s.greedy for s in r.scores]))
             for r in block
         ]
+        insert = "INSERT INTO result SELECT id, ?2, ?3, ?4 FROM run WHERE key = ?1 ON CONFLICT (run, doc_id) DO NOTHING"
         try:
-            self._database.execute("BEGIN IMMEDIATE")
-            self._database.execute("INSERT INTO run (key) VALUES (?) ON CONFLICT (key) DO NOTHING", [_text(key)])
-            self._database.executemany(
-                "INSERT INTO result SELECT id, ?2, ?3, ?4 FROM run WHERE key = ?1 ON CONFLICT (run, doc_id) DO NOTHING", rows
-            )
-            self._database.execute("COMMIT")
+            with self._transaction():
+                self._database.execute("INSERT INTO run (key) VALUES (?) ON CONFLICT (key) DO NOTHING", [_text(key)])
+                self._database.executemany(insert, rows)
         except sqlite3.Error as error:
-            if self._database.in_transaction:
-                self._database.execute("ROLLBACK")
             raise DataError(f"{self._file}: cannot be written: {error}") from error
 
 

@@ -1,8 +1,8 @@
 """Log-likelihoods of continuations, each shared beginning computed once.
 
 All token sequences of a batch of requests form a tree: what two of them begin with is one node, and the state after a
-node is forked into its children. So a document's context runs once for all its choices, and so does a long beginning
-that choices or documents share. Nodes of the same depth run together, sorted by length. Schemes with a scale over the
+node is forked into its children. So a document's context runs once for all its choices, and so does what choices
+or documents begin with in common. Nodes of the same depth run together, sorted by length. Schemes with a scale over the
 whole sequence (`wNaM-*`) have no such states: each context + continuation is one call, as the paper's set-up has it.
 """
 
@@ -23,10 +23,10 @@ from refmamba.tokenizer import Tokenizer
 
 MAX_LENGTH = 2048
 # None of these changes a number. A call of more tokens is slower on the cpu backend, which runs so many at a time and
-# would carry all states from piece to piece; a state of mamba-2.8b has 25 MB; forking one costs what a few tokens cost.
+# would carry all states from piece to piece; a state of mamba-2.8b has 25 MB; forking one costs what a token or two cost.
 BATCH_TOKENS = 256  # run in one call, at most
 BATCH_NODES = 32  # run in one call, at most
-WORTH_SHARING = 8  # tokens, at least, of a shared beginning that is no whole context
+WORTH_SHARING = 2  # tokens, at least, of a shared beginning that is no whole context
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,8 @@ def _sum(terms: F32Array) -> F32Array:
         if n > width:
             terms[: n - width] += terms[width:n]
             n = width
-    return terms[0]
+    total: F32Array = terms[0]
+    return total
 
 
 Read = Callable[[F32Array, Sequence[tuple[int, int, int]]], None]

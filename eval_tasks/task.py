@@ -91,6 +91,7 @@ class HubFile:
 class Task:
     """One task. `split`: the words of which one stands in its file's name; `version`: the harness's, of its task text.
 
+    `also`: what a folder of the task may be called besides `name`.
     `labels`: the field whose values may stand in a file of their own, `{stem}-labels.lst`, beside the rows.
     """
 
@@ -100,4 +101,5 @@ class Task:
     hub: HubFile
     split: tuple[str, ...] = ("val", "dev")
     labels: str | None = None
+    also: str = ""
     version: float = 1.0

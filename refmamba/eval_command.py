@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from refmamba.errors import RefmambaError
+from refmamba.errors import DataError, RefmambaError
 from refmamba.options import MODEL_OPTIONS
 
 
@@ -33,8 +33,7 @@ def evaluate(
     """Score the six tasks as lm-evaluation-harness does, and print their metrics."""
     from refmamba.eval_tasks import report
     from refmamba.eval_tasks.cluster import cluster
-    from refmamba.eval_tasks.evaluate import evaluate as evaluate_task
-    from refmamba.eval_tasks.evaluate import score_here, subject
+    from refmamba.eval_tasks.evaluate import evaluate_all, score_here, subject
     from refmamba.eval_tasks.load import load_tasks
     from refmamba.eval_tasks.progress import progress
     from refmamba.eval_tasks.results import Results
@@ -45,8 +44,10 @@ def evaluate(
         raise click.UsageError("give either --workers or --dask")
     if schemes and (scheme or bits or act_bits):
         raise click.UsageError("give either --schemes, or --scheme, --bits and --act-bits")
-    names = schemes.split(",") if schemes else [choose_scheme(scheme, bits, act_bits)]
-    datasets = load_tasks([name for name in tasks.split(",") if name], data)
+    if samples and not samples.parent.is_dir():
+        raise DataError(f"{samples}: cannot be written: there is no folder {samples.parent}")
+    names = [name.strip() for name in schemes.split(",")] if schemes else [choose_scheme(scheme, bits, act_bits)]
+    datasets = load_tasks([name.strip() for name in tasks.split(",") if name.strip()], data)
     subjects = [subject(replace(ModelChoice(**model), scheme=name), max_length) for name in dict.fromkeys(names)]
     counts = [min(limit or len(one.documents), len(one.documents)) for one in datasets]
 
@@ -56,17 +57,16 @@ def evaluate(
             report.Outcome(who, one, count, store.load(who.key(one)))
             for who, (one, count) in itertools.product(subjects, zip(datasets, counts, strict=True))
         ]
+        click.echo(json.dumps(report.as_json(outcomes), ensure_ascii=False) if as_json else report.text(outcomes))
         if samples:
             write_text(samples, report.samples(outcomes))
-        click.echo(json.dumps(report.as_json(outcomes), ensure_ascii=False) if as_json else report.text(outcomes))
 
     with ExitStack() as stack:
         store = stack.enter_context(Results(results))
         scorer = stack.enter_context(cluster(workers, dask)) if workers or dask else score_here
         try:
             with progress(len(subjects) * sum(counts)) as bars:
-                for who, one in itertools.product(subjects, datasets):
-                    evaluate_task(who, one, limit, store, scorer, bars)
+                evaluate_all(itertools.product(subjects, datasets), limit, store, scorer, bars)
         except (KeyboardInterrupt, RefmambaError):
             show()
             raise

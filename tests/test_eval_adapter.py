@@ -73,3 +73,12 @@ def test_the_harness_runs_our_model_and_gets_our_numbers(tmp_path: Path) -> None
     assert bits
     assert 0.5 < float(bits[1]) < 8
     assert "exact_match" in theirs.stdout
+
+
+def test_an_argument_that_the_model_does_not_know_is_an_error(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    code = "from refmamba.eval_tasks.lm_eval_adapter import RefmambaLM; RefmambaLM(pretrained='small', schema='int8')"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "unexpected keyword argument 'schema'" in done.stderr

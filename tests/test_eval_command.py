@@ -11,27 +11,35 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from refmamba.checkpoint import open_checkpoint
+from refmamba.errors import DataError
 from refmamba.eval_tasks import TASKS
+from refmamba.eval_tasks.cluster import _inputs, _on_worker
+from refmamba.eval_tasks.evaluate import Job
+from refmamba.hub import resolve_model
+from refmamba.load import ModelChoice
+from refmamba.tokenizer import load_tokenizer
 
 TWO = ("--schemes", "int8,w8-all")
 WAIT = 60.0  # seconds, on a busy machine
 
 
-def start(folder: Path, *words: str, **variables: str) -> "subprocess.Popen[str]":
+def start(folder: Path, *words: str, group: bool = False, **variables: str) -> "subprocess.Popen[str]":
     """The command, in a folder of its own, with a results file there."""
     command = [sys.executable, "-m", "refmamba.cli", "eval", "--results", "r.sqlite", *words]
     root = str(Path(__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": root, "PYTHONWARNINGS": "default"} | variables
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
-    )
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+        start_new_session=group,
+    )  # fmt: skip
 
 
 def run(folder: Path, *words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
@@ -147,6 +155,17 @@ def test_an_interrupt_prints_what_there_is_and_ends_with_130(tmp_path: Path) -> 
     assert count(tmp_path) > 0
 
 
+def test_ctrl_c_reaches_workers_too_and_is_as_quiet(tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    process = start(tmp_path, "--scheme", "fp32", "--workers", "2", group=True)
+    wait_until_more_than(tmp_path, 0, process)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    out, err = process.communicate(timeout=WAIT)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "| fp32 " in out
+
+
 def test_the_table_and_its_footnotes(tmp_path: Path) -> None:
     done = run(tmp_path, "--scheme", "w8a8-mlp", "--tasks", "copa,winogrande", "--limit", "2")
     assert done.returncode == 0, done.stderr
@@ -155,9 +174,9 @@ def test_the_table_and_its_footnotes(tmp_path: Path) -> None:
         "Scheme", "Task", "Version", "Documents", "Metric", "Value", "Stderr"
     ]  # fmt: skip
     assert set(lines[1]) == {"|", "-"}
-    assert [line.split()[1:9:2] for line in lines[2:4]] == [
-        ["w8a8-mlp", "winogrande", "1.0", "2"],
-        ["w8a8-mlp", "copa", "1.0", "2"],
+    assert [[cell.strip() for cell in line.split("|")[1:5]] for line in lines[2:4]] == [
+        ["w8a8-mlp", "winogrande (sample)", "1.0", "2"],
+        ["w8a8-mlp", "copa (sample)", "1.0", "2"],
     ]
     assert "each context + continuation was one call" in done.stdout
     assert "a sample, not the benchmark" in done.stdout
@@ -171,6 +190,9 @@ def test_the_table_and_its_footnotes(tmp_path: Path) -> None:
         (["--schemes", "int8,fp33"], "refmamba: unknown scheme 'fp33'"),
         (["--data", "piqa=bad.jsonl"], "refmamba: bad.jsonl:2: no field 'sol2'"),
         (["--schemes", "int8", "--bits", "4"], "give either --schemes, or --scheme"),
+        (["--samples", "nowhere/s.jsonl"], "refmamba: nowhere/s.jsonl: cannot be written: there is no folder nowhere"),
+        (["--model", "."], "refmamba: tokenizer.json: cannot be read: No such file"),
+        (["--model", "broken"], "refmamba: broken/config.json: not JSON"),
         (["--dask", "tcp://127.0.0.1:9"], "no dask scheduler answers at tcp://127.0.0.1:9"),
     ],
 )
@@ -178,6 +200,9 @@ def test_wrong_input_is_one_line_and_exit_status_2(words: Sequence[str], message
     if "--dask" in words:
         pytest.importorskip("distributed")
     row = {"goal": "a", "sol1": "b", "sol2": "c", "label": 0}
+    (tmp_path / "broken").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "broken" / name).write_text('{"model_type": ')
     (tmp_path / "bad.jsonl").write_text(json.dumps(row) + '\n{"sol1": "b"}\n')
     done = run(tmp_path, *words)
     assert done.returncode == 2
@@ -205,8 +230,50 @@ def test_an_error_in_the_middle_keeps_and_prints_what_was_before(tmp_path: Path)
     done = run(tmp_path, *words)
     assert done.returncode == 2
     assert "rows.jsonl:21: the continuation has" in done.stderr
-    assert "| int8   | lambada | 1.0     | 20 " in done.stdout
+    assert "| int8   | lambada (sample) | 1.0     | 20 " in done.stdout
     assert count(tmp_path) == 20
+
+
+NAN = """
+from refmamba.backends.cpu import Cpu, CpuRunner
+
+
+class Nan(Cpu):
+    def load(self, model):
+        runner = super().load(model)
+        runner.__class__ = Poisoned
+        return runner
+
+
+class Poisoned(CpuRunner):
+    def prefill(self, sequences, state=None, **options):
+        logits, after = super().prefill(sequences, state, **options)
+        for tokens, rows in zip(sequences, logits):
+            if tuple(tokens[-3:]) == POISON and len(rows):
+                rows[-1, 7] = float("nan")
+        return logits, after
+"""
+
+
+@pytest.mark.parametrize("words", [(), ("--workers", "1")])
+def test_a_nan_logit_names_its_row_and_keeps_the_others(words: Sequence[str], tmp_path: Path) -> None:
+    if words:
+        pytest.importorskip("distributed")
+    rows = [{"text": f"{'The old man went on and on. ' * (60 - i)}He sat"} for i in range(40)]
+    rows[37] = {"text": "The blue ship sailed on"}  # among the last that are scored, as the longest come first
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = resolve_model("small")
+    tokenizer = load_tokenizer(files, open_checkpoint(files.folder).config)
+    (tmp_path / "stranger.py").write_text(f"POISON = {tuple(tokenizer.encode('The blue ship sailed')[-3:])}\n{NAN}")
+    python = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    done = run(
+        tmp_path, "--data", "lambada=rows.jsonl", "--scheme", "int8", "--backend", "stranger:Nan", *words, PYTHONPATH=python
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "refmamba: rows.jsonl:38: the model gives a NaN or an infinity for this document"
+    assert "Traceback" not in done.stderr
+    assert "| 32 of 40 " in done.stdout
+    assert count(tmp_path) == 32
 
 
 def test_the_hub_s_files_are_fetched_at_their_revision_and_checked(tmp_path: Path) -> None:
@@ -276,6 +343,33 @@ def test_workers_give_the_same_results(whole: dict[str, Any], tmp_path: Path) ->
     assert (tmp_path / "s.jsonl").read_text("utf-8") == only(whole["samples"], '"task": "copa"')
 
 
+def test_a_worker_of_our_own_that_dies_costs_its_block_only(whole: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    psutil = pytest.importorskip("psutil")
+    process = start(tmp_path, "--scheme", "int8", "--workers", "2", "--samples", "s.jsonl")
+    wait_until_more_than(tmp_path, 0, process)
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+    assert len(workers) == 2
+    workers[0].kill()
+    _, err = process.communicate(timeout=4 * WAIT)
+    assert process.returncode == 0, err
+    assert (tmp_path / "s.jsonl").read_text("utf-8") == only(whole["samples"], '"scheme": "int8"')
+    assert count(tmp_path) == 120
+
+
+def test_a_worker_with_another_scheme_file_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    (tmp_path / "s.json").write_text("{}")
+    job = Job(ModelChoice("small", str(tmp_path / "s.json")), 2048, "model")
+    here = _inputs(job)
+    (tmp_path / "s.json").write_text("{ }")
+    with pytest.raises(DataError, match=r"has another .*s\.json"):
+        _on_worker(job, here, [])
+    (tmp_path / "s.json").unlink()
+    with pytest.raises(DataError, match=r"s\.json: cannot be read on .*: No such file"):
+        _on_worker(job, here, [])
+
+
 @contextmanager
 def background(module: str, *words: str) -> Iterator["subprocess.Popen[bytes]"]:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "NUMBA_NUM_THREADS": "1"}
@@ -289,22 +383,55 @@ def background(module: str, *words: str) -> Iterator["subprocess.Popen[bytes]"]:
         process.wait()
 
 
-def test_a_dask_worker_that_dies_costs_its_block_only(whole: dict[str, Any], tmp_path: Path) -> None:
-    pytest.importorskip("distributed")
-    scheduler = tmp_path / "scheduler.json"
-    options = ("--scheduler-file", str(scheduler), "--no-dashboard")
-    worker = ("distributed.cli.dask_worker", *options, "--nthreads", "1", "--no-nanny", "--local-directory", str(tmp_path))
-    with background("distributed.cli.dask_scheduler", *options, "--port", "0"):
+@contextmanager
+def scheduler_with_workers(folder: Path, workers: int) -> Iterator[tuple[str, list["subprocess.Popen[bytes]"]]]:
+    """Its address, and the processes: the scheduler's, then the workers'."""
+    file = folder / "scheduler.json"
+    options = ("--scheduler-file", str(file), "--no-dashboard")
+    worker = ("distributed.cli.dask_worker", *options, "--nthreads", "1", "--no-nanny", "--local-directory", str(folder))
+    with ExitStack() as stack:
+        processes = [stack.enter_context(background("distributed.cli.dask_scheduler", *options, "--port", "0"))]
         until = time.monotonic() + WAIT
-        while not scheduler.exists():
+        while not file.exists():
             assert time.monotonic() < until, "the scheduler did not start"
             time.sleep(0.05)
-        with background(*worker) as victim, background(*worker):
-            address = json.loads(scheduler.read_text())["address"]
-            process = start(tmp_path, "--scheme", "int8", "--dask", address, "--samples", "s.jsonl")
-            wait_until_more_than(tmp_path, 0, process)
-            victim.kill()
-            _, err = process.communicate(timeout=4 * WAIT)
+        processes += [stack.enter_context(background(*worker)) for _ in range(workers)]
+        yield json.loads(file.read_text())["address"], processes
+
+
+def test_a_dask_worker_that_dies_costs_its_block_only(whole: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    with scheduler_with_workers(tmp_path, 2) as (address, processes):
+        process = start(tmp_path, "--scheme", "int8", "--dask", address, "--samples", "s.jsonl")
+        wait_until_more_than(tmp_path, 0, process)
+        processes[1].kill()
+        _, err = process.communicate(timeout=4 * WAIT)
     assert process.returncode == 0, err
     assert (tmp_path / "s.jsonl").read_text("utf-8") == only(whole["samples"], '"scheme": "int8"')
     assert count(tmp_path) == 120
+
+
+def test_a_scheduler_that_dies_is_one_line_and_what_was_finished_is_kept(tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    with scheduler_with_workers(tmp_path, 1) as (address, processes):
+        process = start(tmp_path, "--scheme", "fp32", "--dask", address)
+        wait_until_more_than(tmp_path, 0, process)
+        processes[0].kill()
+        out, err = process.communicate(timeout=WAIT)
+    assert process.returncode == 2, err
+    assert err.splitlines()[-1].startswith("refmamba: the connection to the dask scheduler is lost")
+    assert "Traceback" not in err
+    assert "| fp32 " in out
+
+
+def test_a_scheduler_without_workers_is_said_to_have_none(tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    with scheduler_with_workers(tmp_path, 0) as (address, _):
+        process = start(tmp_path, "--scheme", "int8", "--dask", address)
+        assert process.stderr is not None
+        until = time.monotonic() + WAIT
+        while "the scheduler has no worker" not in process.stderr.readline():
+            assert time.monotonic() < until
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=WAIT)
+    assert process.returncode == 130

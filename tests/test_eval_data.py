@@ -157,6 +157,15 @@ def test_a_named_file_goes_before_the_folder_and_two_candidates_are_an_error(tmp
     assert data.source == "sample"
 
 
+def test_a_task_s_name_is_a_word_of_the_path(tmp_path: Path) -> None:
+    for folder, name in (("artemis", "val.jsonl"), ("rte", "interval.jsonl"), ("physicaliqa-train-dev", "dev.jsonl")):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder, "piqa", ROWS["piqa"], name=name)
+    assert [(data.task.name, Path(data.source).parent.name) for data in load_tasks((), [str(tmp_path)])] == [
+        ("piqa", "physicaliqa-train-dev")
+    ]
+
+
 def test_real_rows_are_read() -> None:
     if REAL is None:
         pytest.skip("REFMAMBA_TASK_DATA names no folder of real rows")
@@ -187,6 +196,9 @@ def without(task: str, field: str) -> dict[str, Any]:
         ("lambada", [{"text": 7}], "lambada.jsonl:1: field 'text' is 7; it must be a text"),
         ("lambada", [ROWS["lambada"], '{"text": "a b'], "lambada.jsonl:2: broken JSON at column 10"),
         ("lambada", ["[1]"], "lambada.jsonl:1: not a JSON object"),
+        ("lambada", [ROWS["lambada"], r'{"text": "a \ud83d b"}'], "lambada.jsonl:2: half of a surrogate pair"),
+        ("lambada", ["[" * 100_000], "lambada.jsonl:1: broken JSON: maximum recursion depth"),
+        ("lambada", ['{"text": ' + "1" * 5000 + "}"], "lambada.jsonl:1: broken JSON: Exceeds the limit"),
         ("lambada", [ROWS["lambada"], "", ROWS["lambada"]], "lambada.jsonl:2: the line is empty"),
     ],
 )

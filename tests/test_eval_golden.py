@@ -1,6 +1,7 @@
 """Scores equal lm-evaluation-harness's, document by document: vectors/eval_golden.json, made by make_eval_golden.py."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from refmamba.backend import load_backend
 from refmamba.checkpoint import open_checkpoint
 from refmamba.eval_tasks import TASKS
 from refmamba.eval_tasks.load import load_sample
-from refmamba.eval_tasks.metrics import PER_DOCUMENT, metrics
+from refmamba.eval_tasks.metrics import PER_DOCUMENT, metrics, perplexity
 from refmamba.eval_tasks.results import Result
 from refmamba.eval_tasks.score import Score, request, requests, score
 from refmamba.eval_tasks.task import Document
@@ -88,6 +89,12 @@ def test_edges_are_the_harness_s(context: str, continuation: str, loglikelihood:
 
 def test_the_edges_hold_a_greedy_hit_and_a_miss() -> None:
     assert {edge[3] for edge in GOLDEN["edges"]} == {True, False}
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_perplexity_that_no_float_holds_is_infinite() -> None:
+    assert perplexity([-800.0, -700.0])[0] == math.inf
+    assert perplexity([-2.0, -4.0])[0] == pytest.approx(20.085536923187668)  # e^3
 
 
 def test_acc_norm_leaves_the_delimiter_out() -> None:

@@ -3,6 +3,7 @@
 import multiprocessing
 import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,52 @@ def test_another_file_is_not_a_results_file(tmp_path: Path) -> None:
         Results(tmp_path / "r.sqlite")
     with pytest.raises(DataError, match="unable to open"):
         Results(tmp_path / "nowhere" / "r.sqlite")
+    with closing(sqlite3.connect(tmp_path / "other.sqlite")) as other:
+        other.execute("CREATE TABLE result (name)")
+    content = (tmp_path / "other.sqlite").read_bytes()
+    with pytest.raises(DataError, match=r"other\.sqlite: .*another program's database"):
+        Results(tmp_path / "other.sqlite")
+    assert (tmp_path / "other.sqlite").read_bytes() == content
+
+
+def test_a_broken_results_file_is_one_line(tmp_path: Path) -> None:
+    with Results(tmp_path / "r.sqlite") as results:
+        results.save(KEY, [result(i) for i in range(200)])
+    content = bytearray((tmp_path / "r.sqlite").read_bytes())
+    content[8192:] = b"\xa5" * len(content[8192:])  # the first pages hold the tables' names
+    (tmp_path / "r.sqlite").write_bytes(content)
+    with pytest.raises(DataError, match=r"r\.sqlite: cannot be") as error, Results(tmp_path / "r.sqlite") as results:
+        results.load(KEY)
+    assert "\n" not in str(error.value)
 
 
 def _write(file: Path, start: int) -> None:
     with Results(file) as results:
         for block in range(40):
             results.save(KEY, [result(start + 2 * (4 * block + i)) for i in range(4)])
+
+
+def _create(file: Path, start: Any) -> None:
+    start.wait()
+    with Results(file) as results:
+        results.save(KEY, [result(0)])
+
+
+def test_processes_that_begin_the_same_file_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    start = context.Barrier(4)
+    files = [tmp_path / f"{number}.sqlite" for number in range(25)]
+    writers = [context.Process(target=_create_all, args=(files, start)) for _ in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0] * 4
+
+
+def _create_all(files: list[Path], start: Any) -> None:
+    for file in files:
+        _create(file, start)
 
 
 def test_two_processes_write_to_one_file(tmp_path: Path) -> None:
