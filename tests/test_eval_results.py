@@ -2,8 +2,9 @@
 
 import multiprocessing
 import sqlite3
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -88,27 +89,26 @@ def _write(file: Path, start: int) -> None:
             results.save(KEY, [result(start + 2 * (4 * block + i)) for i in range(4)])
 
 
-def _create(file: Path, start: Any) -> None:
-    start.wait()
-    with Results(file) as results:
-        results.save(KEY, [result(0)])
+def test_opening_waits_for_one_who_writes_before_the_file_has_its_log(tmp_path: Path) -> None:
+    file = tmp_path / "r.sqlite"
+    with closing(sqlite3.connect(file, isolation_level=None, check_same_thread=False)) as writer:
+        timer = threading.Timer(0.3, writer.execute, ["COMMIT"])
 
+        class Interrupted(Results):
+            """Between the tables and the change of journal mode, another process begins to write."""
 
-def test_processes_that_begin_the_same_file_at_once_wait_for_each_other(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    start = context.Barrier(4)
-    files = [tmp_path / f"{number}.sqlite" for number in range(25)]
-    writers = [context.Process(target=_create_all, args=(files, start)) for _ in range(4)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    assert [writer.exitcode for writer in writers] == [0] * 4
+            @contextmanager
+            def _transaction(self) -> Iterator[None]:
+                with super()._transaction():
+                    yield
+                if not timer.is_alive() and not timer.finished.is_set():
+                    writer.execute("BEGIN IMMEDIATE")
+                    timer.start()
 
-
-def _create_all(files: list[Path], start: Any) -> None:
-    for file in files:
-        _create(file, start)
+        with Interrupted(file) as results:
+            results.save(KEY, [result(0)])
+            assert results.load(KEY) == {0: result(0)}
+        timer.join()
 
 
 def test_two_processes_write_to_one_file(tmp_path: Path) -> None:
