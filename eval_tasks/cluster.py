@@ -34,7 +34,8 @@ def cluster(workers: int | None, address: str | None) -> Iterator[Scores]:
     from the main thread.
     """
     dask = _distributed()
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # a lost worker is dealt with below
+    for name in ("distributed", "distributed.client", "asyncio"):  # lost workers and schedulers are dealt with below
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if address is not None:
         try:
             client = dask.Client(address, timeout="5s")

@@ -40,8 +40,8 @@ class Progress:
 
 
 def _bar(total: int, name: str, position: int) -> "tqdm[Any]":
-    """Position 0 is the bar of all; where stderr is a file it is the only one, and slow."""
-    terminal = sys.stderr.isatty()
+    """Position 0 is the bar of all; where stderr is a file it is the only one, and slow. A bar without a name is hidden."""
+    terminal = sys.stderr.isatty() and name != ""
     return tqdm(total=total, desc=name, unit="doc", position=position, leave=position == 0, maxinterval=0,
                 mininterval=0.1 if terminal else LOG_SECONDS, disable=position > 0 and not terminal)  # fmt: skip
 

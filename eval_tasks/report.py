@@ -110,16 +110,13 @@ def samples(outcomes: Sequence[Outcome]) -> str:
     """JSON lines, one a finished document: contexts[i] + continuations[i] is what loglikelihoods[i] belongs to."""
     lines = []
     for one in outcomes:
-        names = one.subject
         for result in one.finished:
             document = one.data.documents[result.doc_id]
             sample = {
-                "task": one.data.task.name, "doc_id": result.doc_id, "scheme": names.scheme.name,
+                "task": one.data.task.name, "doc_id": result.doc_id, "scheme": one.subject.scheme.name,
                 "contexts": document.contexts, "continuations": document.continuations, "gold": document.gold,
                 "loglikelihoods": [s.loglikelihood for s in result.scores], "greedy": [s.greedy for s in result.scores],
-            } | {m: PER_DOCUMENT[m](document, result) for m in one.data.task.metrics if m in PER_DOCUMENT} | {
-                "model": names.choice.model, "model_sha256": names.model_sha256, "backend": names.backend.name,
-                "data_sha256": one.data.sha256, "spec_version": SPEC_VERSION,
-            }  # fmt: skip
-            lines.append(json.dumps(sample, ensure_ascii=False) + "\n")
+            } | {m: PER_DOCUMENT[m](document, result) for m in one.data.task.metrics if m in PER_DOCUMENT}  # fmt: skip
+            names = one.subject.describe() | {"data_sha256": one.data.sha256, "data_note": one.data.note}
+            lines.append(json.dumps(sample | names, ensure_ascii=False) + "\n")
     return "".join(lines)

@@ -157,7 +157,8 @@ def score(runner: Runner, backend: Backend, wanted: Sequence[Request]) -> list[S
     if runner.scheme.whole_sequence:
         for i, one in enumerate(wanted):
             try:
-                (logits,), _ = runner.prefill([np.array(one.tokens[:-1], np.int64)], logits="all")
+                tokens = np.array(one.tokens[:-1], np.int64)
+                (logits,), _ = runner.prefill([tokens], logits="last" if one.scored == 1 else "all")
             except NonFiniteError as error:
                 raise NonFiniteError(f"{one.where}: {error}") from error
             read(logits[-one.scored :], [(place, i, place) for place in range(one.scored)])

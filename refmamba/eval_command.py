@@ -49,6 +49,8 @@ def evaluate(
     names = [name.strip() for name in schemes.split(",")] if schemes else [choose_scheme(scheme, bits, act_bits)]
     datasets = load_tasks([name.strip() for name in tasks.split(",") if name.strip()], data)
     subjects = [subject(replace(ModelChoice(**model), scheme=name), max_length) for name in dict.fromkeys(names)]
+    if len({who.scheme.name for who in subjects}) < len(subjects):
+        raise DataError(f"--schemes {schemes}: two of them have the same name; give each scheme file its own")
     counts = [min(limit or len(one.documents), len(one.documents)) for one in datasets]
 
     def show() -> None:

@@ -1,11 +1,14 @@
 """`refmamba eval` as its users run it: real processes, killed, interrupted, resumed, spread over workers."""
 
+import contextlib
 import hashlib
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
@@ -25,19 +28,22 @@ from refmamba.eval_tasks.cluster import _inputs, _on_worker
 from refmamba.eval_tasks.evaluate import Job
 from refmamba.hub import resolve_model
 from refmamba.load import ModelChoice
+from refmamba.scheme import parse_scheme
 from refmamba.tokenizer import load_tokenizer
 
 TWO = ("--schemes", "int8,w8-all")
 WAIT = 60.0  # seconds, on a busy machine
 
 
-def start(folder: Path, *words: str, group: bool = False, **variables: str) -> "subprocess.Popen[str]":
+def start(
+    folder: Path, *words: str, group: bool = False, stderr: int = subprocess.PIPE, **variables: str
+) -> "subprocess.Popen[str]":
     """The command, in a folder of its own, with a results file there."""
     command = [sys.executable, "-m", "refmamba.cli", "eval", "--results", "r.sqlite", *words]
     root = str(Path(__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": root, "PYTHONWARNINGS": "default"} | variables
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8",
         start_new_session=group,
     )  # fmt: skip
 
@@ -108,6 +114,9 @@ def test_samples_give_the_metrics_again(whole: dict[str, Any]) -> None:
             assert [row["doc_id"] for row in rows] == list(range(20))
             assert sum(row["acc"] for row in rows) / 20 == pytest.approx(entry["acc,none"])
             for row in rows:
+                assert row["scheme_map"] == one["config"]["scheme_map"]
+                assert row["data_sha256"] == one["config"]["data"][task]["sha256"]
+                assert (row["model"], row["backend"], row["spec_version"]) == ("small", "cpu", "1.0")
                 assert len(row["contexts"]) == len(row["continuations"]) == len(row["loglikelihoods"]) == len(row["greedy"])
                 if task in ("hellaswag", "piqa"):
                     per_character = [x / (len(c) - 1) for x, c in zip(row["loglikelihoods"], row["continuations"], strict=True)]
@@ -168,6 +177,24 @@ def test_ctrl_c_reaches_workers_too_and_is_as_quiet(tmp_path: Path) -> None:
     assert "| fp32 " in out
 
 
+def test_a_terminal_shows_a_bar_for_the_task_and_one_for_all(tmp_path: Path) -> None:
+    pty, termios, fcntl = (pytest.importorskip(name) for name in ("pty", "termios", "fcntl"))
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    process = start(tmp_path, "--scheme", "int8", "--tasks", "piqa,copa", stderr=end)
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal says that nobody writes any more
+        while piece := os.read(terminal, 4096):
+            shown += piece
+    os.close(terminal)
+    process.communicate(timeout=WAIT)
+    text = shown.decode("utf-8")
+    assert re.search(r"int8 piqa: +80%.* 16/20 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+doc/s\]", text)
+    assert re.search(r"all: +40%.* 16/40 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+doc/s\]", text)
+    assert re.search(r"all: 100%.* 40/40 ", text)
+
+
 def test_the_table_and_its_footnotes(tmp_path: Path) -> None:
     done = run(tmp_path, "--scheme", "w8a8-mlp", "--tasks", "copa,winogrande", "--limit", "2")
     assert done.returncode == 0, done.stderr
@@ -191,6 +218,7 @@ def test_the_table_and_its_footnotes(tmp_path: Path) -> None:
         (["--tasks", "squad"], "refmamba: unknown task 'squad'"),
         (["--schemes", "int8,fp33"], "refmamba: unknown scheme 'fp33'"),
         (["--data", "piqa=bad.jsonl"], "refmamba: bad.jsonl:2: no field 'sol2'"),
+        (["--schemes", "int8,copy.json"], "refmamba: --schemes int8,copy.json: two of them have the same name"),
         (["--schemes", "int8", "--bits", "4"], "give either --schemes, or --scheme"),
         (["--samples", "nowhere/s.jsonl"], "refmamba: nowhere/s.jsonl: cannot be written: there is no folder nowhere"),
         (["--model", "."], "refmamba: tokenizer.json: cannot be read: No such file"),
@@ -203,6 +231,7 @@ def test_wrong_input_is_one_line_and_exit_status_2(words: Sequence[str], message
         pytest.importorskip("distributed")
     row = {"goal": "a", "sol1": "b", "sol2": "c", "label": 0}
     (tmp_path / "broken").mkdir()
+    (tmp_path / "copy.json").write_text(json.dumps(parse_scheme("int8").to_json()))
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / "broken" / name).write_text('{"model_type": ')
     (tmp_path / "bad.jsonl").write_text(json.dumps(row) + '\n{"sol1": "b"}\n')
