@@ -181,7 +181,9 @@ class State:
     def take(self, indices: Sequence[int]) -> "State":
         """The state of the named sequences, in that order; an index may come more than once (a fork)."""
         new = State.empty(self.config, self.pool, len(indices))
-        new.conv[...], new.ssm[...] = self.conv[list(indices)], self.ssm[list(indices)]
+        rows = np.arange(self.batch)[list(indices)]  # which complains of an index that is none
+        for source, target in ((self.conv, new.conv), (self.ssm, new.ssm)):
+            np.take(source, rows, 0, out=target, mode="clip")  # in its own mode it would make a copy first
         return new
 
     def arrays(self) -> tuple[F32Array, F32Array]:

@@ -76,7 +76,10 @@ def main() -> None:
         plain, saved = Path(scratch) / "float", Path(scratch) / "saved"
         write_checkpoint(plain, given.tokenizer, given.shape)
         subprocess.run([*refmamba, "quantize", plain, saved, "--scheme", "w8-all"], check=True, stdout=subprocess.DEVNULL)
-        for title, folder, scheme in (("float32 checkpoint", plain, ["--scheme", "w8-all"]), ("saved by `quantize`", saved, [])):
+        for title, folder, scheme in (
+            ("float32 checkpoint", plain, ["--scheme", "w8-all"]),
+            ("saved by `quantize`", saved, []),
+        ):
             words = [*refmamba, "generate", "The old man", "--model", str(folder), "--max-new-tokens", "16", *scheme]
             peak(words)  # the first run compiles
             print("| {} | {:.0f} | {:.0f} | {:.2f} |".format(title, *peak(words)))

@@ -83,11 +83,15 @@ def quantize(x: F32Array, scale: F32Array, bits: int) -> IntArray:
     return q
 
 
+def _parts(x: F32Array) -> list[slice]:
+    """The rows of x, some at a time: a large matrix is coded with little memory beside it."""
+    return [slice(i, i + ROWS) for i in range(0, len(x), ROWS)]
+
+
 def code(x: F32Array, bits: int, site: str, granularity: Granularity = "per_tensor") -> Codes:
     """Quantize with the scale that the values themselves give, eq. (7, 8). Raises NonFiniteError."""
     scale = scale_of(absmax(x, site, granularity), bits)
-    parts = [slice(i, i + ROWS) for i in range(0, len(x), ROWS)]  # a large matrix needs little memory beside it
-    q = np.concatenate([quantize(x[part], scale[part] if scale.ndim else scale, bits) for part in parts])
+    q = np.concatenate([quantize(x[part], scale[part] if scale.ndim else scale, bits) for part in _parts(x)])
     return Codes(q, scale, bits)
 
 
@@ -110,7 +114,7 @@ def fixed_point(x: F32Array, magnitude_bits: int, site: str) -> FixedPoint:
     m = absmax(x, site, "per_row")
     _, e = np.frexp(m)  # absmax = fraction * 2^E with 1/2 <= fraction < 1
     exponent = np.where(m == 0, 0, np.minimum(126, magnitude_bits - e)).astype(np.int32)
-    q = np.rint(np.ldexp(x, exponent)).astype(np.int32)
+    q = np.concatenate([np.rint(np.ldexp(x[part], exponent[part])).astype(np.int32) for part in _parts(x)])
     return FixedPoint(q, exponent[:, 0])
 
 

@@ -1,0 +1,58 @@
+"""Cost over length: `python benchmarks/length.py` writes benchmarks/results/length.md.
+
+A recurrent model's token costs the same whatever came before it. Decode time and resident memory at positions 10 to 20,000
+of one sequence, and prefill of 512 to 32,768 tokens, at the 130m shape with random weights under int8 on the cpu backend.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+from cpu import RESULTS, SHAPES, RandomSource
+
+from refmamba.backends.cpu import Cpu
+from refmamba.bench import seconds
+from refmamba.files import write_text
+from refmamba.model import quantize_model
+from refmamba.scheme import parse_scheme
+
+POSITIONS = (10, 100, 1000, 5000, 10000, 20000)
+LENGTHS = (512, 2048, 8192, 32768)
+WINDOW = 50  # tokens whose median counts
+
+
+def resident() -> float:
+    """MB of this process now. Linux."""
+    return int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmRSS:")[1].split()[0]) * 1024 / 1e6
+
+
+def main() -> None:
+    """Measure, and write two tables."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    config = SHAPES["130m"]
+    runner = Cpu().load(quantize_model(RandomSource(config), parse_scheme("int8")))
+    rng = np.random.default_rng(0)
+    lines = ["| decode at position | ms a token (median of 50) | resident, MB |", "| ---: | ---: | ---: |"]
+    tokens = rng.integers(0, config.vocab_size, POSITIONS[-1] + WINDOW + 1)
+    _, state = runner.prefill([tokens[:1]])
+    times = []
+    for position, token in enumerate(tokens[1:], 1):
+        start = time.perf_counter()
+        _, state = runner.step(np.array([token]), state)
+        times.append(time.perf_counter() - start)
+        if position - WINDOW in POSITIONS:
+            lines.append(f"| {position - WINDOW} | {1e3 * np.median(times[-WINDOW:]):.2f} | {resident():.0f} |")
+    lines += ["", "| prefill of | ms a token | resident, MB |", "| ---: | ---: | ---: |"]
+    for length in LENGTHS:
+        prompt = rng.integers(0, config.vocab_size, length)
+        best = min(seconds(runner.prefill, [prompt]) for _ in range(3))
+        lines.append(f"| {length} | {1e3 * best / length:.3f} | {resident():.0f} |")
+    text = "\n".join(lines) + "\n"
+    RESULTS.mkdir(exist_ok=True)
+    write_text(RESULTS / "length.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
