@@ -4,8 +4,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,10 @@ import numpy as np
 from refmamba.arith import IntArray
 from refmamba.backend import Runner
 from refmamba.errors import DataError
-from refmamba.model import QuantizedModel
+from refmamba.model import ParameterSource, QuantizedModel
 from refmamba.options import model_options
-from refmamba.peers import LLAMA_TYPES, LlamaCpp, Peer, Transformers, installed, write_gguf
-from refmamba.quantize import Codes, FixedPoint
-from refmamba.scheme import LINEAR_LAYERS
+from refmamba.peers import LLAMA_TYPES, Apart, LlamaCpp, Peer, Transformers, installed, write_gguf
+from refmamba.scheme import LINEAR_WEIGHTS
 
 REPEATS = 3  # the fastest counts: what else ran on the machine only ever slows
 READ_BYTES = 512 * 2**20
@@ -28,16 +28,18 @@ WARM_UP = 4  # tokens decoded before the clock starts
 
 def weight_bytes(model: QuantizedModel) -> int:
     """Bytes of codes that one token reads: every matrix of a product, two codes a byte up to 4 bits, 3 bytes unquantized."""
+    config, weights = model.config, model.scheme.weights
 
-    def size(name: str) -> int:
-        w = model.params[name]
-        if isinstance(w, FixedPoint):
-            return 3 * w.q.size
-        assert isinstance(w, Codes)
-        return int(w.q.size) if w.bits > 4 else len(w.q) * ((w.q.shape[1] + 1) // 2)
+    def size(name: str, kind: str) -> int:
+        rows, columns = config.shapes()[name]
+        if kind not in weights:
+            return 3 * rows * columns
+        return rows * columns if weights[kind].bits > 4 else rows * ((columns + 1) // 2)
 
-    layers = [f"layers.{i}.{layer}.weight" for i in range(model.config.n_layer) for layer in LINEAR_LAYERS]
-    return sum(map(size, [*layers, "lm_head.weight"]))
+    layers = [(f"layers.{i}.{kind}", kind) for i in range(config.n_layer) for kind in LINEAR_WEIGHTS]
+    head = "embedding.weight" if config.tie_embeddings else "lm_head.weight"
+    head_kind = "embedding.weight" if model.shares_codes else "lm_head.weight"
+    return sum(size(name, kind) for name, kind in [*layers, (head, head_kind)])
 
 
 def read_bandwidth(threads: int) -> float:
@@ -84,34 +86,58 @@ class Ours:
             _, self._state = self._runner.step(np.array([token]), self._state)
 
 
-def speeds(peers: list[Peer], prompt: IntArray, generated: IntArray, repeats: int = REPEATS) -> list[dict[str, Any]]:
-    """Tokens a second of each, one after the other in every round, so that a slow moment of the machine hits all alike."""
-    best = [{"prefill": float("inf"), "decode": float("inf")} for _ in peers]
+def _seconds(peer: Ours | Apart, method: str, tokens: IntArray) -> float:
+    return peer.seconds(method, tokens) if isinstance(peer, Apart) else seconds(getattr(peer, method), tokens)
+
+
+def speeds(
+    peers: Sequence[Ours | Apart], prompt: IntArray, generated: IntArray, repeats: int = REPEATS
+) -> list[dict[str, Any]]:
+    """Tokens a second of each, one after the other in every round, so that a slow moment of the machine hits all alike.
+
+    A peer whose process dies is left out, with a line on stderr.
+    """
+    best = {peer: {"prefill": float("inf"), "decode": float("inf")} for peer in peers}
     for _ in range(repeats):
-        for peer, times in zip(peers, best, strict=True):
-            times["prefill"] = min(times["prefill"], seconds(peer.prefill, prompt))
-            peer.decode(generated[:WARM_UP])
-            times["decode"] = min(times["decode"], seconds(peer.decode, generated))
+        for peer, times in list(best.items()):
+            try:
+                times["prefill"] = min(times["prefill"], _seconds(peer, "prefill", prompt))
+                _seconds(peer, "decode", generated[:WARM_UP])
+                times["decode"] = min(times["decode"], _seconds(peer, "decode", generated))
+            except BrokenProcessPool:
+                click.echo(f"{peer.name}: its process died, so it is left out", err=True)
+                del best[peer]
     return [
         {"name": peer.name, "prefill_tokens_per_second": len(prompt) / times["prefill"],
          "decode_tokens_per_second": len(generated) / times["decode"]}
-        for peer, times in zip(peers, best, strict=True)
+        for peer, times in best.items()
     ]  # fmt: skip
 
 
-def other_programs(folder: Path, scratch: Path, threads: int) -> list[Peer]:
-    """What is installed of transformers and llama.cpp, with the same weights. Raises DataError for a quantized folder."""
+def transformers_of(folder: Path, threads: int) -> Peer:
+    """transformers with a folder's weights."""
+    return Transformers(float_checkpoint(folder), threads)
+
+
+def float_checkpoint(folder: Path) -> ParameterSource:
+    """A folder's own weights. Raises DataError for a quantized one."""
     from refmamba.checkpoint import open_checkpoint
 
     source = open_checkpoint(folder)
     if isinstance(source, QuantizedModel):
         raise DataError(f"{folder}: --compare needs the model's own weights, and these are codes")
-    peers: list[Peer] = [Transformers(source, threads)] if installed("transformers") and installed("torch") else []
+    return source
+
+
+def other_programs(folder: Path, scratch: Path, threads: int) -> list[Apart]:
+    """What is installed of transformers and llama.cpp, with a folder's weights. Raises DataError for a quantized folder."""
+    source = float_checkpoint(folder)
+    peers = [Apart(transformers_of, folder, threads)] if installed("transformers") and installed("torch") else []
     if installed("llama_cpp") and installed("gguf"):
         for kind in LLAMA_TYPES:
             file = scratch / f"{kind}.gguf"
             write_gguf(source, file, kind)
-            peers.append(LlamaCpp(file, kind, threads))
+            peers.append(Apart(LlamaCpp, file, kind, threads))
     return peers
 
 
@@ -130,7 +156,7 @@ def bench(choose: Callable[[], Any], prompt_len: int, gen_len: int, compare: boo
     runner, config, threads = loaded.runner, loaded.runner.config, int(numba_config.NUMBA_NUM_THREADS)
     rng = np.random.default_rng(0)
     prompt, generated = rng.integers(0, config.vocab_size, prompt_len), rng.integers(0, config.vocab_size, gen_len)
-    ours: Peer = Ours(runner, loaded.describe()["scheme"])
+    ours = Ours(runner, loaded.describe()["scheme"])
     # Ours alone first, before another program's memory counts.
     speeds([ours], prompt[:16], generated[:4], repeats=1)
     (result,) = speeds([ours], prompt, generated)
@@ -140,6 +166,8 @@ def bench(choose: Callable[[], Any], prompt_len: int, gen_len: int, compare: boo
         with tempfile.TemporaryDirectory() as scratch:
             peers = other_programs(loaded.files.folder, Path(scratch), threads)
             result, *others = speeds([ours, *peers], prompt, generated)
+            for peer in peers:
+                peer.close()
     result |= loaded.describe() | {
         "weight_bytes": weight_bytes(runner.model), "peak_rss_bytes": peak, "threads": threads,
         "read_bandwidth_bytes_per_second": read_bandwidth(threads), "prompt_len": prompt_len, "gen_len": gen_len,

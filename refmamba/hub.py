@@ -4,6 +4,7 @@ The hub is reached through huggingface-hub alone, so its cache, HF_HUB_OFFLINE, 
 mean there, and its progress bars go to stderr.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,8 +48,11 @@ def resolve_model(name: str, revision: str | None = None) -> ModelFiles:
 
 
 def _original_layout(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.is_file() and b'"model_type"' not in config.read_bytes()
+    try:
+        values = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):  # what is wrong with it the checkpoint's reader says
+        return False
+    return isinstance(values, dict) and "model_type" not in values
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -2,8 +2,11 @@
 
 import contextlib
 import importlib.util
+import multiprocessing
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -36,6 +39,40 @@ class Peer(Protocol):
 def installed(package: str) -> bool:
     """Whether a package can be imported."""
     return importlib.util.find_spec(package) is not None
+
+
+_APART: list[Peer] = []  # in a process of `Apart`, its peer
+
+
+def _make(make: Callable[..., Peer], arguments: tuple[Any, ...]) -> str:
+    _APART.append(make(*arguments))
+    return _APART[0].name
+
+
+def _call(method: str, tokens: IntArray) -> float:
+    start = time.perf_counter()
+    getattr(_APART[0], method)(tokens)
+    return time.perf_counter() - start
+
+
+class Apart:
+    """A peer, make(*arguments), in a process of its own: another program that crashes takes nothing with it.
+
+    Every call raises BrokenProcessPool once that process has died.
+    """
+
+    def __init__(self, make: Callable[..., Peer], *arguments: Any) -> None:
+        # spawn: a forked child would share this process's threads and their locks.
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self.name = self._pool.submit(_make, make, arguments).result()
+
+    def seconds(self, method: str, tokens: IntArray) -> float:
+        """Seconds that `prefill` or `decode` takes, there."""
+        return self._pool.submit(_call, method, tokens).result()
+
+    def close(self) -> None:
+        """End the process."""
+        self._pool.shutdown()
 
 
 class Transformers:

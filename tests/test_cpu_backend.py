@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 from conftest import RandomSource
@@ -232,6 +233,38 @@ def test_bits_of_a_code_in_memory() -> None:
     q, one = np.zeros((32, 16), np.int32), np.ones((), np.float32)
     sizes = [packed_bytes(w, 32) for w in (Codes(q, one, 4), Codes(q, one, 5), FixedPoint(q, q[:, 0]))]
     assert sizes == [256, 512, 1536]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("items", [0, 1, 2, 5, 96, 1572])
+def test_shares_are_every_item_once(items: int, threads: int) -> None:
+    run, counter, taken = np.zeros(len(cpu.Run), np.int64), np.zeros(1, np.int64), list[int]()
+    run[cpu.Run.THREADS] = threads
+    share = numba.njit(lambda *arguments: cpu.kernels.share(*arguments))
+    while (part := share(cpu.address(run), cpu.address(counter), items))[0] < items:
+        taken += range(*part)
+    assert taken == list(range(items))
+
+
+def test_memory_is_used_again_once_nobody_holds_it(backend: Cpu) -> None:
+    runner = backend.load(quantized(CONFIGS["plain"], parse_scheme("int8")))
+    _, state = runner.prefill([np.arange(3)])
+    first, held = state.arrays(), state.ssm
+    addresses = set[int]()
+    for token in range(9):
+        _, state = runner.step(np.array([token]), state)
+        addresses.add(state.ssm_address)
+    # A view of the first state keeps its memory, and the others take turns.
+    assert cpu.address(held) not in addresses
+    assert len(addresses) == 2
+    assert np.array_equal(held[0].swapaxes(2, 3).reshape(first[1][0].shape), first[1][0])
+
+
+def test_a_fork_of_a_sequence_that_is_none(backend: Cpu) -> None:
+    state = backend.load(quantized(CONFIGS["plain"], parse_scheme("int8"))).initial_state(2)
+    assert state.take([-1]).batch == 1
+    with pytest.raises(IndexError):
+        state.take([2])
 
 
 def test_passes_fill_up_in_order() -> None:

@@ -1,6 +1,9 @@
 """`refmamba bench`, and the files that the other programs are given."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 from conftest import TINY, RandomSource
 
-from refmamba.bench import bench, weight_bytes
+from refmamba.bench import bench, speeds, weight_bytes
 from refmamba.model import quantize_model
-from refmamba.peers import LlamaCpp, write_gguf
+from refmamba.peers import Apart, LlamaCpp, write_gguf
 from refmamba.scheme import parse_scheme
 
 KEYS = {"prefill_tokens_per_second", "decode_tokens_per_second", "weight_bytes", "peak_rss_bytes",
@@ -45,3 +48,36 @@ def test_llama_cpp_runs_the_file_we_write(tmp_path: Path, tiny: RandomSource) ->
     peer.prefill(tokens)
     peer.decode(tokens)
     assert TINY.vocab_size == peer._model.n_vocab()
+
+
+class Crashes:
+    """A peer whose prefill ends its process."""
+
+    name = "crashes"
+
+    def prefill(self, tokens: np.ndarray) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def decode(self, tokens: np.ndarray) -> None:
+        pass
+
+
+class Sleeps:
+    """A peer whose speed is known: a hundredth of a second a call."""
+
+    name = "sleeps"
+
+    def prefill(self, tokens: np.ndarray) -> None:
+        time.sleep(0.01)
+
+    decode = prefill
+
+
+def test_a_peer_that_crashes_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    peers = [Apart(Sleeps), Apart(Crashes)]
+    (result,) = speeds(peers, np.arange(10), np.arange(5))
+    assert capsys.readouterr().err == "crashes: its process died, so it is left out\n"
+    assert result["name"] == "sleeps"
+    assert 0 < result["prefill_tokens_per_second"] <= 1000
+    for peer in peers:
+        peer.close()

@@ -12,8 +12,9 @@ import pytest
 from hub_server import HubServer, Repository
 
 import refmamba
-from refmamba.errors import HubError
+from refmamba.errors import CheckpointError, HubError
 from refmamba.hub import ModelFiles, resolve_model
+from refmamba.load import ModelChoice, load_model
 
 HF = {
     "config.json": b'{"model_type": "mamba"}', "model.safetensors": b"weights of main" * 1000, "tokenizer.json": b"{}",
@@ -44,7 +45,7 @@ def hub() -> Iterator[HubServer]:
 
 PROGRAM = """
 import sys
-from refmamba.errors import HubError
+from refmamba.errors import CheckpointError, HubError
 from refmamba.hub import resolve_model
 try:
     files = resolve_model(*sys.argv[1:])
@@ -212,3 +213,12 @@ def test_local_folder_in_the_original_layout_gets_the_tokenizer_of_neox(client: 
     assert files.tokenizer.read_bytes() == b"neox"
     (tmp_path / "mine" / "tokenizer.json").write_text("own")
     assert client.resolve("mine").tokenizer == Path("mine/tokenizer.json")
+
+
+def test_a_broken_config_asks_the_hub_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong is said by the checkpoint's reader, with the file's name."""
+    (tmp_path / "config.json").write_text('{"d_model": 768', encoding="utf-8")
+    monkeypatch.setattr("refmamba.hub._download_neox_tokenizer", lambda: pytest.fail("asked the hub"))
+    assert resolve_model(str(tmp_path)) == ModelFiles(tmp_path, tmp_path / "tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"config\.json: not JSON"):
+        load_model(ModelChoice(str(tmp_path)))
