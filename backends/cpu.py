@@ -132,7 +132,7 @@ class Lease:
 
 
 class Pool:
-    """Memory of states to be used again: the system's new pages would cost a decode more than the scan that fills them."""
+    """Memory of states, or of logits, to be used again: the system's new pages cost more than what fills them."""
 
     def __init__(self) -> None:
         self.spare: collections.deque[NDArray[np.uint8]] = collections.deque(maxlen=2)
@@ -143,9 +143,9 @@ class Pool:
             memory = self.spare.pop()
         except IndexError:
             memory = np.empty(0, np.uint8)
-        if memory.size != size:
+        if not size <= memory.size <= 2 * size:
             memory = aligned((size,), np.uint8)
-        return np.asarray(Lease(self, memory))
+        return np.asarray(Lease(self, memory))[:size]
 
 
 @dataclass(frozen=True, eq=False)
@@ -312,7 +312,7 @@ class CpuRunner:
     def __init__(self, model: QuantizedModel, threads: Threads) -> None:
         self.model, self.config, self.scheme = model, model.config, model.scheme
         self._threads, self._kept, self._lock = threads, list[NDArray[Any]](), threading.Lock()
-        self._pool = Pool()
+        self._pool, self._logits_pool = Pool(), Pool()
         c = self.config
         e, r, n = c.d_inner, c.dt_rank, c.d_state
         orders = {"in_proj": padded_rows(e, e), "x_proj": padded_rows(r, n, n), "dt_proj": padded_rows(e),
@@ -524,7 +524,8 @@ class CpuRunner:
             raise ValueError("a hook looks at one sequence at a time")
         state = state or self.initial_state(len(sequences))
         counts = [{"all": len(s), "last": 1, "none": 0}[logits] for s in sequences]
-        out = np.empty((sum(counts), self.config.vocab_size), np.float32)
+        out = self._logits_pool.take(4 * sum(counts) * self.config.vocab_size).view(np.float32)
+        out = out.reshape(sum(counts), self.config.vocab_size)
         # A scale over a whole sequence needs the sequence in one piece, and so does a hook.
         limit = sum(map(len, sequences)) if self.scheme.whole_sequence or hook else PASS_ROWS
         done = 0

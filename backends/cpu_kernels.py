@@ -62,6 +62,7 @@ f32 = np.float32
 FLOATS = np.int64(64)  # bytes of 16 float32
 BLOCK = 4096  # columns whose integer product is joined in one piece, eq. (12)
 ROWS_OF_TILE = 64  # rows of one item of a product
+CONV_ROWS = 16  # rows convolved strip by strip: a strip's rows are neighbours, a row's strips are pages apart
 LINE = 64  # bytes between two threads' counters
 INFINITE = 0x7F800000
 
@@ -162,7 +163,7 @@ def exp_negative(x):
     No result is subnormal, so that the exact product by 2^n is an addition to the exponent's bits.
     """
     n, p = exp_parts(x)
-    return where(x < splat_f(EXP_LOW), splat_f(ZERO), from_bits(bits(p) + (n << splat_i(23))))
+    return from_bits(where_i(x < splat_f(EXP_LOW), splat_i(0), bits(p) + (n << splat_i(23))))
 
 
 @inlined
@@ -273,40 +274,51 @@ def norm_row(run, weight, source, target):
 
 
 @kernel()
-def conv_row(run, layer, index, row):
-    """Eq. (17) and silu: row of XZ to row of U; the last row of a sequence keeps the inputs for the next call."""
+def conv_rows(run, layer, index, first, last):
+    """Eq. (17) and silu: rows of XZ to rows of U; the last row of a sequence keeps the inputs for the next call."""
     strips, step, taps = at(run, Run.INNER_STRIPS), at(run, Run.STRIDE) * FLOATS, at(run, Run.TAPS)
-    sequence = get(at(run, Run.SEQUENCE) + 8 * row)
-    start = get(at(run, Run.START) + 8 * sequence)
     line = strips * FLOATS  # bytes of one kept input
-    state = (sequence * at(run, Run.LAYERS) + index) * (taps - 1) * line
     weight, bias = at(layer, Layer.CONV), at(layer, Layer.CONV_BIAS)
-    x, u = at(run, Run.XZ) + row * FLOATS, at(run, Run.U) + row * FLOATS
-    kept = min(taps - 1, max(0, taps - 1 - (row - start)))  # taps that reach back to the last call
     for s in range(strips):
-        y = splat_f(ZERO)
-        for tap in range(taps):
-            back = taps - 1 - tap
-            if tap < kept:
-                v = load_f(at(run, Run.CONV_IN) + state + (row - start + tap) * line + s * FLOATS)
-            else:
-                v = load_f(x + s * step - back * FLOATS)
-            v = v * load_f(weight + tap * line + s * FLOATS)
-            y = v if tap == 0 else y + v
-        if bias != 0:
-            y = y + load_f(bias + s * FLOATS)
-        store_f(u + s * step, silu(y))
-    if row + 1 == get(at(run, Run.START) + 8 * (sequence + 1)):
-        length = row + 1 - start
-        for i in range(taps - 1):
-            target = at(run, Run.CONV_OUT) + state + i * line
-            time = length - (taps - 1) + i
-            for s in range(strips):
-                if time < 0:
-                    v = load_f(at(run, Run.CONV_IN) + state + (time + taps - 1) * line + s * FLOATS)
+        for row in range(first, last):
+            sequence = get(at(run, Run.SEQUENCE) + 8 * row)
+            time = row - get(at(run, Run.START) + 8 * sequence)
+            before = at(run, Run.CONV_IN) + (sequence * at(run, Run.LAYERS) + index) * (taps - 1) * line + s * FLOATS
+            x = at(run, Run.XZ) + s * step + row * FLOATS
+            kept = min(taps - 1, max(0, taps - 1 - time))  # taps that reach back to the last call
+            y = splat_f(ZERO)
+            for tap in range(taps):
+                if tap < kept:
+                    v = load_f(before + (time + tap) * line)
                 else:
-                    v = load_f(at(run, Run.XZ) + (start + time) * FLOATS + s * step)
-                store_f(target + s * FLOATS, v)
+                    v = load_f(x - (taps - 1 - tap) * FLOATS)
+                v = v * load_f(weight + tap * line + s * FLOATS)
+                y = v if tap == 0 else y + v
+            if bias != 0:
+                y = y + load_f(bias + s * FLOATS)
+            store_f(at(run, Run.U) + s * step + row * FLOATS, silu(y))
+    for row in range(first, last):
+        sequence = get(at(run, Run.SEQUENCE) + 8 * row)
+        if row + 1 == get(at(run, Run.START) + 8 * (sequence + 1)):
+            keep_inputs(run, index, sequence)
+
+
+@kernel()
+def keep_inputs(run, index, sequence):
+    """The last inputs of a sequence's convolution, for the next call: CONV_OUT."""
+    strips, step, taps = at(run, Run.INNER_STRIPS), at(run, Run.STRIDE) * FLOATS, at(run, Run.TAPS)
+    start, end = get(at(run, Run.START) + 8 * sequence), get(at(run, Run.START) + 8 * sequence + 8)
+    line = strips * FLOATS
+    state = (sequence * at(run, Run.LAYERS) + index) * (taps - 1) * line
+    for i in range(taps - 1):
+        target = at(run, Run.CONV_OUT) + state + i * line
+        time = end - start - (taps - 1) + i
+        for s in range(strips):
+            if time < 0:
+                v = load_f(at(run, Run.CONV_IN) + state + (time + taps - 1) * line + s * FLOATS)
+            else:
+                v = load_f(at(run, Run.XZ) + (start + time) * FLOATS + s * step)
+            store_f(target + s * FLOATS, v)
 
 
 @inlined
@@ -411,8 +423,8 @@ def code_rows(run, work, layer, index, site, source, counter):
                 norm_row(run, at(layer, Layer.NORM), row, row)
             elif work == LAST_NORM_ROW:
                 norm_row(run, at(layer, Layer.NORM), get(at(run, Run.OUT_ROW) + 8 * row), row)
-            elif work == CONV_ROW:
-                conv_row(run, layer, index, row)
+            elif work == CONV_ROW and (row - first) % CONV_ROWS == 0:
+                conv_rows(run, layer, index, row, min(last, row + CONV_ROWS))
             here = source + row * FLOATS
             sequence = get(sequences + 8 * row)
             m = row_absmax(run, here, strips, at(site, Site.SMOOTH), 2 * at(site, Site.NUMBER), sequence)
@@ -518,6 +530,17 @@ def exact(kind, slices, sums, plane, codes):
     return to_double(joined(sums, slices) - splat_l(offset * codes))
 
 
+@inlined
+def finish(here, y, bias, strip, limit, residual):
+    """Add the bias and the residual to 16 values of a product, and store them: of logits, those below `limit`."""
+    if bias != 0:
+        y = y + load_f(bias + strip * FLOATS)
+    if limit:
+        store_first(here, y, limit - 16 * strip)
+    else:
+        store_f(here, load_f(here) + y if residual else y)
+
+
 @kernel()
 def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes, limit, residual):
     """Rows first to last of a pair of strips of a product: eq. (11, 12, 13), the bias and the residual. limit: rows of w."""
@@ -537,6 +560,20 @@ def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes
             count = 8 if left >= 8 else (4 if left >= 4 else 1)
         else:
             count = 2 if left >= 2 else 1
+        if blocks == 1 and slices == 1 and kind != Kind.FIXED:
+            # All in int32: |digits| |codes| k < 2^31, and its float32 is rounded once, as that of the float64 is.
+            x = at(run, Run.CODES) + row * k
+            tiles(packed, slices, count, weights, plane_bytes, x, k, k, sums)
+            for j in range(count):
+                offset = splat_i((8 if packed else 128) * get(at(run, Run.SUMS) + 8 * (row + j) * at(run, Run.SUM_BLOCKS)))
+                scale = splat_f(get_f(at(run, Run.SCALE) + 4 * (row + j)))
+                for s in range(2):
+                    strip = 2 * pair + s
+                    y = to_float(load_i(sums + (2 * j + s) * FLOATS) - offset)
+                    y = y / (scale * load_f(at(site, Site.SCALE) + strip * FLOATS))
+                    finish(out + strip * strip_bytes + (row + j) * row_bytes, y, bias, strip, limit, residual)
+            row += count
+            continue
         for block in range(blocks):
             start, width = block * BLOCK, min(BLOCK, k - block * BLOCK)
             x = at(run, Run.CODES) + row * slices * k + start
@@ -557,13 +594,7 @@ def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes
                 acc = load_d(totals + (2 * j + s) * 2 * FLOATS) * power
                 y = single(acc * double(load_f(at(site, Site.FACTOR) + strip * FLOATS)))
                 y = y / (scale * load_f(at(site, Site.SCALE) + strip * FLOATS))
-                if bias != 0:
-                    y = y + load_f(bias + strip * FLOATS)
-                here = out + strip * strip_bytes + (row + j) * row_bytes
-                if limit:
-                    store_first(here, y, limit - 16 * strip)
-                else:
-                    store_f(here, load_f(here) + y if residual else y)
+                finish(out + strip * strip_bytes + (row + j) * row_bytes, y, bias, strip, limit, residual)
         row += count
 
 
