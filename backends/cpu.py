@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -152,15 +152,16 @@ class Pool:
 class State:
     """The recurrent state of a batch in strips of 16 channels, a value: no call changes it.
 
-    conv: float32 (batch, n_layer, d_conv - 1, padded d_inner). ssm: float32 (batch, n_layer, strips, d_state, 16).
+    conv: float32 (stored, n_layer, d_conv - 1, padded d_inner). ssm: float32 (stored, n_layer, strips, d_state, 16).
+    rows: which of the stored states each sequence of the batch has; a fork shares them. conv_in and ssm_in: their addresses.
     """
 
     config: MambaConfig
-    pool: Pool
     conv: F32Array
     ssm: F32Array
-    conv_address: int
-    ssm_address: int
+    rows: IntArray
+    conv_in: IntArray
+    ssm_in: IntArray
 
     @classmethod
     def empty(cls, config: MambaConfig, pool: Pool, batch: int) -> "State":
@@ -170,28 +171,27 @@ class State:
         ssm = (batch, config.n_layer, strips, config.d_state, LANES)
         size = math.prod(conv)  # whole vectors, so that what follows is aligned too
         memory = pool.take(4 * (size + math.prod(ssm))).view(np.float32)
-        start = address(memory)
-        return cls(config, pool, memory[:size].reshape(conv), memory[size:].reshape(ssm), start, start + 4 * size)
+        start, rows = address(memory), np.arange(batch)
+        conv_in = start + rows * (4 * size // max(batch, 1))
+        ssm_in = start + 4 * size + rows * (4 * math.prod(ssm[1:]))
+        return cls(config, memory[:size].reshape(conv), memory[size:].reshape(ssm), rows, conv_in, ssm_in)
 
     @property
     def batch(self) -> int:
         """Number of sequences."""
-        return len(self.ssm)
+        return len(self.rows)
 
     def take(self, indices: Sequence[int]) -> "State":
-        """The state of the named sequences, in that order; an index may come more than once (a fork)."""
-        new = State.empty(self.config, self.pool, len(indices))
-        rows = np.arange(self.batch)[list(indices)]  # which complains of an index that is none
-        for source, target in ((self.conv, new.conv), (self.ssm, new.ssm)):
-            np.take(source, rows, 0, out=target, mode="clip")  # in its own mode it would make a copy first
-        return new
+        """The state of the named sequences, in that order; an index may come more than once (a fork). Copies nothing."""
+        chosen = list(indices)
+        return replace(self, rows=self.rows[chosen], conv_in=self.conv_in[chosen], ssm_in=self.ssm_in[chosen])
 
     def arrays(self) -> tuple[F32Array, F32Array]:
         """(conv, ssm) in the specification's layout."""
         e = self.config.d_inner
-        conv = np.ascontiguousarray(self.conv.swapaxes(2, 3)[:, :, :e])
-        ssm = self.ssm.swapaxes(3, 4).reshape(*self.ssm.shape[:2], -1, self.config.d_state)[:, :, :e]
-        return conv, np.ascontiguousarray(ssm)
+        conv = np.ascontiguousarray(self.conv[self.rows].swapaxes(2, 3)[:, :, :e])
+        ssm = self.ssm[self.rows].swapaxes(3, 4).reshape(self.batch, self.config.n_layer, -1, self.config.d_state)
+        return conv, np.ascontiguousarray(ssm[:, :, :e])
 
 
 def strips_of(channels: int) -> int:
@@ -447,18 +447,23 @@ class CpuRunner:
         return embedding.rows(tokens) if isinstance(embedding, Codes) else embedding[tokens]
 
     def _pass(
-        self, sequences: Sequence[IntArray], before: State, after: State, positions: Sequence[Positions], out: F32Array,
-        hook: Hook | None,
+        self, sequences: Sequence[IntArray], states: IntArray, positions: Sequence[Positions], out: F32Array,
+        hook: Hook | None, after: State,
     ) -> None:  # fmt: skip
-        """All layers for a few sequences, from one state to another; the logits of the positions asked for into `out`."""
+        """All layers for a few sequences; the logits of the positions asked for into `out`.
+
+        states: each sequence's addresses, (4, sequences): of conv and ssm before, and of those after, which may be the same.
+        after: what the hook is shown.
+        """
         rows = plan(tuple(map(len, sequences)), tuple(positions))
         self._reserve(rows.count)
         x = self._embed(np.concatenate(sequences))
         padded = np.pad(x, ((0, 0), (0, -x.shape[1] % LANES))) if x.shape[1] % LANES else x
+        table, row = address(states), 8 * len(sequences)
         self._residual[:, : rows.count] = padded.reshape(rows.count, -1, LANES).swapaxes(0, 1)
         self._set(
-            SEQUENCES=len(sequences), CONV_IN=before.conv_address, CONV_OUT=after.conv_address, SSM_IN=before.ssm_address,
-            SSM_OUT=after.ssm_address, LOGITS=address(out), **rows.fields,
+            SEQUENCES=len(sequences), CONV_IN=table, SSM_IN=table + row, CONV_OUT=table + 2 * row, SSM_OUT=table + 3 * row,
+            LOGITS=address(out), **rows.fields,
         )  # fmt: skip
         if hook is None:
             self._layers(0, self.config.n_layer, rows.out_count)
@@ -505,10 +510,10 @@ class CpuRunner:
 
     def initial_state(self, batch: int) -> State:
         """The state of `batch` sequences before their first token."""
-        state = State.empty(self.config, self._pool, batch)
+        state = State.empty(self.config, self._pool, 1)
         state.conv.fill(0)
         state.ssm.fill(0)
-        return state
+        return state.take([0] * batch)
 
     def prefill(
         self,
@@ -528,25 +533,21 @@ class CpuRunner:
         out = out.reshape(sum(counts), self.config.vocab_size)
         # A scale over a whole sequence needs the sequence in one piece, and so does a hook.
         limit = sum(map(len, sequences)) if self.scheme.whole_sequence or hook else PASS_ROWS
+        after = State.empty(self.config, self._pool, len(sequences))
+        states = np.stack([state.conv_in, state.ssm_in, after.conv_in, after.ssm_in])
         done = 0
         for parts in passes([len(s) for s in sequences], limit):
             here = [b for b, _, _ in parts]
-            every = len(here) == len(sequences)
-            before = state if every else state.take(here)
-            after = State.empty(self.config, self._pool, len(here))
             positions: list[Positions] = [
                 "none" if logits == "last" and stop < len(sequences[b]) else logits for b, _, stop in parts
             ]
             with self._lock:  # one workspace
-                self._pass([sequences[b][a:z] for b, a, z in parts], before, after, positions, out[done:], hook)
+                pieces = [sequences[b][start:stop] for b, start, stop in parts]
+                self._pass(pieces, np.ascontiguousarray(states[:, here]), positions, out[done:], hook, after)
+            states[:2, here] = states[2:, here]  # from where a later pass goes on
             done += sum({"all": z - a, "last": 1, "none": 0}[p] for (_, a, z), p in zip(parts, positions, strict=True))
-            if every:
-                state = after
-            else:
-                state = state.take(range(len(sequences)))
-                state.conv[here], state.ssm[here] = after.conv, after.ssm
         ends = list(itertools.accumulate(counts))
-        return [out[end - count : end] for end, count in zip(ends, counts, strict=True)], state
+        return [out[end - count : end] for end, count in zip(ends, counts, strict=True)], after
 
     def step(self, tokens: IntArray, state: State, *, hook: Hook | None = None) -> tuple[F32Array, State]:
         """One token for each sequence; see `refmamba.backend.Runner.step`."""

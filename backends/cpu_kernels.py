@@ -68,7 +68,8 @@ INFINITE = 0x7F800000
 
 
 class Run(IntEnum):
-    """The int64 arguments of `run`. Names of buffers stand for their addresses."""
+    """The int64 arguments of `run`. Names of buffers stand for their addresses; CONV_IN to SSM_OUT for those of tables with
+    the address of each sequence's state."""
 
     (THREADS, COUNTERS, SCRATCH, SCRATCH_BYTES, FIRST, LAST, LAYERS, LAYER_TABLES, HEAD, EPSILON, D_MODEL, MODEL_STRIPS,
      INNER_STRIPS, RANK_STRIPS, STATE_STRIPS, D_STATE, TAPS, VOCABULARY, ROWS, STRIDE, SEQUENCES, START, SEQUENCE, OUT_ROWS,
@@ -275,7 +276,7 @@ def norm_row(run, weight, source, target):
 
 @kernel()
 def conv_rows(run, layer, index, first, last):
-    """Eq. (17) and silu: rows of XZ to rows of U; the last row of a sequence keeps the inputs for the next call."""
+    """Eq. (17) and silu: rows of XZ to rows of U."""
     strips, step, taps = at(run, Run.INNER_STRIPS), at(run, Run.STRIDE) * FLOATS, at(run, Run.TAPS)
     line = strips * FLOATS  # bytes of one kept input
     weight, bias = at(layer, Layer.CONV), at(layer, Layer.CONV_BIAS)
@@ -283,7 +284,7 @@ def conv_rows(run, layer, index, first, last):
         for row in range(first, last):
             sequence = get(at(run, Run.SEQUENCE) + 8 * row)
             time = row - get(at(run, Run.START) + 8 * sequence)
-            before = at(run, Run.CONV_IN) + (sequence * at(run, Run.LAYERS) + index) * (taps - 1) * line + s * FLOATS
+            before = get(at(run, Run.CONV_IN) + 8 * sequence) + index * (taps - 1) * line + s * FLOATS
             x = at(run, Run.XZ) + s * step + row * FLOATS
             kept = min(taps - 1, max(0, taps - 1 - time))  # taps that reach back to the last call
             y = splat_f(ZERO)
@@ -297,28 +298,6 @@ def conv_rows(run, layer, index, first, last):
             if bias != 0:
                 y = y + load_f(bias + s * FLOATS)
             store_f(at(run, Run.U) + s * step + row * FLOATS, silu(y))
-    for row in range(first, last):
-        sequence = get(at(run, Run.SEQUENCE) + 8 * row)
-        if row + 1 == get(at(run, Run.START) + 8 * (sequence + 1)):
-            keep_inputs(run, index, sequence)
-
-
-@kernel()
-def keep_inputs(run, index, sequence):
-    """The last inputs of a sequence's convolution, for the next call: CONV_OUT."""
-    strips, step, taps = at(run, Run.INNER_STRIPS), at(run, Run.STRIDE) * FLOATS, at(run, Run.TAPS)
-    start, end = get(at(run, Run.START) + 8 * sequence), get(at(run, Run.START) + 8 * sequence + 8)
-    line = strips * FLOATS
-    state = (sequence * at(run, Run.LAYERS) + index) * (taps - 1) * line
-    for i in range(taps - 1):
-        target = at(run, Run.CONV_OUT) + state + i * line
-        time = end - start - (taps - 1) + i
-        for s in range(strips):
-            if time < 0:
-                v = load_f(at(run, Run.CONV_IN) + state + (time + taps - 1) * line + s * FLOATS)
-            else:
-                v = load_f(at(run, Run.XZ) + (start + time) * FLOATS + s * step)
-            store_f(target + s * FLOATS, v)
 
 
 @inlined
@@ -633,11 +612,29 @@ def scan_term(delta, delta_u, A, h, B, C):
 
 
 @kernel()
+def keep_inputs(run, index, sequence, s):
+    """The last inputs of the convolution of 16 channels of a sequence, for the next call. In and out may be one memory."""
+    step, taps, line = at(run, Run.STRIDE) * FLOATS, at(run, Run.TAPS), at(run, Run.INNER_STRIPS) * FLOATS
+    start, end = get(at(run, Run.START) + 8 * sequence), get(at(run, Run.START) + 8 * sequence + 8)
+    offset = index * (taps - 1) * line + s * FLOATS
+    before = get(at(run, Run.CONV_IN) + 8 * sequence) + offset
+    after = get(at(run, Run.CONV_OUT) + 8 * sequence) + offset
+    for i in range(taps - 1):
+        time = end - start - (taps - 1) + i
+        if time < 0:
+            v = load_f(before + (time + taps - 1) * line)
+        else:
+            v = load_f(at(run, Run.XZ) + (start + time) * FLOATS + s * step)
+        store_f(after + i * line, v)
+
+
+@kernel()
 def scan_strip(rank, run, layer, index, sequence, s):
     """Eq. (18, 20 to 23) for 16 channels of a sequence: step, scan, skip and gate. The result replaces DELTA."""
     n, step, inner = at(run, Run.D_STATE), at(run, Run.STRIDE) * FLOATS, at(run, Run.INNER_STRIPS)
-    state = ((sequence * at(run, Run.LAYERS) + index) * inner + s) * n * FLOATS
-    h_in, h, A = at(run, Run.SSM_IN) + state, at(run, Run.SSM_OUT) + state, at(layer, Layer.A) + s * n * FLOATS
+    offset = (index * inner + s) * n * FLOATS
+    h_in, h = get(at(run, Run.SSM_IN) + 8 * sequence) + offset, get(at(run, Run.SSM_OUT) + 8 * sequence) + offset
+    A = at(layer, Layer.A) + s * n * FLOATS
     for i in range(n):
         store_f(h + i * FLOATS, load_f(h_in + i * FLOATS))
     bias, D = load_f(at(layer, Layer.DT_BIAS) + s * FLOATS), load_f(at(layer, Layer.D) + s * FLOATS)
@@ -675,12 +672,13 @@ def scan_strip(rank, run, layer, index, sequence, s):
 
 @kernel()
 def scan(rank, run, layer, index, counter):
-    """Region: the scan, 16 channels of one sequence an item. Returns the next region's counter."""
+    """Region: the scan, 16 channels of one sequence an item, and both states. Returns the next region's counter."""
     strips = at(run, Run.INNER_STRIPS)
     items, mine = strips * at(run, Run.SEQUENCES), 0
     first, last = share(run, counter, items)
     while first < items:
         for i in range(first, last):
+            keep_inputs(run, index, i // strips, i % strips)
             scan_strip(rank, run, layer, index, i // strips, i % strips)
         mine += last - first
         first, last = share(run, counter, items)

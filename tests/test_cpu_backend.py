@@ -253,11 +253,20 @@ def test_memory_is_used_again_once_nobody_holds_it(backend: Cpu) -> None:
     addresses = set[int]()
     for token in range(9):
         _, state = runner.step(np.array([token]), state)
-        addresses.add(state.ssm_address)
+        addresses.add(int(state.ssm_in[0]))
     # A view of the first state keeps its memory, and the others take turns.
     assert cpu.address(held) not in addresses
     assert len(addresses) == 2
     assert np.array_equal(held[0].swapaxes(2, 3).reshape(first[1][0].shape), first[1][0])
+
+
+def test_a_fork_copies_nothing(backend: Cpu) -> None:
+    runner = backend.load(quantized(CONFIGS["plain"], parse_scheme("int8")))
+    _, state = runner.prefill([np.arange(3), np.arange(5)])
+    fork = state.take([1, 0, 1])
+    assert fork.ssm is state.ssm
+    for new, old in zip(fork.arrays(), state.arrays(), strict=True):
+        assert np.array_equal(new, old[[1, 0, 1]])
 
 
 def test_a_fork_of_a_sequence_that_is_none(backend: Cpu) -> None:
