@@ -61,6 +61,7 @@ Run, Site, Layer, Kind, Mode = kernels.Run, kernels.Site, kernels.Layer, kernels
 
 LANES = 16
 PASS_ROWS = 256  # tokens that go through the layers together, to bound memory; the bits do not depend on it
+MOST_SPARE = 2**28  # bytes of memory that is kept to be used again
 PACK_ROWS = 4096  # rows of a weight packed at a time, to bound memory
 REGIONS = 21  # of a layer, at most
 SCRATCH_BYTES = 5120  # of a product
@@ -115,9 +116,11 @@ class Threads:
             done: queue.SimpleQueue[int] = queue.SimpleQueue()
             for jobs in self._jobs:
                 jobs.put((job, table, done))
-            job(0, address(table))
-            for _ in self._jobs:
-                done.get()
+            try:
+                job(0, address(table))
+            finally:  # an interrupt too waits for the others, who still write
+                for _ in self._jobs:
+                    done.get()
 
 
 class Lease:
@@ -128,7 +131,8 @@ class Lease:
         self.__array_interface__ = memory.__array_interface__
 
     def __del__(self) -> None:
-        self._pool.spare.append(self._memory)
+        if self._memory.size <= MOST_SPARE:
+            self._pool.spare.append(self._memory)
 
 
 class Pool:
@@ -139,6 +143,8 @@ class Pool:
 
     def take(self, size: int) -> NDArray[np.uint8]:
         """`size` bytes on a cache line's boundary, uninitialized."""
+        if size == 0:
+            return np.empty(0, np.uint8)
         try:
             memory = self.spare.pop()
         except IndexError:
@@ -176,13 +182,20 @@ class State:
         ssm_in = start + 4 * size + rows * (4 * math.prod(ssm[1:]))
         return cls(config, memory[:size].reshape(conv), memory[size:].reshape(ssm), rows, conv_in, ssm_in)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A deep or pickled copy has memory, and so addresses, of its own."""
+        return restored, (self.config, self.conv[self.rows], self.ssm[self.rows])
+
     @property
     def batch(self) -> int:
         """Number of sequences."""
         return len(self.rows)
 
     def take(self, indices: Sequence[int]) -> "State":
-        """The state of the named sequences, in that order; an index may come more than once (a fork). Copies nothing."""
+        """The state of the named sequences, in that order; an index may come more than once (a fork).
+
+        Nothing is copied: the whole stored batch stays in memory as long as one of its forks does.
+        """
         chosen = list(indices)
         return replace(self, rows=self.rows[chosen], conv_in=self.conv_in[chosen], ssm_in=self.ssm_in[chosen])
 
@@ -192,6 +205,13 @@ class State:
         conv = np.ascontiguousarray(self.conv[self.rows].swapaxes(2, 3)[:, :, :e])
         ssm = self.ssm[self.rows].swapaxes(3, 4).reshape(self.batch, self.config.n_layer, -1, self.config.d_state)
         return conv, np.ascontiguousarray(ssm[:, :, :e])
+
+
+def restored(config: MambaConfig, conv: F32Array, ssm: F32Array) -> State:
+    """A state of these values."""
+    state = State.empty(config, Pool(), len(conv))
+    state.conv[...], state.ssm[...] = conv, ssm
+    return state
 
 
 def strips_of(channels: int) -> int:

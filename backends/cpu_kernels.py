@@ -1,6 +1,6 @@
 """The CPU backend's kernels: a pass through any range of layers in one call, by all threads (docs/SPEC.md, 1 to 6).
 
-Every thread calls `run` with its rank. A pass is a sequence of regions; in a region the threads take shares of the items
+Every thread calls `run_layers` with its rank. A pass is a sequence of regions; in a region the threads take shares of the items
 from a common counter until none is left, and all are done before the next. Which thread computes an item never changes a
 bit.
 
@@ -68,8 +68,8 @@ INFINITE = 0x7F800000
 
 
 class Run(IntEnum):
-    """The int64 arguments of `run`. Names of buffers stand for their addresses; CONV_IN to SSM_OUT for those of tables with
-    the address of each sequence's state."""
+    """The int64 arguments of `run_layers`. Names of buffers stand for their addresses; CONV_IN to SSM_OUT for those of tables
+    with the address of each sequence's state."""
 
     (THREADS, COUNTERS, SCRATCH, SCRATCH_BYTES, FIRST, LAST, LAYERS, LAYER_TABLES, HEAD, EPSILON, D_MODEL, MODEL_STRIPS,
      INNER_STRIPS, RANK_STRIPS, STATE_STRIPS, D_STATE, TAPS, VOCABULARY, ROWS, STRIDE, SEQUENCES, START, SEQUENCE, OUT_ROWS,
@@ -645,10 +645,14 @@ def scan_strip(rank, run, layer, index, sequence, s):
     B = at(run, Run.XBC) + at(run, Run.RANK_STRIPS) * step
     C = B + at(run, Run.STATE_STRIPS) * step
     u_strip, dt_strip, z_strip = at(run, Run.U) + s * step, at(run, Run.DELTA) + s * step, at(run, Run.XZ) + (inner + s) * step
-    for row in range(get(at(run, Run.START) + 8 * sequence), get(at(run, Run.START) + 8 * sequence + 8)):
+    first, last = get(at(run, Run.START) + 8 * sequence), get(at(run, Run.START) + 8 * sequence + 8)
+    # Step sizes and gates in loops of their own: rows that do not wait for each other fill the processor better.
+    for row in range(first, last):
         here = row * FLOATS
-        u = load_f(u_strip + here)
-        delta = softplus(load_f(dt_strip + here) + bias)
+        store_f(dt_strip + here, softplus(load_f(dt_strip + here) + bias))
+    for row in range(first, last):
+        here = row * FLOATS
+        u, delta = load_f(u_strip + here), load_f(dt_strip + here)
         delta_u = delta * u
         # The tree's first level as the terms come; states that fill up to a power of two are zeros.
         for i in range(half):
@@ -666,8 +670,10 @@ def scan_strip(rank, run, layer, index, sequence, s):
             width //= 2
             for i in range(width):
                 store_f(terms + i * FLOATS, load_f(terms + i * FLOATS) + load_f(terms + (i + width) * FLOATS))
-        y = load_f(terms) + D * u
-        store_f(dt_strip + here, y * silu(load_f(z_strip + here)))
+        store_f(dt_strip + here, load_f(terms) + D * u)
+    for row in range(first, last):
+        here = row * FLOATS
+        store_f(dt_strip + here, load_f(dt_strip + here) * silu(load_f(z_strip + here)))
 
 
 @kernel()

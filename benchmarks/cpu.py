@@ -5,8 +5,11 @@ own; they take turns in every round, so that a slow moment of the machine hits a
 """
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -109,14 +112,35 @@ def measure(shape: str, threads: int, prompt_len: int, gen_len: int, names: list
             for process, result in zip(processes, results, strict=True):
                 assert process.stdin
                 assert process.stdout
-                process.stdin.write("\n")
-                process.stdin.flush()
-                line = json.loads(process.stdout.readline())
-                result.update({k: max(line[k], result[k]) for k in ("prefill", "decode")})
-                result["peak_rss_bytes"] = line["peak_rss_bytes"]
+                line = ""
+                if process.poll() is None:
+                    process.stdin.write("\n")
+                    process.stdin.flush()
+                    line = process.stdout.readline()
+                if not line:  # what is not whole is left out below
+                    result["prefill"] = float("nan")
+                    continue
+                found = json.loads(line)
+                result.update({k: max(found[k], result[k]) for k in ("prefill", "decode")})
+                result["peak_rss_bytes"] = found["peak_rss_bytes"]
         for process in processes:
             process.communicate()
-    return results
+    return [result for result in results if result["prefill"] == result["prefill"]]
+
+
+def machine() -> str:
+    """The processor and the programs, for the table's head."""
+    cpu = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        flags = info.split("flags")[1].splitlines()[0].split()
+        cpu = info.split("model name")[1].splitlines()[0].strip("\t :")
+        cpu += f" ({', '.join(f for f in ('avx2', 'avx512f', 'avx512_vnni', 'amx_int8') if f in flags)})"
+    found = []
+    for package in ("numba", "torch", "transformers", "llama_cpp_python"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return f"{cpu}; {', '.join(found)}"
 
 
 def bits_per_byte(names: list[str]) -> dict[str, float]:
@@ -192,9 +216,9 @@ def main() -> None:
     bandwidth = max([bandwidth, *own])
     RESULTS.mkdir(exist_ok=True)
     head = (f"{given.threads} threads, prefill of {given.prompt_len} tokens, decode of {given.gen_len}; memory reads "
-            f"{bandwidth / 1e9:.1f} GB/s; {time.strftime('%Y-%m-%d')}.\n\n")  # fmt: skip
+            f"{bandwidth / 1e9:.1f} GB/s; {time.strftime('%Y-%m-%d')}. {machine()}.\n\n")  # fmt: skip
     text = head + "\n".join(table(s, results, bandwidth, quality) for s, results in shapes.items())
-    values = {"threads": given.threads, "prompt_len": given.prompt_len, "gen_len": given.gen_len,
+    values = {"machine": machine(), "threads": given.threads, "prompt_len": given.prompt_len, "gen_len": given.gen_len,
               "read_bandwidth_bytes_per_second": bandwidth, "bits_per_byte": quality, "shapes": shapes}  # fmt: skip
     write_text(RESULTS / "cpu.md", text)
     write_text(RESULTS / "cpu.json", json.dumps(values, indent=1) + "\n")

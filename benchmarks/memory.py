@@ -1,4 +1,4 @@
-"""Peak memory of `refmamba generate` at the 130m shape: `python benchmarks/memory.py --tokenizer 20B_tokenizer.json`.
+"""Peak memory of `refmamba generate`: `python benchmarks/memory.py --tokenizer 20B_tokenizer.json` writes results/memory.md.
 
 A float32 checkpoint of random weights, and the same saved by `refmamba quantize`; each is run as a user runs it, in a new
 process whose anonymous memory (what the system cannot drop and read again from a file) is looked at every millisecond.
@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from cpu import SHAPES, RandomSource
+from cpu import RESULTS, SHAPES, RandomSource
 from safetensors.numpy import save_file
 
 from refmamba.checkpoint import HUGGING_FACE
+from refmamba.files import write_text
 
 TARGET = 250  # MB, and 1.3 times the codes: the aim
 
@@ -61,7 +62,7 @@ def peak(words: list[str]) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    """Measure, and print a table."""
+    """Measure, and write a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="the GPT-NeoX tokenizer's file")
     parser.add_argument("--shape", default="130m", choices=list(SHAPES))
@@ -70,8 +71,8 @@ def main() -> None:
     config = SHAPES[given.shape]
     matrices = [s for n, s in config.shapes().items() if n.endswith(("proj.weight", "embedding.weight"))]
     codes = sum(int(np.prod(s)) for s in matrices) / 1e6
-    print(f"w8-all, {given.shape} shape: {codes:.0f} MB of codes; the aim is {1.3 * codes + TARGET:.0f} MB\n")
-    print("| | anonymous, MB | with mapped files, MB | whole command, s |\n| --- | ---: | ---: | ---: |")
+    lines = [f"`w8-all`, {given.shape} shape: {codes:.0f} MB of codes; the aim is {1.3 * codes + TARGET:.0f} MB anonymous.", "",
+             "| | anonymous, MB | with mapped files, MB | whole command, s |", "| --- | ---: | ---: | ---: |"]  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         plain, saved = Path(scratch) / "float", Path(scratch) / "saved"
         write_checkpoint(plain, given.tokenizer, given.shape)
@@ -82,7 +83,11 @@ def main() -> None:
         ):
             words = [*refmamba, "generate", "The old man", "--model", str(folder), "--max-new-tokens", "16", *scheme]
             peak(words)  # the first run compiles
-            print("| {} | {:.0f} | {:.0f} | {:.2f} |".format(title, *peak(words)))
+            lines.append("| {} | {:.0f} | {:.0f} | {:.2f} |".format(title, *peak(words)))
+    text = "\n".join(lines) + "\n"
+    RESULTS.mkdir(exist_ok=True)
+    write_text(RESULTS / "memory.md", text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ def speeds(
 ) -> list[dict[str, Any]]:
     """Tokens a second of each, one after the other in every round, so that a slow moment of the machine hits all alike.
 
-    A peer whose process dies is left out, with a line on stderr.
+    A peer that fails, or whose process dies, is left out, with a line on stderr.
     """
     best = {peer: {"prefill": float("inf"), "decode": float("inf")} for peer in peers}
     for _ in range(repeats):
@@ -104,8 +103,11 @@ def speeds(
                 times["prefill"] = min(times["prefill"], _seconds(peer, "prefill", prompt))
                 _seconds(peer, "decode", generated[:WARM_UP])
                 times["decode"] = min(times["decode"], _seconds(peer, "decode", generated))
-            except BrokenProcessPool:
-                click.echo(f"{peer.name}: its process died, so it is left out", err=True)
+            except Exception as error:  # whatever another program raises
+                if not isinstance(peer, Apart):
+                    raise
+                why = str(error).strip().splitlines() or [type(error).__name__]
+                click.echo(f"{peer.name} is left out: {why[0]}", err=True)
                 del best[peer]
     return [
         {"name": peer.name, "prefill_tokens_per_second": len(prompt) / times["prefill"],
@@ -117,6 +119,12 @@ def speeds(
 def transformers_of(folder: Path, threads: int) -> Peer:
     """transformers with a folder's weights."""
     return Transformers(float_checkpoint(folder), threads)
+
+
+def llama_cpp_of(folder: Path, file: Path, kind: str, threads: int) -> Peer:
+    """llama.cpp with a folder's weights, through a file that is written first."""
+    write_gguf(float_checkpoint(folder), file, kind)
+    return LlamaCpp(file, kind, threads)
 
 
 def float_checkpoint(folder: Path) -> ParameterSource:
@@ -131,13 +139,15 @@ def float_checkpoint(folder: Path) -> ParameterSource:
 
 def other_programs(folder: Path, scratch: Path, threads: int) -> list[Apart]:
     """What is installed of transformers and llama.cpp, with a folder's weights. Raises DataError for a quantized folder."""
-    source = float_checkpoint(folder)
-    peers = [Apart(transformers_of, folder, threads)] if installed("transformers") and installed("torch") else []
+    float_checkpoint(folder)
+    peers = []
+    if installed("transformers") and installed("torch"):
+        peers.append(Apart(Transformers.name, transformers_of, folder, threads))
     if installed("llama_cpp") and installed("gguf"):
         for kind in LLAMA_TYPES:
-            file = scratch / f"{kind}.gguf"
-            write_gguf(source, file, kind)
-            peers.append(Apart(LlamaCpp, file, kind, threads))
+            (scratch / kind).mkdir()  # they are written at the same time
+            file = scratch / kind / "model.gguf"
+            peers.append(Apart(f"llama.cpp {kind}", llama_cpp_of, folder, file, kind, threads))
     return peers
 
 
@@ -165,9 +175,11 @@ def bench(choose: Callable[[], Any], prompt_len: int, gen_len: int, compare: boo
     if compare:
         with tempfile.TemporaryDirectory() as scratch:
             peers = other_programs(loaded.files.folder, Path(scratch), threads)
-            result, *others = speeds([ours, *peers], prompt, generated)
-            for peer in peers:
-                peer.close()
+            try:
+                result, *others = speeds([ours, *peers], prompt, generated)
+            finally:
+                for peer in peers:
+                    peer.close()
     result |= loaded.describe() | {
         "weight_bytes": weight_bytes(runner.model), "peak_rss_bytes": peak, "threads": threads,
         "read_bandwidth_bytes_per_second": read_bandwidth(threads), "prompt_len": prompt_len, "gen_len": gen_len,

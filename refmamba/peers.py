@@ -44,9 +44,8 @@ def installed(package: str) -> bool:
 _APART: list[Peer] = []  # in a process of `Apart`, its peer
 
 
-def _make(make: Callable[..., Peer], arguments: tuple[Any, ...]) -> str:
+def _make(make: Callable[..., Peer], arguments: tuple[Any, ...]) -> None:
     _APART.append(make(*arguments))
-    return _APART[0].name
 
 
 def _call(method: str, tokens: IntArray) -> float:
@@ -58,16 +57,17 @@ def _call(method: str, tokens: IntArray) -> float:
 class Apart:
     """A peer, make(*arguments), in a process of its own: another program that crashes takes nothing with it.
 
-    Every call raises BrokenProcessPool once that process has died.
+    Once that process has died, and where `make` failed, every call raises an exception of any kind.
     """
 
-    def __init__(self, make: Callable[..., Peer], *arguments: Any) -> None:
+    def __init__(self, name: str, make: Callable[..., Peer], *arguments: Any) -> None:
         # spawn: a forked child would share this process's threads and their locks.
-        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self.name = self._pool.submit(_make, make, arguments).result()
+        self.name, self._pool = name, ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self._made = self._pool.submit(_make, make, arguments)
 
     def seconds(self, method: str, tokens: IntArray) -> float:
         """Seconds that `prefill` or `decode` takes, there."""
+        self._made.result()
         return self._pool.submit(_call, method, tokens).result()
 
     def close(self) -> None:

@@ -1,6 +1,8 @@
 """The CPU backend has the reference's bits: every scheme, odd sizes, batches, chunks, threads, and no VNNI."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -267,6 +269,32 @@ def test_a_fork_copies_nothing(backend: Cpu) -> None:
     assert fork.ssm is state.ssm
     for new, old in zip(fork.arrays(), state.arrays(), strict=True):
         assert np.array_equal(new, old[[1, 0, 1]])
+
+
+def test_a_copied_state_is_its_own(backend: Cpu) -> None:
+    runner = backend.load(quantized(CONFIGS["plain"], parse_scheme("int8")))
+    _, state = runner.prefill([np.arange(3), np.arange(5)])
+    expected, _ = runner.step(np.array([7, 8]), state)
+    copies = [copy.deepcopy(state), pickle.loads(pickle.dumps(state))]
+    del state
+    runner.prefill([np.arange(9), np.arange(2)])  # takes the memory of the first
+    for one in copies:
+        assert np.array_equal(runner.step(np.array([7, 8]), one)[0], expected)
+
+
+def test_short_passes_of_forks(backend: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces shorter than the convolution, in and out of the same memory, from states that share theirs."""
+    model = quantized(CONFIGS["plain"], parse_scheme("w8-all"))
+    runner, reference = backend.load(model), Mamba(model)
+    sequences = [tokens(CONFIGS["plain"], n, n) for n in (7, 1, 5)]
+    _, theirs = reference.prefill([np.arange(3)])
+    _, ours = runner.prefill([np.arange(3)])
+    expected, after = reference.prefill(sequences, theirs.take([0, 0, 0]), logits="all")
+    monkeypatch.setattr(cpu, "PASS_ROWS", 2)
+    found, state = runner.prefill(sequences, ours.take([0, 0, 0]), logits="all")
+    for a, b in zip(found, expected, strict=True):
+        assert np.array_equal(a, b)
+    equal_states(state, after)
 
 
 def test_a_fork_of_a_sequence_that_is_none(backend: Cpu) -> None:

@@ -73,10 +73,16 @@ class Sleeps:
     decode = prefill
 
 
-def test_a_peer_that_crashes_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    peers = [Apart(Sleeps), Apart(Crashes)]
+def fails() -> Sleeps:
+    raise OSError("no such library")
+
+
+def test_a_peer_that_fails_or_crashes_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    peers = [Apart("sleeps", Sleeps), Apart("crashes", Crashes), Apart("fails", fails)]
     (result,) = speeds(peers, np.arange(10), np.arange(5))
-    assert capsys.readouterr().err == "crashes: its process died, so it is left out\n"
+    crashed, failed = capsys.readouterr().err.splitlines()
+    assert crashed.startswith("crashes is left out: A process in the process pool was terminated")
+    assert failed == "fails is left out: no such library"
     assert result["name"] == "sleeps"
     assert 0 < result["prefill_tokens_per_second"] <= 1000
     for peer in peers:
