@@ -77,7 +77,7 @@ def choices(row: Row, context: str, texts: tuple[str, ...], gold: int) -> Docume
 class HubFile:
     """The file of a data set on the hub that lm-evaluation-harness scores, as it was when this was written.
 
-    sha256: of the file, where a public record of it was found; None where only revision and row count are known.
+    sha256: of the file, where a public record of it was found; None where what the hub says for the revision must do.
     """
 
     repo: str

@@ -90,7 +90,7 @@ class _Counted(Mapping[str, Param]):
 @contextmanager
 def progress(model: QuantizedModel) -> Iterator[QuantizedModel]:
     """The model, with a bar on a terminal's stderr while its parameters are quantized and taken."""
-    what, total = f"quantizing {model.scheme.name}", len(model.params)
+    what, total = f"quantizing {model.scheme.name}", len(model.params) - model.shares_codes  # which are taken once
     with tqdm(total=total, desc=what, unit="tensor", leave=False, disable=not sys.stderr.isatty()) as bar:
         yield replace(model, params=_Counted(model.params, bar))
 

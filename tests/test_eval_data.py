@@ -1,5 +1,6 @@
 """The six tasks' rows: every format in the wild, where files are found, and every way in which they can be wrong."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -126,6 +127,20 @@ def test_a_fetched_file_is_checked_by_hash_and_by_rows(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1 rows, and a/b has 2"):
         check_hub(TASKS["piqa"], file, HubFile("a/b", "0" * 40, "c", 2, None))
     assert check_hub(TASKS["piqa"], file, HubFile("a/b", "0" * 40, "c", 1, None)).source == f"a/b@{'0' * 40}/c"
+
+
+def test_a_file_in_the_hub_s_cache_is_checked_by_the_hash_it_is_kept_under(tmp_path: Path) -> None:
+    content = write(tmp_path, "copa", ROWS["copa"]).read_bytes()
+    for name, whole in ((hashlib.sha256(content).hexdigest(), True), ("0" * 64, False)):
+        (tmp_path / name).write_bytes(content)
+        link = tmp_path / f"{name}.jsonl"
+        link.symlink_to(tmp_path / name)
+        pinned = HubFile("a/b", "0" * 40, "c", 1, None)
+        if whole:
+            assert len(check_hub(TASKS["copa"], link, pinned).documents) == 1
+        else:
+            with pytest.raises(DataError, match="delete it and try again"):
+                check_hub(TASKS["copa"], link, pinned)
 
 
 # where data comes from
