@@ -35,6 +35,11 @@ TWO = ("--schemes", "int8,w8-all")
 WAIT = 60.0  # seconds, on a busy machine
 
 
+def heed_interrupts() -> None:
+    """A job in a shell's background begins with interrupts ignored, and so would the commands of its tests."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(
     folder: Path, *words: str, group: bool = False, stderr: int = subprocess.PIPE, **variables: str
 ) -> "subprocess.Popen[str]":
@@ -44,7 +49,7 @@ def start(
     environment = os.environ | {"PYTHONPATH": root, "PYTHONWARNINGS": "default"} | variables
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8",
-        start_new_session=group,
+        start_new_session=group, preexec_fn=heed_interrupts if os.name == "posix" else None,
     )  # fmt: skip
 
 
