@@ -33,9 +33,17 @@ HERE = Path(__file__).resolve().parent
 
 
 def _cache_folder() -> Path:
-    """Where the compiled kernels lie: a folder for these very sources, as numba does not see an imported one change."""
+    """Where the compiled kernels lie: a folder for these very sources, as numba does not see an imported one change.
+
+    Also for their place and time, and for the processor asked for, by which numba tells its files apart: so a folder that is
+    there holds what is needed, and an empty one means that the user waits.
+    """
     sources = [HERE / "cpu_kernels.py", HERE / "cpu_vectors.py", HERE.parent / "arith.py", HERE.parent / "refmamba/arith.py"]
-    digest = hashlib.sha256(b"".join(s.read_bytes() for s in sources if s.exists())).hexdigest()[:16]
+    total = hashlib.sha256(f"{NUMBA.CPU_NAME} {NUMBA.CPU_FEATURES}".encode())
+    for source in sources:
+        if source.exists():
+            total.update(f"{source} {source.stat().st_mtime_ns}".encode() + source.read_bytes())
+    digest = total.hexdigest()[:16]
     user = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(user) / "refmamba" / f"kernels-{digest}"
     try:

@@ -312,6 +312,24 @@ def test_aligned() -> None:
     assert all(cpu.address(aligned((n, 3))) % 64 == 0 for n in range(1, 9))
 
 
+def test_whoever_waits_for_the_compiler_is_told(tmp_path: Path) -> None:
+    """The first load of this place and processor, and no other."""
+    code = (
+        "from conftest import TINY, RandomSource\nfrom refmamba.backends.cpu import Cpu\n"
+        "from refmamba.model import quantize_model\nfrom refmamba.scheme import parse_scheme\n"
+        "Cpu().load(quantize_model(RandomSource(TINY), parse_scheme('int8')))"
+    )
+
+    def said(**variables: str) -> bool:
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": path} | variables
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        return done.stderr.startswith("compiling the CPU kernels")
+
+    other = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    assert [said(), said(), said(**other), said(**other), said()] == [True, False, True, False, False]
+
+
 def test_without_vnni() -> None:
     """The same comparison in a process whose numba compiles for an older processor."""
     code = (
