@@ -186,7 +186,7 @@ class State:
         size = math.prod(conv)  # whole vectors, so that what follows is aligned too
         memory = pool.take(4 * (size + math.prod(ssm))).view(np.float32)
         start, rows = address(memory), np.arange(batch)
-        conv_in = start + rows * (4 * size // max(batch, 1))
+        conv_in = start + rows * (4 * math.prod(conv[1:]))
         ssm_in = start + 4 * size + rows * (4 * math.prod(ssm[1:]))
         return cls(config, memory[:size].reshape(conv), memory[size:].reshape(ssm), rows, conv_in, ssm_in)
 
@@ -338,7 +338,7 @@ class CpuRunner:
     """One model on the CPU backend: its codes packed once, its other parameters in strips, and a table of addresses."""
 
     def __init__(self, model: QuantizedModel, threads: Threads) -> None:
-        self.model, self.config, self.scheme = model, model.config, model.scheme
+        self.config, self.scheme = model.config, model.scheme
         self._threads, self._kept, self._lock = threads, list[NDArray[Any]](), threading.Lock()
         self._pool, self._logits_pool = Pool(), Pool()
         c = self.config
@@ -348,8 +348,8 @@ class CpuRunner:
         sites = [f"layers.{i}.{layer}" for i in range(c.n_layer) for layer in LINEAR_LAYERS] + ["lm_head"]
         products = {f"{site}.weight" for site in sites} | ({"embedding.weight"} if model.shares_codes else set())
         rest = {name: model.params[name] for name in model.params if name not in products}
-        self.model = QuantizedModel(c, model.scheme, rest)
         packed: dict[str, Packed] = {}
+        self.model = QuantizedModel(c, model.scheme, Params(rest, packed))
         self._table = np.zeros((c.n_layer + 1, int(Layer.SIZE)), np.int64)
         # The head first: while its codes are held twice there is nothing else yet.
         for number, site in sorted(enumerate(sites), key=lambda item: item[1] != "lm_head"):
@@ -361,18 +361,17 @@ class CpuRunner:
         if model.shares_codes:
             packed["embedding.weight"] = packed["lm_head.weight"]
         self._embedding = packed.get("embedding.weight") or cast("Codes | F32Array", rest["embedding.weight"])
-        model = self.model = QuantizedModel(c, model.scheme, Params(rest, packed))
         for i in range(c.n_layer):
             at = f"layers.{i}"
-            conv = self._strips(model.value(f"{at}.conv1d.weight").T)
-            conv_bias = self._strips(model.value(f"{at}.conv1d.bias")) if c.use_conv_bias else 0
-            A = state_matrix(model.value(f"{at}.A_log")).T  # (n, e) -> (strips, n, 16)
+            conv = self._strips(self.model.value(f"{at}.conv1d.weight").T)
+            conv_bias = self._strips(self.model.value(f"{at}.conv1d.bias")) if c.use_conv_bias else 0
+            A = state_matrix(self.model.value(f"{at}.A_log")).T  # (n, e) -> (strips, n, 16)
             A = np.pad(A, ((0, 0), (0, -e % LANES))).reshape(n, -1, LANES).swapaxes(0, 1)
             self._table[i, : int(Layer.IN_PROJ)] = (
-                self._strips(model.value(f"{at}.norm.weight")), conv, conv_bias, self._keep(A),
-                self._strips(model.value(f"{at}.dt_proj.bias")), self._strips(model.value(f"{at}.D")),
+                self._strips(self.model.value(f"{at}.norm.weight")), conv, conv_bias, self._keep(A),
+                self._strips(self.model.value(f"{at}.dt_proj.bias")), self._strips(self.model.value(f"{at}.D")),
             )  # fmt: skip
-        self._table[c.n_layer, int(Layer.NORM)] = self._strips(model.value("norm_f.weight"))
+        self._table[c.n_layer, int(Layer.NORM)] = self._strips(self.model.value("norm_f.weight"))
         self._run = np.zeros(len(Run), np.int64)
         self._workspace, self._residual = np.empty(0, np.uint8), np.empty((0, 0, LANES), np.float32)
         self._errors = np.zeros(0, np.int64)

@@ -143,6 +143,13 @@ def machine() -> str:
     return f"{cpu}; {', '.join(found)}"
 
 
+def save(name: str, text: str) -> None:
+    """Write a table to RESULTS, and print it."""
+    RESULTS.mkdir(exist_ok=True)
+    write_text(RESULTS / name, text)
+    print(text)
+
+
 def bits_per_byte(names: list[str]) -> dict[str, float]:
     """Of the small model inside the package on the passage inside the package, so that speed is not bought unseen."""
     from refmamba.backends.cpu import Cpu
@@ -214,16 +221,14 @@ def main() -> None:
     # The faster of two reads: the sum, and our own matrix-vector products.
     own = [r["decode"] * r["weight_bytes"] for results in shapes.values() for r in results if r["name"].startswith("refmamba")]
     bandwidth = max([bandwidth, *own])
-    RESULTS.mkdir(exist_ok=True)
     head = (f"{given.threads} threads, prefill of {given.prompt_len} tokens, decode of {given.gen_len}; memory reads "
             f"{bandwidth / 1e9:.1f} GB/s; {time.strftime('%Y-%m-%d')}. {machine()}.\n\n")  # fmt: skip
     text = head + "\n".join(table(s, results, bandwidth, quality) for s, results in shapes.items())
     values = {"machine": machine(), "threads": given.threads, "prompt_len": given.prompt_len, "gen_len": given.gen_len,
               "read_bandwidth_bytes_per_second": bandwidth, "bits_per_byte": quality, "shapes": shapes}  # fmt: skip
-    write_text(RESULTS / "cpu.md", text)
+    save("cpu.md", text)
     write_text(RESULTS / "cpu.json", json.dumps(values, indent=1) + "\n")
     plot(shapes, RESULTS / "cpu.png")
-    print(text)
 
 
 if __name__ == "__main__":

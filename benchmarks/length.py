@@ -6,25 +6,18 @@ of one sequence, and prefill of 512 to 32,768 tokens, at the 130m shape with ran
 
 import argparse
 import time
-from pathlib import Path
 
 import numpy as np
-from cpu import RESULTS, SHAPES, RandomSource
+from cpu import SHAPES, RandomSource, save
 
 from refmamba.backends.cpu import Cpu
-from refmamba.bench import seconds
-from refmamba.files import write_text
+from refmamba.bench import proc_status, seconds
 from refmamba.model import quantize_model
 from refmamba.scheme import parse_scheme
 
 POSITIONS = (10, 100, 1000, 5000, 10000, 20000)
 LENGTHS = (512, 2048, 8192, 32768)
 WINDOW = 50  # tokens whose median counts
-
-
-def resident() -> float:
-    """MB of this process now. Linux."""
-    return int(Path("/proc/self/status").read_text(encoding="utf-8").split("VmRSS:")[1].split()[0]) * 1024 / 1e6
 
 
 def main() -> None:
@@ -42,16 +35,13 @@ def main() -> None:
         _, state = runner.step(np.array([token]), state)
         times.append(time.perf_counter() - start)
         if position - WINDOW in POSITIONS:
-            lines.append(f"| {position - WINDOW} | {1e3 * np.median(times[-WINDOW:]):.2f} | {resident():.0f} |")
+            lines.append(f"| {position - WINDOW} | {1e3 * np.median(times[-WINDOW:]):.2f} | {proc_status('VmRSS') / 1e6:.0f} |")
     lines += ["", "| prefill of | ms a token | resident, MB |", "| ---: | ---: | ---: |"]
     for length in LENGTHS:
         prompt = rng.integers(0, config.vocab_size, length)
         best = min(seconds(runner.prefill, [prompt]) for _ in range(3))
-        lines.append(f"| {length} | {1e3 * best / length:.3f} | {resident():.0f} |")
-    text = "\n".join(lines) + "\n"
-    RESULTS.mkdir(exist_ok=True)
-    write_text(RESULTS / "length.md", text)
-    print(text)
+        lines.append(f"| {length} | {1e3 * best / length:.3f} | {proc_status('VmRSS') / 1e6:.0f} |")
+    save("length.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from cpu import RESULTS, SHAPES, RandomSource
+from cpu import SHAPES, RandomSource, save
 from safetensors.numpy import save_file
 
+from refmamba.bench import proc_status
 from refmamba.checkpoint import HUGGING_FACE
-from refmamba.files import write_text
 
 TARGET = 250  # MB, and 1.3 times the codes: the aim
 
@@ -50,15 +50,14 @@ def peak(words: list[str]) -> tuple[float, float, float]:
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         try:
-            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
-            anonymous = max(anonymous, int(status.split("RssAnon:")[1].split()[0]))
-            resident = max(resident, int(status.split("VmRSS:")[1].split()[0]))
+            anonymous = max(anonymous, proc_status("RssAnon", process.pid))
+            resident = max(resident, proc_status("VmRSS", process.pid))
         except (OSError, IndexError):  # it has ended meanwhile
             break
         time.sleep(0.001)
     if process.wait():
         raise SystemExit(f"{' '.join(words)} failed")
-    return anonymous * 1024 / 1e6, resident * 1024 / 1e6, time.perf_counter() - started
+    return anonymous / 1e6, resident / 1e6, time.perf_counter() - started
 
 
 def main() -> None:
@@ -84,10 +83,7 @@ def main() -> None:
             words = [*refmamba, "generate", "The old man", "--model", str(folder), "--max-new-tokens", "16", *scheme]
             peak(words)  # the first run compiles
             lines.append("| {} | {:.0f} | {:.0f} | {:.2f} |".format(title, *peak(words)))
-    text = "\n".join(lines) + "\n"
-    RESULTS.mkdir(exist_ok=True)
-    write_text(RESULTS / "memory.md", text)
-    print(text)
+    save("memory.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 from refmamba.arith import F32Array, IntArray
 from refmamba.backend import load_backend
 from refmamba.calibrate import passage, read_text
-from refmamba.checkpoint import open_checkpoint
+from refmamba.checkpoint import open_float
 from refmamba.config import MambaConfig
 from refmamba.errors import DataError
 from refmamba.eval_tasks import TASKS
@@ -32,7 +32,7 @@ from refmamba.eval_tasks.results import Key, Results
 from refmamba.eval_tasks.score import MAX_LENGTH
 from refmamba.hub import ModelFiles, resolve_model
 from refmamba.load import DEFAULT_SCHEME, Loaded, ModelChoice, calibration_for, choose_scheme
-from refmamba.model import ParameterSource, QuantizedModel, quantize_model
+from refmamba.model import ParameterSource, quantize_model
 from refmamba.options import MODEL_OPTIONS
 from refmamba.outliers import SIGMA, Over, Report, report_on
 from refmamba.perplexity import text_perplexity
@@ -79,10 +79,7 @@ def random_channels(report: Report, outliers: Channels, seed: Sequence[int]) -> 
 def float_checkpoint(choice: ModelChoice) -> tuple[ModelFiles, ParameterSource]:
     """A model's files, opened. Raises RefmambaError, so DataError where it was saved quantized."""
     files = resolve_model(choice.model, choice.revision)
-    opened = open_checkpoint(files.folder)
-    if isinstance(opened, QuantizedModel):
-        raise DataError(f"{choice.model}: is saved quantized; this needs the float checkpoint")
-    return files, opened
+    return files, open_float(files.folder, f"{choice.model}: is saved quantized; this needs the float checkpoint")
 
 
 @dataclass(frozen=True)

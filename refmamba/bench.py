@@ -14,7 +14,6 @@ import numpy as np
 
 from refmamba.arith import IntArray
 from refmamba.backend import Runner
-from refmamba.errors import DataError
 from refmamba.model import ParameterSource, QuantizedModel
 from refmamba.options import model_options
 from refmamba.peers import LLAMA_TYPES, Apart, LlamaCpp, Peer, Transformers, installed, write_gguf
@@ -49,11 +48,15 @@ def read_bandwidth(threads: int) -> float:
         return READ_BYTES / min(seconds(lambda: list(pool.map(np.sum, parts))) for _ in range(REPEATS))
 
 
+def proc_status(field: str, pid: int | str = "self") -> int:
+    """Bytes that Linux gives as a field of a process's status. Raises OSError or IndexError where it has ended."""
+    return 1024 * int(Path(f"/proc/{pid}/status").read_text(encoding="utf-8").split(f"{field}:")[1].split()[0])
+
+
 def peak_rss() -> int:
     """The largest resident size of this process so far, in bytes; 0 where the system does not tell (Windows)."""
     if sys.platform == "linux":  # where getrusage begins with what the parent had
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+        return proc_status("VmHWM")
     if sys.platform == "win32":
         return 0
     import resource
@@ -129,12 +132,9 @@ def llama_cpp_of(folder: Path, file: Path, kind: str, threads: int) -> Peer:
 
 def float_checkpoint(folder: Path) -> ParameterSource:
     """A folder's own weights. Raises DataError for a quantized one."""
-    from refmamba.checkpoint import open_checkpoint
+    from refmamba.checkpoint import open_float
 
-    source = open_checkpoint(folder)
-    if isinstance(source, QuantizedModel):
-        raise DataError(f"{folder}: --compare needs the model's own weights, and these are codes")
-    return source
+    return open_float(folder, f"{folder}: --compare needs the model's own weights, and these are codes")
 
 
 def other_programs(folder: Path, scratch: Path, threads: int) -> list[Apart]:

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from refmamba import SPEC_VERSION
 from refmamba.arith import F32Array
 from refmamba.config import MambaConfig
-from refmamba.errors import CheckpointError, SchemeError
+from refmamba.errors import CheckpointError, DataError, SchemeError
 from refmamba.model import ParameterSource, QuantizedModel, quantize_parameter
 from refmamba.quantize import Codes, FixedPoint, Param, pack4, unpack4
 from refmamba.scheme import LINEAR_WEIGHTS, scheme_from_json
@@ -81,6 +81,14 @@ def open_checkpoint(folder: Path) -> ParameterSource | QuantizedModel:
     if "refmamba" in values:
         return _open_quantized(folder, _config(file, values), values["refmamba"])
     return Checkpoint(folder, _config(file, values))
+
+
+def open_float(folder: Path, refusal: str) -> ParameterSource:
+    """The float checkpoint in a folder. Raises CheckpointError, and DataError with `refusal` where it was saved quantized."""
+    opened = open_checkpoint(folder)
+    if isinstance(opened, QuantizedModel):
+        raise DataError(refusal)
+    return opened
 
 
 class Checkpoint:

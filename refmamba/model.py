@@ -87,7 +87,7 @@ class _OnDemand(Mapping[str, Param]):
 
     def __init__(self, source: ParameterSource, scheme: Scheme, sites: Mapping[str, Param]) -> None:
         self._source, self._scheme, self._sites = source, scheme, sites
-        self._names = list(dict.fromkeys([*sites, *source.config.shapes(), "lm_head.weight"]))
+        self._names = dict.fromkeys([*sites, *source.config.shapes(), "lm_head.weight"])
 
     def __getitem__(self, name: str) -> Param:
         if name in self._sites:

@@ -9,11 +9,11 @@ from typing import Any
 import click
 
 from refmamba.calibrate import calibrate, passage, read_text
-from refmamba.checkpoint import open_checkpoint
+from refmamba.checkpoint import open_float
 from refmamba.errors import DataError
 from refmamba.files import write_text
 from refmamba.load import Loaded
-from refmamba.model import QuantizedModel, quantize_model
+from refmamba.model import quantize_model
 from refmamba.options import model_options
 from refmamba.perplexity import text_perplexity
 from refmamba.scheme import LINEAR_LAYERS
@@ -59,9 +59,8 @@ def command(choose: Callable[[str], Loaded], file: Path | None, per_site: bool, 
     if out is not None and out.suffix != ".json":
         raise DataError(f"--out {out}: a scheme file's name ends in .json")
     loaded = choose("int8-smooth")
-    scheme, source = loaded.runner.scheme, open_checkpoint(loaded.files.folder)
-    if isinstance(source, QuantizedModel):
-        raise DataError(f"{loaded.choice.model}: is saved quantized; the search needs the float checkpoint")
+    refusal = f"{loaded.choice.model}: is saved quantized; the search needs the float checkpoint"
+    scheme, source = loaded.runner.scheme, open_float(loaded.files.folder, refusal)
     calibration = calibrate(source, loaded.tokenizer.encode_array(text))
 
     def bits(alphas: Alphas) -> float:
