@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refmamba.arith import F32Array, IntArray, f32
+from refmamba.backends.cpu_vectors import VNNI
 from refmamba.config import MambaConfig
 from refmamba.errors import BackendError, NonFiniteError
 from refmamba.model import Positions, QuantizedModel, check_tokens
@@ -72,7 +73,8 @@ PASS_ROWS = 256  # tokens that go through the layers together, to bound memory; 
 MOST_SPARE = 2**28  # bytes of memory that is kept to be used again
 PACK_ROWS = 4096  # rows of a weight packed at a time, to bound memory
 REGIONS = 21  # of a layer, at most
-SCRATCH_BYTES = 5120  # of a product
+NEVER = 2**31
+SCRATCH_BYTES = kernels.PANEL_BYTES + kernels.ROWS_OF_PANEL * (3 * 128 + 64)  # of a product
 FIELDS = {field.name: int(field) for field in Run}
 MODES = {"per_token": Mode.TOKEN, "per_tensor": Mode.TENSOR, "static": Mode.STATIC}
 OFFSET = {Kind.PACKED: 8, Kind.BYTES: 128, Kind.FIXED: 1 << 23}  # makes the codes of a weight unsigned
@@ -298,6 +300,7 @@ class Packed:
     columns: int
     bits: int  # 0 in fixed point
     scale: NDArray[Any]
+    norms: F32Array  # of the rows in fixed point, none too small; else 0: their products need no bound of an error
 
     @classmethod
     def of(cls, w: Codes | FixedPoint, order: IntArray) -> "Packed":
@@ -305,8 +308,12 @@ class Packed:
         digits = aligned((packed_bytes(w, len(order)),), np.uint8)
         pack(w, order, digits)
         places = np.flatnonzero(order >= 0)  # the order keeps the rows' own
-        bits, scale = (0, w.exponent) if isinstance(w, FixedPoint) else (w.bits, w.scale)
-        return cls(digits, places, kind_of(w), w.q.shape[1], bits, scale)
+        columns = w.q.shape[1]
+        if isinstance(w, FixedPoint):
+            squares = np.einsum("ij,ij->i", w.q, w.q, dtype=np.float64)
+            norms = (np.sqrt(squares) * 1.001).astype(np.float32)
+            return cls(digits, places, kind_of(w), columns, 0, w.exponent, norms)
+        return cls(digits, places, kind_of(w), columns, w.bits, w.scale, np.zeros((), np.float32))
 
     def rows(self, rows: IntArray) -> IntArray:
         """The codes of some rows: (len(rows), columns)."""
@@ -316,6 +323,15 @@ class Packed:
         """The weight again."""
         q = self.rows(np.arange(len(self.places)))
         return FixedPoint(q, self.scale) if self.kind == Kind.FIXED else Codes(q, self.scale, self.bits)
+
+
+def sum_error(k: int) -> F32Array:
+    """For a float64 sum of k products in panels: a bound on its error and on that of eq. (12), over sqrt(sum x^2 sum w^2).
+
+    Each addition, in a panel or of the panels' sums, is off by at most 2^-53 of the sum of |x w|, which the product of the
+    norms bounds; all products together are too, where the processor rounds them. Eq. (12) rounds less often.
+    """
+    return f32((kernels.PANEL + 2 * math.ceil(k / kernels.PANEL) + 16) * 2.0**-53)
 
 
 class Params(Mapping[str, Param]):
@@ -341,6 +357,7 @@ class CpuRunner:
         self.config, self.scheme = model.config, model.scheme
         self._threads, self._kept, self._lock = threads, list[NDArray[Any]](), threading.Lock()
         self._pool, self._logits_pool = Pool(), Pool()
+        self._code_bytes = 0  # of a row's codes, at most
         c = self.config
         e, r, n = c.d_inner, c.dt_rank, c.d_state
         orders = {"in_proj": padded_rows(e, e), "x_proj": padded_rows(r, n, n), "dt_proj": padded_rows(e),
@@ -412,13 +429,17 @@ class CpuRunner:
             static = scale_of(self.model.value(f"{site}.absmax"), into.bits)
         smooth = bias = 0
         if f"{site}.smooth" in params:
-            k = np.ldexp(1.0, -cast(IntArray, params[f"{site}.smooth"]))
-            smooth = self._keep(np.pad(k, (0, -len(k) % LANES)))
+            powers = np.ldexp(1.0, -cast(IntArray, params[f"{site}.smooth"]))
+            smooth = self._keep(np.pad(powers, (0, -len(powers) % LANES)))
         if f"{site}.bias" in params and kind != "dt_proj":
             bias = self._rows(self.model.value(f"{site}.bias"), order, 0)
+        slices, k = 1 if into and not fixed else 4, strips_of(w.columns) * LANES
+        # Rows that are worth spreading a weight out for: measured with AVX2; VNNI makes the products by digits cheap.
+        panels = (32 if VNNI else 4) if fixed else 8 if slices == 4 and not VNNI else NEVER
+        self._code_bytes = max(self._code_bytes, slices * k, 8 * k + 64 if panels < NEVER else 0)
         fields = {
             Site.CODES: address(w.digits), Site.KIND: w.kind, Site.PAIRS: len(order) // (2 * LANES),
-            Site.K: strips_of(w.columns) * LANES, Site.SLICES: 1 if into and not fixed else 4,
+            Site.K: k, Site.SLICES: slices, Site.PANELS: panels, Site.ERROR: self._rows(w.norms * sum_error(k), order, 0),
             Site.FACTOR: self._rows(np.ldexp(f32(1), -w.scale) if fixed else one, order, 1),
             Site.SCALE: self._rows(one if fixed else w.scale, order, 1), Site.BIAS: bias, Site.IN: mode,
             Site.IN_LARGEST: 2 ** (into.bits - 1) - 1 if into else 2**ACTIVATION_BITS, Site.IN_SCALE: self._keep(static),
@@ -441,8 +462,7 @@ class CpuRunner:
         strips = {"X": model, "NORMED": model, "XZ": 2 * inner, "U": inner, "DELTA": inner,
                   "XBC": int(get(Run.RANK_STRIPS) + 2 * get(Run.STATE_STRIPS))}  # fmt: skip
         sizes = {name: (count + count % 2) * stride * LANES * 4 for name, count in strips.items()}
-        widest = max(c.d_model, c.d_inner, c.dt_rank)
-        sizes |= {"CODES": rows * 4 * strips_of(widest) * LANES, "FACTOR": rows * 4, "SCALE": rows * 4, "ABSMAX": rows * 8,
+        sizes |= {"CODES": rows * self._code_bytes, "FACTOR": rows * 4, "SCALE": rows * 4, "ABSMAX": rows * 8,
                   "SUMS": rows * 8 * int(get(Run.SUM_BLOCKS))}  # fmt: skip
         needed = sum(size + 64 for size in sizes.values())
         if len(self._workspace) < needed or len(self._workspace) > 4 * needed + 2**25:

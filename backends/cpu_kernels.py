@@ -6,9 +6,13 @@ bit.
 
 Activations lie in strips: [strip of 16 channels][row][16 lanes], float32, where a row is one token of one sequence and
 `stride` rows are reserved a strip. So one vector is 16 channels of one token, and sizes that are no multiple of 16 are
-padded with zeros. Codes of activations lie in rows [row][slice][K], int8: one slice where they have 8 bits or fewer; else
-four, the balanced base-256 digits of a 31-bit code. Codes of weights are unsigned digits in the layout of `tile`: a
-weight is its digits' sum less an offset, which is taken off with the sum of the row's codes.
+padded with zeros. Codes of weights are unsigned digits in the layout of `tile`: a weight is its digits' sum less an offset.
+
+A product is made in one of two ways. By digits: codes of activations lie in rows [row][slice][K], int8, one slice where they
+have 8 bits or fewer, else four, the balanced base-256 digits of a 31-bit code; the weights' offset is taken off with the sum
+of the row's codes. By panels, where enough rows share the work: a strip of weights is spread out once to float64, and
+multiplied with rows [row][K] of the same. What 31-bit and 23-bit codes give does not fit float64, but its error has a bound,
+and where that leaves the rounding to float32 open, which is rare, the exact sum decides: eq. (12) either way.
 """
 
 import math
@@ -19,29 +23,38 @@ import numpy as np
 
 from refmamba import arith
 from refmamba.backends.cpu_vectors import (
+    DOUBLES,
+    REGISTERS_32,
     bits,
+    differ,
     double,
     fetch,
     fetch_add,
     float_of,
     from_bits,
     get,
+    get_d,
     get_f,
     give_way,
     lane_tree,
     largest,
+    load_apart,
     load_d,
     load_f,
     load_i,
     negative,
+    panel_tile,
     pause,
     put,
     put_f,
     rint,
+    rint_d,
     single,
+    splat_d,
     splat_f,
     splat_i,
     splat_l,
+    store_apart,
     store_bytes,
     store_d,
     store_f,
@@ -53,6 +66,7 @@ from refmamba.backends.cpu_vectors import (
     total,
     where,
     where_i,
+    whole_double,
     widen,
 )  # fmt: skip
 from refmamba.quantize import ABSMAX_ZERO
@@ -61,7 +75,10 @@ f32 = np.float32
 # numpy's integers where they are arguments: numba compiles a function anew for each of Python's.
 FLOATS = np.int64(64)  # bytes of 16 float32
 BLOCK = 4096  # columns whose integer product is joined in one piece, eq. (12)
-ROWS_OF_TILE = 64  # rows of one item of a product
+ROWS_OF_TILE = 64  # rows of one item of a product by digits
+ROWS_OF_PANEL = 96  # and by panels
+PANEL = 256  # columns of a panel
+PANEL_BYTES = 8 * 16 * PANEL
 CONV_ROWS = 16  # rows convolved strip by strip: a strip's rows are neighbours, a row's strips are pages apart
 LINE = 64  # bytes between two threads' counters
 INFINITE = 0x7F800000
@@ -80,8 +97,8 @@ class Run(IntEnum):
 class Site(IntEnum):
     """One linear layer: int64 each."""
 
-    (CODES, KIND, PAIRS, K, SLICES, FACTOR, SCALE, BIAS, IN, IN_LARGEST, IN_SCALE, SMOOTH, OUT, OUT_LARGEST,
-     NUMBER) = range(15)  # fmt: skip
+    (CODES, KIND, PAIRS, K, SLICES, PANELS, ERROR, FACTOR, SCALE, BIAS, IN, IN_LARGEST, IN_SCALE, SMOOTH, OUT, OUT_LARGEST,
+     NUMBER) = range(17)  # fmt: skip
 
 
 class Layer(IntEnum):
@@ -117,8 +134,10 @@ def at(table, field):
     return get(table + 8 * field)
 
 
-BYTES_8, BYTES_4, BYTES_1 = tile(False, 2, 8, 1), tile(False, 2, 4, 1), tile(False, 2, 1, 4)
-PACKED_8, PACKED_4, PACKED_1 = tile(True, 2, 8, 1), tile(True, 2, 4, 1), tile(True, 2, 1, 2)
+PANEL_12, PANEL_6, PANEL_2, PANEL_1 = panel_tile(12), panel_tile(6), panel_tile(2), panel_tile(1)
+STRIPS = 2 if REGISTERS_32 else 1  # of a tile
+BYTES_8, BYTES_4, BYTES_1 = tile(False, STRIPS, 8, 1), tile(False, STRIPS, 4, 1), tile(False, STRIPS, 1, 4)
+PACKED_8, PACKED_4, PACKED_1 = tile(True, STRIPS, 8, 1), tile(True, STRIPS, 4, 1), tile(True, STRIPS, 1, 2)
 
 LOG2_E, LN2_HIGH, LN2_LOW, EXP_LOW, EXP_HIGH = arith.LOG2_E, arith.LN2_HIGH, arith.LN2_LOW, arith.EXP_LOW, arith.EXP_HIGH
 E0, E1, E2, E3, E4 = arith.EXP_TERMS
@@ -340,9 +359,22 @@ def factors(mode, most, m, static):
     return scale, scale, ONE
 
 
+@inlined
+def by_panels(site, rows):
+    """Whether a product of so many rows is made by panels."""
+    return rows >= at(site, Site.PANELS)
+
+
+@inlined
+def code_bytes(k):
+    """Bytes of a row of codes for panels: an odd number of lines, so that rows do not share their cache sets."""
+    return 8 * k + LINE
+
+
 @kernel()
-def code_row(run, site, source, row, m):
-    """Codes of a row, eq. (8) or (10), in slices; its factors; and the sum of its codes, a block of K at a time."""
+def code_row(run, site, source, row, m, panels):
+    """Codes of a row, eq. (8) or (10), and its factors. By digits: slices, and the codes' sum, a block of K at a time. By
+    panels: float64, and what is not below the square root of the sum of their squares."""
     slices, k, step = at(site, Site.SLICES), at(site, Site.K), at(run, Run.STRIDE) * FLOATS
     smooth, most = at(site, Site.SMOOTH), at(site, Site.IN_LARGEST)
     multiplier, scale, power = factors(at(site, Site.IN), most, m, get_f(at(site, Site.IN_SCALE)))
@@ -351,6 +383,16 @@ def code_row(run, site, source, row, m):
     codes = at(run, Run.CODES) + row * slices * k
     by, high, low = splat_f(multiplier), splat_f(f32(most)), splat_f(-f32(most))
     sums = at(run, Run.SUMS) + 8 * row * at(run, Run.SUM_BLOCKS)
+    if panels:
+        codes = at(run, Run.CODES) + row * code_bytes(k)
+        squares = splat_f(ZERO)
+        for s in range(k // 16):
+            v = value(source, s, step, smooth) * by
+            v = rint(where(v > high, high, where(v < low, low, v)))
+            squares = squares + v * v
+            store_d(codes + 2 * s * FLOATS, double(v))
+        put_f(sums, f32(1.01) * math.sqrt(lane_tree(squares)))
+        return
     block = 0
     while block * BLOCK < k:
         s_sum = splat_l(0)
@@ -394,6 +436,7 @@ def code_rows(run, work, layer, index, site, source, counter):
     sequences = at(run, Run.OUT_SEQUENCE) if head else at(run, Run.SEQUENCE)
     starts = at(run, Run.OUT_START) if head else at(run, Run.START)
     strips, whole = at(site, Site.K) // 16, at(site, Site.IN) == Mode.TENSOR
+    panels = by_panels(site, rows)
     mine = 0
     first, last = share(run, counter, rows)
     while first < rows:
@@ -410,7 +453,7 @@ def code_rows(run, work, layer, index, site, source, counter):
             if whole:
                 put(at(run, Run.ABSMAX) + 8 * row, m)
             else:
-                code_row(run, site, here, row, m)
+                code_row(run, site, here, row, m, panels)
         mine += last - first
         first, last = share(run, counter, rows)
     counter = meet(counter, rows, mine)
@@ -420,7 +463,7 @@ def code_rows(run, work, layer, index, site, source, counter):
         while first < rows:
             for row in range(first, last):
                 m = tensor_absmax(run, starts, get(sequences + 8 * row))
-                code_row(run, site, source + row * FLOATS, row, m)
+                code_row(run, site, source + row * FLOATS, row, m, panels)
             mine += last - first
             first, last = share(run, counter, rows)
         counter = meet(counter, rows, mine)
@@ -469,20 +512,27 @@ def requantize_rows(run, site, source, target, residual, counter):
 @kernel()
 def tiles(packed, slices, count, w, w_stride, x, x_stride, k, out):
     """The integer product of a pair of strips with `count` rows of `slices` slices."""
-    columns = count * slices
-    if packed:
-        if columns == 8:
-            PACKED_8(w, w_stride, x, x_stride, k, out)
-        elif columns == 4:
-            PACKED_4(w, w_stride, x, x_stride, k, out)
-        else:
-            PACKED_1(w, w_stride, x, x_stride, k, out)
-    elif columns == 8:
-        BYTES_8(w, w_stride, x, x_stride, k, out)
-    elif columns == 4:
-        BYTES_4(w, w_stride, x, x_stride, k, out)
-    else:
-        BYTES_1(w, w_stride, x, x_stride, k, out)
+    columns, strip = count * slices, 0
+    while strip < 2:
+        w_at, out_at = w + strip * w_stride, out + strip * FLOATS
+        column = 0
+        while column < columns:
+            x_at, here, left = x + column * x_stride, out_at + column * 2 * FLOATS, columns - column
+            if packed:
+                if REGISTERS_32 and left >= 8:
+                    PACKED_8(w_at, w_stride, x_at, x_stride, k, here)
+                elif left >= 4:
+                    PACKED_4(w_at, w_stride, x_at, x_stride, k, here)
+                else:
+                    PACKED_1(w_at, w_stride, x_at, x_stride, k, here)
+            elif REGISTERS_32 and left >= 8:
+                BYTES_8(w_at, w_stride, x_at, x_stride, k, here)
+            elif left >= 4:
+                BYTES_4(w_at, w_stride, x_at, x_stride, k, here)
+            else:
+                BYTES_1(w_at, w_stride, x_at, x_stride, k, here)
+            column += 8 if REGISTERS_32 and left >= 8 else (4 if left >= 4 else 1)
+        strip += STRIPS
 
 
 @inlined
@@ -578,16 +628,144 @@ def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes
 
 
 @kernel()
+def spread(site, strip, start, width, out):
+    """The codes of 16 rows of a weight, `width` columns from `start` on, as `panel_tile` takes them."""
+    kind, k = at(site, Site.KIND), at(site, Site.K)
+    packed, planes = kind == Kind.PACKED, max(1, kind)
+    plane_bytes = 8 * k if packed else 16 * k
+    digits = at(site, Site.CODES) + strip * planes * plane_bytes + (8 if packed else 16) * start
+    low, apart = splat_i(255), 8 * DOUBLES * width
+    for group in range(width // 4):  # of four columns
+        here = digits + (group // 2 if packed else group) * LINE
+        v = load_i(here)
+        if packed:
+            v = (v >> splat_i(group % 2 * 4)) & splat_i(0x0F0F0F0F)
+        for j in range(4):
+            place, shift = out + (4 * group + j) * 8 * DOUBLES, splat_i(8 * j)
+            q = (v >> shift) & low
+            if kind == Kind.FIXED:
+                q = q + (((load_i(here + plane_bytes) >> shift) & low) << splat_i(8))
+                q = q + (((load_i(here + 2 * plane_bytes) >> shift) & low) << splat_i(16))
+                store_apart(place, apart, whole_double(q - splat_i(1 << 23)))
+            else:
+                store_apart(place, apart, whole_double(q - splat_i(8 if packed else 128)))
+
+
+@inlined
+def multiply(w, width, x, step, rows, sums):
+    """Add the product of a panel with rows of codes to their sums."""
+    for part in range(16 // DOUBLES):
+        panel, out = w + part * 8 * DOUBLES * width, sums + part * 8 * DOUBLES
+        row = 0
+        while row < rows:
+            left, codes, out_row = rows - row, x + row * step, out + row * 2 * FLOATS
+            if REGISTERS_32 and left >= 12:
+                PANEL_12(panel, codes, step, width, out_row)
+                row += 12
+            elif left >= 6:
+                PANEL_6(panel, codes, step, width, out_row)
+                row += 6
+            elif left >= 2:
+                PANEL_2(panel, codes, step, width, out_row)
+                row += 2
+            else:
+                PANEL_1(panel, codes, step, width, out_row)
+                row += 1
+
+
+@kernel()
+def exact_sums(site, strip, x, step, w, sums, doubtful, count):
+    """The exact float64 product of `count` rows, eq. (12), where it was in doubt. doubtful: their places in x and in `sums`."""
+    k, stride = at(site, Site.K), ROWS_OF_PANEL * 2 * FLOATS  # from the sums to those of the high parts and of the low parts
+    nothing, part = splat_d(0.0), splat_d(4096.0)
+    for i in range(count):
+        at_sum = sums + get(doubtful + 8 * i) * 2 * FLOATS
+        for place in range(3):
+            store_d(at_sum + place * stride, nothing)
+    start = 0
+    while start < k:
+        width = min(PANEL, k - start)
+        spread(site, strip, start, width, w)
+        ends = start + width == k or (start + width) % BLOCK == 0
+        for i in range(count):
+            row = get(doubtful + 8 * i)
+            at_sum, codes = sums + row * 2 * FLOATS, x + row * step + 8 * start
+            high, low = load_d(at_sum + stride), load_d(at_sum + 2 * stride)
+            for column in range(width):
+                v, q = load_apart(w + column * 8 * DOUBLES, 8 * DOUBLES * width), splat_d(get_d(codes + 8 * column))
+                v_high = rint_d(v * splat_d(1 / 4096))
+                high = high + q * v_high
+                low = low + q * (v - v_high * part)
+            if ends:
+                store_d(at_sum, load_d(at_sum) + (high * part + low))
+                high, low = nothing, nothing
+            store_d(at_sum + stride, high)
+            store_d(at_sum + 2 * stride, low)
+        start += width
+
+
+@inlined
+def finish_row(run, site, row, y, out, strip, strip_bytes, row_bytes, limit, residual):
+    """Eq. (13)'s divisions for 16 values of a row, and what `finish` does."""
+    bias = 0 if at(site, Site.OUT) != Mode.NONE else at(site, Site.BIAS)
+    y = y / (splat_f(get_f(at(run, Run.SCALE) + 4 * row)) * load_f(at(site, Site.SCALE) + strip * FLOATS))
+    finish(out + strip * strip_bytes + row * row_bytes, y, bias, strip, limit, residual)
+
+
+@kernel()
+def panel_item(rank, run, site, strip, first, last, out, strip_bytes, row_bytes, limit, residual):
+    """Rows first to last of a strip of a product by panels: eq. (11, 12, 13), the bias and the residual. limit: rows of w."""
+    k, rows = at(site, Site.K), last - first
+    w = at(run, Run.SCRATCH) + rank * at(run, Run.SCRATCH_BYTES)
+    sums, step = w + PANEL_BYTES, code_bytes(k)
+    doubtful, count = sums + 3 * ROWS_OF_PANEL * 2 * FLOATS, 0
+    x = at(run, Run.CODES) + first * step
+    for i in range(rows):
+        store_d(sums + i * 2 * FLOATS, splat_d(0.0))
+    start = 0
+    while start < k:
+        width = min(PANEL, k - start)
+        spread(site, strip, start, width, w)
+        multiply(w, width, x + 8 * start, step, rows, sums)
+        start += width
+    factor = double(load_f(at(site, Site.FACTOR) + strip * FLOATS))
+    bound = double(load_f(at(site, Site.ERROR) + strip * FLOATS))
+    for i in range(rows):
+        row = first + i
+        by = double(splat_f(get_f(at(run, Run.FACTOR) + 4 * row))) * factor
+        error = double(splat_f(get_f(at(run, Run.SUMS) + 8 * row * at(run, Run.SUM_BLOCKS)))) * bound
+        acc = load_d(sums + i * 2 * FLOATS)
+        y = single((acc - error) * by)
+        if differ(y, single((acc + error) * by)):
+            put(doubtful + 8 * count, i)
+            count += 1
+        else:
+            finish_row(run, site, row, y, out, strip, strip_bytes, row_bytes, limit, residual)
+    if count:
+        exact_sums(site, strip, x, step, w, sums, doubtful, count)
+    for n in range(count):
+        i = get(doubtful + 8 * n)
+        row = first + i
+        by = double(splat_f(get_f(at(run, Run.FACTOR) + 4 * row))) * factor
+        y = single(load_d(sums + i * 2 * FLOATS) * by)
+        finish_row(run, site, row, y, out, strip, strip_bytes, row_bytes, limit, residual)
+
+
+@kernel()
 def product(rank, run, site, rows, out, strip_bytes, row_bytes, limit, residual, counter):
-    """Region: a product, a pair of strips and some rows an item. Returns the next region's counter."""
-    pairs = at(site, Site.PAIRS)
-    items, mine = pairs * ((rows + ROWS_OF_TILE - 1) // ROWS_OF_TILE), 0
+    """Region: a product, one or two strips and some rows an item. Returns the next region's counter."""
+    panels = by_panels(site, rows)
+    pieces, height = (2 * at(site, Site.PAIRS), ROWS_OF_PANEL) if panels else (at(site, Site.PAIRS), ROWS_OF_TILE)
+    items, mine = pieces * ((rows + height - 1) // height), 0
     first, last = share(run, counter, items)
     while first < items:
         for i in range(first, last):
-            row = i // pairs * ROWS_OF_TILE
-            end = min(rows, row + ROWS_OF_TILE)
-            product_item(rank, run, site, i % pairs, row, end, out, strip_bytes, row_bytes, limit, residual)
+            row = i // pieces * height
+            end = min(rows, row + height)
+            if panels:
+                panel_item(rank, run, site, i % pieces, row, end, out, strip_bytes, row_bytes, limit, residual)
+            else:
+                product_item(rank, run, site, i % pieces, row, end, out, strip_bytes, row_bytes, limit, residual)
         mine += last - first
         first, last = share(run, counter, items)
     return meet(counter, items, mine)
@@ -728,7 +906,7 @@ def probe(rank, run):
     """What the exactness rests on, for `Cpu` to check: a product, and a subnormal that this thread does not flush to zero."""
     w, x, k, out = get(run), get(run + 8), get(run + 16), get(run + 24)
     if rank == 0:
-        BYTES_8(w, 16 * k, x, k, k, out)
+        tiles(False, 1, 8, w, 16 * k, x, k, k, out)
     tiny = get_f(get(run + 32))
     put_f(get(run + 40) + 4 * rank, tiny * HALF)
 

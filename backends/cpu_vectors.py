@@ -24,6 +24,8 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 FEATURES = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
 # Bytes that one VNNI instruction multiplies; 0: there is none.
 VNNI = 64 if {"+avx512vnni", "+avx512bw", "+avx512vl"} <= FEATURES else 32 if "+avxvnni" in FEATURES else 0
+REGISTERS_32 = not X86 or "+avx512vl" in FEATURES  # else 16
+DOUBLES = 16 if REGISTERS_32 else 8  # channels of one tile of float64
 
 i8, i16, i32, i64, f32, f64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
 
@@ -65,6 +67,7 @@ _operator(operator.sub, {F: "fsub", D: "fsub", I: "sub", L: "sub"})
 _operator(operator.mul, {F: "fmul", D: "fmul", I: "mul", L: "mul"})
 _operator(operator.truediv, {F: "fdiv"})
 _operator(operator.and_, {I: "and_", L: "and_", M: "and_"})
+_operator(operator.or_, {I: "or_"})
 _operator(operator.xor, {I: "xor"})
 _operator(operator.lshift, {I: "shl", L: "shl"})
 _operator(operator.rshift, {I: "ashr", L: "ashr"})
@@ -146,6 +149,23 @@ def store_f(b: Any, address: Any, value: Any) -> Any:
 @_intrinsic(types.void, types.int64, D)
 def store_d(b: Any, address: Any, value: Any) -> Any:
     b.store(value, _pointer(b, address, D.llvm), align=64)
+
+
+@_intrinsic(D, types.int64, types.int64)
+def load_apart(b: Any, address: Any, stride: Any) -> Any:
+    """What `store_apart` stored."""
+    if DOUBLES == LANES:
+        return _load(b, address, D.llvm, 64)
+    parts = [_load(b, at, ir.VectorType(f64, DOUBLES), 64) for at in (address, b.add(address, stride))]
+    return b.shuffle_vector(*parts, ir.Constant(I.llvm, list(range(LANES))))
+
+
+@_intrinsic(types.void, types.int64, types.int64, D)
+def store_apart(b: Any, address: Any, stride: Any, value: Any) -> Any:
+    """DOUBLES lanes here, and where those are not all, the others `stride` bytes on."""
+    for start in range(0, LANES, DOUBLES):
+        b.store(_pick(b, value, range(start, start + DOUBLES)), _pointer(b, address, ir.VectorType(f64, DOUBLES)), align=64)
+        address = b.add(address, stride)
 
 
 @_intrinsic(types.void, types.int64, F, types.int64)
@@ -255,6 +275,26 @@ def to_double(b: Any, x: Any) -> Any:
     return b.sitofp(x, D.llvm)
 
 
+@_intrinsic(D, I)
+def whole_double(b: Any, x: Any) -> Any:
+    return b.sitofp(x, D.llvm)
+
+
+@_intrinsic(D, D)
+def rint_d(b: Any, x: Any) -> Any:
+    return _call(b, "llvm.roundeven.v16f64", D.llvm, x)
+
+
+@_intrinsic(D, types.float64)
+def splat_d(b: Any, x: Any) -> Any:
+    return _splat(b, x)
+
+
+@_intrinsic(types.float64, types.int64)
+def get_d(b: Any, address: Any) -> Any:
+    return _load(b, address, f64, 8)
+
+
 @_intrinsic(D, F)
 def double(b: Any, x: Any) -> Any:
     return b.fpext(x, D.llvm)
@@ -268,6 +308,13 @@ def single(b: Any, x: Any) -> Any:
 @_intrinsic(types.int64, I)
 def largest(b: Any, x: Any) -> Any:
     return b.sext(_call(b, "llvm.vector.reduce.smax.v16i32", i32, x), i64)
+
+
+@_intrinsic(types.int64, F, F)
+def differ(b: Any, x: Any, y: Any) -> Any:
+    """1 where a lane's bits are not the same in both, else 0."""
+    unequal = b.icmp_signed("!=", b.bitcast(x, I.llvm), b.bitcast(y, I.llvm))
+    return b.zext(_call(b, "llvm.vector.reduce.or.v16i1", ir.IntType(1), unequal), i64)
 
 
 @_intrinsic(types.int64, L)
@@ -314,8 +361,9 @@ def tile(packed: bool, strips: int, columns: int, unroll: int) -> Any:
     """A register-blocked integer product, as an intrinsic (w, w_stride, x, x_stride, k, out).
 
     Sums over k of w[strip][k][lane] x[column][k], for `strips` strips of 16 rows and `columns` rows of x: exact, int32,
-    to out[column][strip][lane]. w holds unsigned digits, [k/4][16 lanes][4], or packed, two digits a byte, [k/8][16][4]
-    with the first four k in the low halves. x holds int8. `unroll` sums are kept apart, to hide the latency.
+    to out[column][strip][lane], where a column has room for two strips. w holds unsigned digits, [k/4][16 lanes][4], or
+    packed, two digits a byte, [k/8][16][4] with the first four k in the low halves. x holds int8. `unroll` sums are kept
+    apart, to hide the latency.
     k is a multiple of 16.
     """
 
@@ -365,9 +413,47 @@ def tile(packed: bool, strips: int, columns: int, unroll: int) -> Any:
                 value = new[0][s][c]
                 for u in range(1, unroll):
                     value = b.add(value, new[u][s][c])
-                b.store(value, _pointer(b, b.add(out, ir.Constant(i64, 64 * (c * strips + s))), I.llvm), align=64)
+                b.store(value, _pointer(b, b.add(out, ir.Constant(i64, 64 * (2 * c + s))), I.llvm), align=64)
 
     return _intrinsic(types.void, *[types.int64] * 6)(build)
+
+
+def panel_tile(columns: int) -> Any:
+    """A register-blocked float64 product, as an intrinsic (w, x, x_stride, k, out): out[column][lane] += the sum over k.
+
+    w: [k][DOUBLES lanes]; x: [column][k]; a column of `out` has 16 lanes. Each product may be rounded, or only its sum.
+    k is a multiple of 16.
+    """
+    kind = ir.VectorType(f64, DOUBLES)
+
+    def build(b: Any, w: Any, x: Any, x_stride: Any, k: Any, out: Any) -> Any:
+        before, loop = b.block, b.append_basic_block("panel")
+        after = b.append_basic_block("panel.end")
+        b.branch(loop)
+        b.position_at_end(loop)
+        at = b.phi(i64)
+        at.add_incoming(ir.Constant(i64, 0), before)
+        sums = [b.phi(kind) for _ in range(columns)]
+        new = list(sums)
+        w_at, x_at = b.add(w, b.mul(at, ir.Constant(i64, 8 * DOUBLES))), b.add(x, b.mul(at, ir.Constant(i64, 8)))
+        for u in range(2):
+            codes = _load(b, b.add(w_at, ir.Constant(i64, 8 * DOUBLES * u)), kind, 64)
+            for c in range(columns):
+                offset = b.add(b.mul(x_stride, ir.Constant(i64, c)), ir.Constant(i64, 8 * u))
+                one = _splat(b, _load(b, b.add(x_at, offset), f64, 8), DOUBLES)
+                new[c] = _call(b, f"llvm.fmuladd.v{DOUBLES}f64", kind, codes, one, new[c])
+        for c in range(columns):
+            sums[c].add_incoming(ir.Constant(kind, [0.0] * DOUBLES), before)
+            sums[c].add_incoming(new[c], loop)
+        following = b.add(at, ir.Constant(i64, 2))
+        at.add_incoming(following, loop)
+        b.cbranch(b.icmp_signed("<", following, k), loop, after)
+        b.position_at_end(after)
+        for c in range(columns):
+            place = b.add(out, ir.Constant(i64, 8 * LANES * c))
+            b.store(b.fadd(_load(b, place, kind, 64), new[c]), _pointer(b, place, kind), align=64)
+
+    return _intrinsic(types.void, *[types.int64] * 5)(build)
 
 
 # Threads.

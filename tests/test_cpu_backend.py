@@ -127,6 +127,38 @@ def test_rows_longer_than_a_block(backend: Cpu) -> None:
     assert np.array_equal(a, b)
 
 
+class Cancelling(RandomSource):
+    """Every output of in_proj is 300 products of 2^51 to 2^52, the same with the other sign, and a rest of about 2^30."""
+
+    def read(self, name: str) -> np.ndarray:
+        rng = np.random.default_rng(3)
+        if name == "layers.0.in_proj.weight":
+            codes = rng.integers(2**21, 2**22, (2400, 300))
+            rest = rng.integers(-1, 2, codes.shape) * (np.arange(300) < 4)
+            return np.ldexp(np.concatenate([codes, rest - codes], axis=1), -22).astype(np.float32)
+        if name == "embedding.weight":
+            return np.tile(rng.uniform(0.5, 1, (50, 300)).astype(np.float32), 2)
+        return np.ones(600, np.float32) if name == "layers.0.norm.weight" else super().read(name)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40, 130])
+def test_sums_of_which_float64_keeps_too_little(rows: int, backend: Cpu) -> None:
+    """On the way a sum is near 2^60, where float64 is off by 2^7 at each step: about the last bit of the float32 result."""
+    model, batch = (
+        quantize_model(Cancelling(MambaConfig(600, 1, 50)), parse_scheme("fp32")),
+        [tokens(CONFIGS["plain"], rows) % 50],
+    )
+    seen: list[np.ndarray] = []
+
+    def look(site: str, value: np.ndarray) -> None:
+        if site == "layers.0.in_proj.out":
+            seen.append(value.copy())
+
+    Mamba(model).prefill(batch, hook=look)
+    backend.load(model).prefill(batch, hook=look)
+    assert np.array_equal(seen[0].view(np.int32), seen[1].view(np.int32))
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_any_number_of_threads(count: int) -> None:
     config = CONFIGS["plain"]
