@@ -325,7 +325,7 @@ class Packed:
         return FixedPoint(q, self.scale) if self.kind == Kind.FIXED else Codes(q, self.scale, self.bits)
 
 
-def sum_error(k: int) -> F32Array:
+def sum_error(k: int) -> np.float32:
     """For a float64 sum of k products in panels: a bound on its error and on that of eq. (12), over sqrt(sum x^2 sum w^2).
 
     Each addition, in a panel or of the panels' sums, is off by at most 2^-53 of the sum of |x w|, which the product of the

@@ -820,6 +820,7 @@ def scan_strip(rank, run, layer, index, sequence, s):
     half = 1
     while 2 * half < n:
         half *= 2
+    pairs = n - half  # states with one `half` further on, with which the tree adds them
     B = at(run, Run.XBC) + at(run, Run.RANK_STRIPS) * step
     C = B + at(run, Run.STATE_STRIPS) * step
     u_strip, dt_strip, z_strip = at(run, Run.U) + s * step, at(run, Run.DELTA) + s * step, at(run, Run.XZ) + (inner + s) * step
@@ -833,16 +834,16 @@ def scan_strip(rank, run, layer, index, sequence, s):
         u, delta = load_f(u_strip + here), load_f(dt_strip + here)
         delta_u = delta * u
         # The tree's first level as the terms come; states that fill up to a power of two are zeros.
-        for i in range(half):
+        for i in range(pairs):
+            j = i + half
+            lane, other = i // 16 * step + i % 16 * 4 + here, j // 16 * step + j % 16 * 4 + here
+            term = scan_term(delta, delta_u, A + i * FLOATS, h + i * FLOATS, B + lane, C + lane)
+            term = term + scan_term(delta, delta_u, A + j * FLOATS, h + j * FLOATS, B + other, C + other)
+            store_f(terms + i * FLOATS, term)
+        for i in range(pairs, half):
             lane = i // 16 * step + i % 16 * 4 + here
             term = scan_term(delta, delta_u, A + i * FLOATS, h + i * FLOATS, B + lane, C + lane)
-            j = i + half
-            if j < n:
-                lane = j // 16 * step + j % 16 * 4 + here
-                term = term + scan_term(delta, delta_u, A + j * FLOATS, h + j * FLOATS, B + lane, C + lane)
-            elif n > 1:
-                term = term + splat_f(ZERO)
-            store_f(terms + i * FLOATS, term)
+            store_f(terms + i * FLOATS, term + splat_f(ZERO) if n > 1 else term)
         width = half
         while width > 1:
             width //= 2

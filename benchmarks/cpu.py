@@ -137,7 +137,7 @@ def machine() -> str:
         cpu = info.split("model name")[1].splitlines()[0].strip("\t :")
         cpu += f" ({', '.join(f for f in ('avx2', 'avx512f', 'avx512_vnni', 'amx_int8') if f in flags)})"
     found = []
-    for package in ("numba", "torch", "transformers", "llama_cpp_python"):
+    for package in ("numba", "torch", "transformers", "llama_cpp_python", "lm_eval"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{package} {importlib.metadata.version(package)}")
     return f"{cpu}; {', '.join(found)}"
