@@ -667,7 +667,17 @@ class Cpu:
 
     def operations(self) -> Mapping[str, Callable[..., Any]]:
         """Those that stand alone in the kernels; the others are fused, and the whole model is what shows their bits."""
-        return {name: functools.partial(elementwise, i) for i, name in enumerate(("exp", "softplus", "silu"))}
+        alone = {name: functools.partial(elementwise, i) for i, name in enumerate(("exp", "softplus", "silu"))}
+        return alone | {"log_softmax": functools.partial(log_softmax, self.threads)}
+
+
+def log_softmax(threads: Threads, logits: F32Array) -> F32Array:
+    """Eq. (25), a row at a time on each thread: (..., vocabulary) -> the same."""
+    x, n = np.ascontiguousarray(logits), logits.shape[-1]
+    y, terms = np.empty_like(x), aligned((threads.count, strips_of(n) * LANES))
+    table = [0, x.size // n, n, address(x), address(y), address(terms), terms.strides[0]]
+    threads.run(kernels.log_softmax, np.array(table))
+    return y
 
 
 def elementwise(which: int, x: F32Array) -> F32Array:

@@ -36,11 +36,14 @@ from refmamba.backends.cpu_vectors import (
     get_d,
     get_f,
     give_way,
+    highest,
     lane_tree,
     largest,
+    load_any,
     load_apart,
     load_d,
     load_f,
+    load_first,
     load_i,
     negative,
     panel_tile,
@@ -54,6 +57,7 @@ from refmamba.backends.cpu_vectors import (
     splat_f,
     splat_i,
     splat_l,
+    store_any,
     store_apart,
     store_bytes,
     store_d,
@@ -187,9 +191,8 @@ def exp_negative(x):
 
 
 @inlined
-def log1p(y):
-    """Eq. (2, 3) for 0 <= y <= 1, where log needs none of its special cases; NaN for NaN."""
-    u = splat_f(ONE) + y
+def log_normal(u):
+    """Eq. (2) of normal numbers above zero, which are none of its special cases."""
     whole = bits(u)
     k = (whole - splat_i(SQRT_HALF_BITS)) >> splat_i(23)
     f = from_bits(whole - (k << splat_i(23))) - splat_f(ONE)
@@ -203,8 +206,14 @@ def log1p(y):
     p = p * f + splat_f(G7)
     square = f * f
     log_u = (((p * f) * square + n * splat_f(LN2_LOW)) - splat_f(HALF) * square) + f
-    log_u = log_u + n * splat_f(LN2_HIGH)
-    return log_u + (y - (u - splat_f(ONE))) / u
+    return log_u + n * splat_f(LN2_HIGH)
+
+
+@inlined
+def log1p(y):
+    """Eq. (3) for 0 <= y <= 1; NaN for NaN."""
+    u = splat_f(ONE) + y
+    return log_normal(u) + (y - (u - splat_f(ONE))) / u
 
 
 @inlined
@@ -565,7 +574,10 @@ def finish(here, y, bias, strip, limit, residual):
     if bias != 0:
         y = y + load_f(bias + strip * FLOATS)
     if limit:
-        store_first(here, y, limit - 16 * strip)
+        if 16 * strip + 16 <= limit:
+            store_any(here, y)
+        else:
+            store_first(here, y, limit - 16 * strip)
     else:
         store_f(here, load_f(here) + y if residual else y)
 
@@ -910,6 +922,49 @@ def probe(rank, run):
         tiles(False, 1, 8, w, 16 * k, x, k, k, out)
     tiny = get_f(get(run + 32))
     put_f(get(run + 40) + 4 * rank, tiny * HALF)
+
+
+@inlined
+def logit_vector(x, s, n):
+    """Vector s of a row of n logits, filled up with -infinity."""
+    return load_any(x + s * FLOATS) if 16 * s + 16 <= n else load_first(x + s * FLOATS, n - 16 * s)
+
+
+@kernel()
+def log_softmax_row(x, y, terms, n):
+    """Eq. (25): n logits at x to log-probabilities at y. terms: room for n float32, up to whole vectors."""
+    vectors = (n + 15) // 16
+    m = splat_f(-INFINITY)
+    for s in range(vectors):
+        v = logit_vector(x, s, n)
+        m = where(v > m, v, m)
+    m = splat_f(highest(m))
+    for s in range(vectors):
+        store_f(terms + s * FLOATS, exp_negative(logit_vector(x, s, n) - m))
+    width, filled = 1, vectors
+    while width < vectors:
+        width *= 2
+    while width > 1:  # the tree; where it adds +0.0 to what is no -0.0, nothing is done
+        width //= 2
+        for s in range(filled - width):
+            store_f(terms + s * FLOATS, load_f(terms + s * FLOATS) + load_f(terms + (s + width) * FLOATS))
+        filled = min(filled, width)
+    total_of_terms = splat_f(lane_tree(load_f(terms)))
+    log = log_normal(total_of_terms) + (total_of_terms - total_of_terms)  # a NaN stays one
+    for s in range(n // 16):
+        store_any(y + s * FLOATS, load_any(x + s * FLOATS) - m - log)
+    if n % 16:
+        store_first(y + n // 16 * FLOATS, logit_vector(x, n // 16, n) - m - log, n % 16)
+
+
+@kernel(cache=True)
+def log_softmax(rank, run):
+    """Rows of logits: (counter, rows, n, source, target, room for the terms, its bytes for each thread)."""
+    rows, n, terms = get(run + 8), get(run + 16), get(run + 40) + rank * get(run + 48)
+    row = fetch_add(run, 1)
+    while row < rows:
+        log_softmax_row(get(run + 24) + 4 * n * row, get(run + 32) + 4 * n * row, terms, n)
+        row = fetch_add(run, 1)
 
 
 @kernel(cache=True)

@@ -123,12 +123,29 @@ def _pick(builder: Any, vector: Any, lanes: range) -> Any:
     return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(i32, len(lanes)), list(lanes)))
 
 
-# Memory: every vector is aligned to its own size, but for rows of logits.
+# Memory: every vector is aligned to its own size, but for rows of logits: the four that say so.
 
 
 @_intrinsic(F, types.int64)
 def load_f(b: Any, address: Any) -> Any:
     return _load(b, address, F.llvm, 64)
+
+
+@_intrinsic(F, types.int64)
+def load_any(b: Any, address: Any) -> Any:
+    """At any address."""
+    return _load(b, address, F.llvm, 4)
+
+
+def _first(b: Any, count: Any) -> Any:
+    return b.icmp_signed("<", ir.Constant(I.llvm, list(range(LANES))), _splat(b, b.trunc(count, i32)))
+
+
+@_intrinsic(F, types.int64, types.int64)
+def load_first(b: Any, address: Any, count: Any) -> Any:
+    """The first `count` lanes, at any address, and -infinity in the others."""
+    rest, pointer = ir.Constant(F.llvm, [float("-inf")] * LANES), _pointer(b, address, F.llvm)
+    return _call(b, "llvm.masked.load.v16f32.p0", F.llvm, pointer, ir.Constant(i32, 4), _first(b, count), rest)
 
 
 @_intrinsic(I, types.int64)
@@ -168,13 +185,17 @@ def store_apart(b: Any, address: Any, stride: Any, value: Any) -> Any:
         address = b.add(address, stride)
 
 
+@_intrinsic(types.void, types.int64, F)
+def store_any(b: Any, address: Any, value: Any) -> Any:
+    """At any address."""
+    b.store(value, _pointer(b, address, F.llvm), align=4)
+
+
 @_intrinsic(types.void, types.int64, F, types.int64)
 def store_first(b: Any, address: Any, value: Any, count: Any) -> Any:
     """The first `count` lanes, at any address."""
-    lanes = ir.Constant(I.llvm, list(range(LANES)))
-    mask = b.icmp_signed("<", lanes, _splat(b, b.trunc(count, i32)))
     pointer = _pointer(b, address, F.llvm)
-    _call(b, "llvm.masked.store.v16f32.p0", ir.VoidType(), value, pointer, ir.Constant(i32, 4), mask)
+    _call(b, "llvm.masked.store.v16f32.p0", ir.VoidType(), value, pointer, ir.Constant(i32, 4), _first(b, count))
 
 
 @_intrinsic(types.void, types.int64, I)
@@ -308,6 +329,12 @@ def single(b: Any, x: Any) -> Any:
 @_intrinsic(types.int64, I)
 def largest(b: Any, x: Any) -> Any:
     return b.sext(_call(b, "llvm.vector.reduce.smax.v16i32", i32, x), i64)
+
+
+@_intrinsic(types.float32, F)
+def highest(b: Any, x: Any) -> Any:
+    """The largest of 16 lanes, none of them NaN."""
+    return _call(b, "llvm.vector.reduce.fmax.v16f32", f32, x)
 
 
 @_intrinsic(types.int64, F, F)

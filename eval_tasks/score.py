@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from refmamba import arith
+from refmamba import ops
 from refmamba.arith import F32Array, IntArray
 from refmamba.backend import Backend, Runner
 from refmamba.errors import DataError, NonFiniteError
@@ -26,6 +26,7 @@ MAX_LENGTH = 2048
 # would carry all states from piece to piece; a state of mamba-2.8b has 25 MB; forking one costs what a token or two cost.
 BATCH_TOKENS = 256  # run in one call, at most
 BATCH_NODES = 32  # run in one call, at most
+SOFTMAX_ROWS = 32  # of logits at a time, to bound memory
 WORTH_SHARING = 2  # tokens, at least, of a shared beginning that is no whole context
 
 
@@ -135,22 +136,19 @@ def _batches(nodes: list[tuple[int, _Node]]) -> Iterator[list[tuple[int, _Node]]
 
 def score(runner: Runner, backend: Backend, wanted: Sequence[Request]) -> list[Score]:
     """The score of each request, in order. Raises NonFiniteError, with the request's place, for a NaN or an infinity."""
-    exp = backend.operations().get("exp", arith.exp)  # most of the work here, and the same bits
+    log_softmax = backend.operations().get("log_softmax", ops.log_softmax)
     values = [np.zeros(request.scored, np.float32) for request in wanted]
     greedy = [True] * len(wanted)
 
-    shifted = np.empty(runner.config.vocab_size, np.float32)  # one row at a time stays in the cache
-
     def read(logits: F32Array, rows: Sequence[tuple[int, int, int]]) -> None:
-        """Put the scores of (row of the logits, request, place) where they belong: eq. (25), for the targets only."""
-        for row, group in itertools.groupby(sorted(rows), key=lambda item: item[0]):
-            best = int(np.argmax(logits[row]))
-            np.subtract(logits[row], logits[row, best], out=shifted)
-            total = arith.log(_sum(exp(shifted)))
-            for _, i, place in group:
+        """Put the scores of (row of the logits, request, place) where they belong: eq. (25)."""
+        for part, group in itertools.groupby(sorted(rows), key=lambda item: item[0] // SOFTMAX_ROWS):
+            some = logits[part * SOFTMAX_ROWS : (part + 1) * SOFTMAX_ROWS]
+            logs, best = log_softmax(some), np.argmax(some, axis=-1)
+            for row, i, place in group:
                 target = wanted[i].tokens[len(wanted[i].tokens) - wanted[i].scored + place]
-                values[i][place] = shifted[target] - total
-                greedy[i] &= best == target
+                values[i][place] = logs[row % SOFTMAX_ROWS, target]
+                greedy[i] &= bool(best[row % SOFTMAX_ROWS] == target)
                 if not np.isfinite(values[i][place]):
                     raise NonFiniteError(f"{wanted[i].where}: the model gives a NaN or an infinity for this document")
 
@@ -165,19 +163,6 @@ def score(runner: Runner, backend: Backend, wanted: Sequence[Request]) -> list[S
     else:
         _walk(runner, [(0, node) for node in _tree(wanted)], None, read)
     return [Score(float(np.sum(v, dtype=np.float64)), g) for v, g in zip(values, greedy, strict=True)]
-
-
-def _sum(terms: F32Array) -> F32Array:
-    """`arith.tree_sum` of terms (n,) that are no -0.0, in their own memory: adding +0.0 to those changes nothing."""
-    n = len(terms)
-    width = 1 << (n - 1).bit_length()
-    while width > 1:
-        width //= 2
-        if n > width:
-            terms[: n - width] += terms[width:n]
-            n = width
-    total: F32Array = terms[0]
-    return total
 
 
 Read = Callable[[F32Array, Sequence[tuple[int, int, int]]], None]
