@@ -328,8 +328,8 @@ class Packed:
 def sum_error(k: int) -> np.float32:
     """For a float64 sum of k products in panels: a bound on its error and on that of eq. (12), over sqrt(sum x^2 sum w^2).
 
-    Each addition, in a panel or of the panels' sums, is off by at most 2^-53 of the sum of |x w|, which the product of the
-    norms bounds; all products together are too, where the processor rounds them. Eq. (12) rounds less often.
+    Products are exact, at most 2^52. Each addition, in a panel or of the panels' sums, is off by at most 2^-53 of the sum of
+    |x w|, which the product of the norms bounds. Eq. (12) rounds less often; the rest is to spare.
     """
     return f32((kernels.PANEL + 2 * math.ceil(k / kernels.PANEL) + 16) * 2.0**-53)
 

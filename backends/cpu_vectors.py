@@ -448,8 +448,8 @@ def tile(packed: bool, strips: int, columns: int, unroll: int) -> Any:
 def panel_tile(columns: int) -> Any:
     """A register-blocked float64 product, as an intrinsic (w, x, x_stride, k, out): out[column][lane] += the sum over k.
 
-    w: [k][DOUBLES lanes]; x: [column][k]; a column of `out` has 16 lanes. Each product may be rounded, or only its sum.
-    k is a multiple of 16.
+    w: [k][DOUBLES lanes]; x: [column][k]; a column of `out` has 16 lanes. Products must be exact in float64, so that it does
+    not matter whether one is fused with its addition. k is a multiple of 16.
     """
     kind = ir.VectorType(f64, DOUBLES)
 

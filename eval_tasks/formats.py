@@ -15,9 +15,10 @@ LABELS_SUFFIX = "-labels.lst"
 def lines(file: Path) -> Iterator[tuple[str, str]]:
     """(`file:line`, text) of each line, in order. Raises DataError for a line that is not UTF-8, or empty.
 
-    Only a line feed ends a line; one byte order mark at the start and a carriage return at the end are dropped.
+    Only a line feed ends a line; one byte order mark at the start, a carriage return at a line's end, and empty lines at the
+    file's end are dropped.
     """
-    for number, raw in enumerate(_read(file).removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n"), 1):
+    for number, raw in enumerate(_read(file).removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n").split(b"\n"), 1):
         where = f"{file}:{number}"
         try:
             text = raw.decode("utf-8").removesuffix("\r")
@@ -106,9 +107,11 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 
 def read_rows(file: Path, labels: str | None = None) -> list[Row]:
     """All rows of a file; `labels` names the field that a file of labels beside it may hold. Raises DataError."""
-    if file.suffix not in READERS:
+    if file.is_dir():
+        raise DataError(f"{file}: is a folder; give the file, or --data {file} for what is in it")
+    if file.suffix.lower() not in READERS:
         raise DataError(f"{file}: unknown format '{file.suffix}'; there are {', '.join(READERS)}")
-    rows = list(READERS[file.suffix](file))
+    rows = list(READERS[file.suffix.lower()](file))
     if not rows:
         raise DataError(f"{file}: there are no rows in it")
     if labels is None or labels in rows[0].values:

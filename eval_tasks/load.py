@@ -72,7 +72,8 @@ def check_hub(task: Task, file: Path, pinned: HubFile) -> Dataset:
     data = load_file(task, file)
     if len(data.documents) != pinned.rows:
         raise DataError(f"{file}: {len(data.documents)} rows, and {pinned.repo} has {pinned.rows}")
-    return Dataset(task, data.documents, f"{pinned.repo}@{pinned.revision}/{pinned.file}")
+    note = "" if expected is not None else "the hub's hash of this file is not at hand, so only its rows were counted"
+    return Dataset(task, data.documents, f"{pinned.repo}@{pinned.revision}/{pinned.file}", note)
 
 
 def _words(path: str) -> list[str]:
@@ -84,11 +85,11 @@ def find(task: Task, folder: Path) -> Path | None:
 
     Raises DataError where several have.
     """
-    found = []
+    found, own_name = [], folder.resolve().name  # that of `.` says nothing
     for file in sorted([*folder.glob("*"), *folder.glob("*/*"), *folder.glob("*/*/*")]):
-        path, name = (_words(text) for text in ("/".join([folder.name, *file.relative_to(folder).parts]), file.name))
+        path, name = (_words(text) for text in ("/".join([own_name, *file.relative_to(folder).parts]), file.name))
         split = any(word.startswith(task.split) for word in name)
-        if file.suffix in READERS and {task.name, task.also} & set(path) and split:
+        if file.suffix.lower() in READERS and {task.name, task.also} & set(path) and split:
             found.append(file)
     if len(found) > 1:
         raise DataError(f"{folder}: {task.name} could be {' or '.join(map(str, found))}; say which: --data {task.name}=FILE")
@@ -104,23 +105,28 @@ def load_tasks(names: Sequence[str], data: Iterable[str]) -> list[Dataset]:
         if name not in TASKS:
             raise DataError(f"unknown task '{name}'; there are {', '.join(TASKS)}")
     words = list(data) or [SAMPLE]
-    named = dict(word.split("=", 1) for word in words if "=" in word)
-    for name in named:
+    places = [word for word in words if word in (SAMPLE, HUB) or Path(word).is_dir()]
+    named = {}
+    for word in words:
+        name, equals, place = word.partition("=")
+        if word in places:
+            continue
+        if not equals:
+            raise DataError(f"--data {word}: no such folder; give a folder, TASK=FILE, sample or hub")
         if name not in TASKS:
-            raise DataError(f"--data {name}={named[name]}: unknown task '{name}'; there are {', '.join(TASKS)}")
+            raise DataError(f"--data {word}: unknown task '{name}'; there are {', '.join(TASKS)}")
+        named[name] = Path(place)
     loaded = []
     for name, task in TASKS.items():
         if names and name not in names:
             continue
         if name in named:
-            loaded.append(load_file(task, Path(named[name])))
+            loaded.append(load_file(task, named[name]))
             continue
-        for word in reversed([word for word in words if "=" not in word]):
+        for word in reversed(places):
             if word in (SAMPLE, HUB):
                 loaded.append(load_sample(task) if word == SAMPLE else load_hub(task))
                 break
-            if not Path(word).is_dir():
-                raise DataError(f"--data {word}: no such folder; give a folder, TASK=FILE, sample or hub")
             if file := find(task, Path(word)):
                 loaded.append(load_file(task, file))
                 break

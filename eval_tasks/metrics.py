@@ -15,7 +15,7 @@ HIGHER_IS_BETTER = {"acc": True, "acc_norm": True, "perplexity": False}
 
 @dataclass(frozen=True)
 class Metric:
-    """A value over documents and its standard error; stderr is NaN for a single document."""
+    """A value over documents and its standard error; that of a single document's mean is NaN."""
 
     name: str
     value: float

@@ -44,9 +44,12 @@ def table(outcomes: Sequence[Outcome]) -> str:
     rows = [COLUMNS]
     for one in outcomes:
         count = f"{len(one.finished)}" + (f" of {one.wanted}" if len(one.finished) < one.wanted else "")
+        task = one.data.task
+        name = f"{task.name} ({SAMPLE})" if one.data.source == SAMPLE else task.name
+        if not one.finished:
+            rows.append((one.subject.scheme.name, name, str(task.version), count, "", "", ""))
         for metric in one.metrics():
-            stderr, task = f"{metric.stderr:.4f}" if math.isfinite(metric.stderr) else "", one.data.task
-            name = f"{task.name} ({SAMPLE})" if one.data.source == SAMPLE else task.name
+            stderr = f"{metric.stderr:.4f}" if math.isfinite(metric.stderr) else ""
             rows.append((one.subject.scheme.name, name, str(task.version), count, metric.name, f"{metric.value:.4f}", stderr))
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
@@ -90,6 +93,7 @@ def harness(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         },
         "config": {
             **outcomes[0].subject.describe(), "refmamba_version": __version__,
+            "documents_asked_for": {name: one.wanted for name, one in tasks.items()},
             "whole_sequence": WHOLE_SEQUENCE if outcomes[0].subject.scheme.whole_sequence else None,
             "data": {name: {"sha256": one.data.sha256, "source": one.data.source, "note": one.data.note}
                      for name, one in tasks.items()},

@@ -136,19 +136,20 @@ def _batches(nodes: list[tuple[int, _Node]]) -> Iterator[list[tuple[int, _Node]]
 
 def score(runner: Runner, backend: Backend, wanted: Sequence[Request]) -> list[Score]:
     """The score of each request, in order. Raises NonFiniteError, with the request's place, for a NaN or an infinity."""
-    log_softmax = backend.operations().get("log_softmax", ops.log_softmax)
+    offered = backend.operations().get("log_softmax")
+    log_softmax, at_once = (offered, SOFTMAX_ROWS) if offered else (ops.log_softmax, 1)  # one row of NumPy stays in the cache
     values = [np.zeros(request.scored, np.float32) for request in wanted]
     greedy = [True] * len(wanted)
 
     def read(logits: F32Array, rows: Sequence[tuple[int, int, int]]) -> None:
         """Put the scores of (row of the logits, request, place) where they belong: eq. (25)."""
-        for part, group in itertools.groupby(sorted(rows), key=lambda item: item[0] // SOFTMAX_ROWS):
-            some = logits[part * SOFTMAX_ROWS : (part + 1) * SOFTMAX_ROWS]
+        for part, group in itertools.groupby(sorted(rows), key=lambda item: item[0] // at_once):
+            some = logits[part * at_once : (part + 1) * at_once]
             logs, best = log_softmax(some), np.argmax(some, axis=-1)
             for row, i, place in group:
                 target = wanted[i].tokens[len(wanted[i].tokens) - wanted[i].scored + place]
-                values[i][place] = logs[row % SOFTMAX_ROWS, target]
-                greedy[i] &= bool(best[row % SOFTMAX_ROWS] == target)
+                values[i][place] = logs[row % at_once, target]
+                greedy[i] &= bool(best[row % at_once] == target)
                 if not np.isfinite(values[i][place]):
                     raise NonFiniteError(f"{wanted[i].where}: the model gives a NaN or an infinity for this document")
 

@@ -13,8 +13,16 @@ from refmamba.errors import DataError, RefmambaError
 from refmamba.options import MODEL_OPTIONS
 
 
+def _names(option: str, text: str) -> list[str]:
+    """What an option lists with commas between. Raises DataError where it lists nothing."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise DataError(f"--{option} '{text}': names nothing; leave it out, or give names with commas between")
+    return names
+
+
 @click.command("eval")
-@click.option("--tasks", default="", help="lambada,hellaswag,piqa,winogrande,rte,copa; default: all that have data.")
+@click.option("--tasks", help="lambada,hellaswag,piqa,winogrande,rte,copa; default: all that have data.")
 @click.option("--schemes", help="Several schemes, with commas between.")
 @click.option("--data", multiple=True, help="A folder, TASK=FILE, `hub` or `sample` (default); repeatable.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N documents of each task.")
@@ -26,7 +34,7 @@ from refmamba.options import MODEL_OPTIONS
 @click.option("--dask", help="Score on the workers of this dask scheduler, tcp://HOST:PORT (extra `cluster`).")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, as lm-evaluation-harness lays it out.")
 def evaluate(
-    tasks: str, schemes: str | None, data: tuple[str, ...], limit: int | None, results: Path, samples: Path | None,
+    tasks: str | None, schemes: str | None, data: tuple[str, ...], limit: int | None, results: Path, samples: Path | None,
     max_length: int, workers: int | None, dask: str | None, as_json: bool, scheme: str | None, bits: int | None,
     act_bits: int | None, **model: Any,
 ) -> None:  # fmt: skip
@@ -42,12 +50,12 @@ def evaluate(
 
     if workers and dask:
         raise click.UsageError("give either --workers or --dask")
-    if schemes and (scheme or bits or act_bits):
+    if schemes is not None and (scheme or bits or act_bits):
         raise click.UsageError("give either --schemes, or --scheme, --bits and --act-bits")
     if samples and not samples.parent.is_dir():
         raise DataError(f"{samples}: cannot be written: there is no folder {samples.parent}")
-    names = [name.strip() for name in schemes.split(",")] if schemes else [choose_scheme(scheme, bits, act_bits)]
-    datasets = load_tasks([name.strip() for name in tasks.split(",") if name.strip()], data)
+    names = _names("schemes", schemes) if schemes is not None else [choose_scheme(scheme, bits, act_bits)]
+    datasets = load_tasks(_names("tasks", tasks) if tasks is not None else [], data)
     subjects = [subject(replace(ModelChoice(**model), scheme=name), max_length) for name in dict.fromkeys(names)]
     if len({who.scheme.name for who in subjects}) < len(subjects):
         raise DataError(f"--schemes {schemes}: two of them have the same name; give each scheme file its own")

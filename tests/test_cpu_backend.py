@@ -20,6 +20,7 @@ from refmamba.backends.cpu import Cpu, Threads, aligned, pack, packed_bytes, pad
 from refmamba.config import MambaConfig
 from refmamba.errors import NonFiniteError
 from refmamba.model import Mamba, QuantizedModel, quantize_model
+from refmamba.ops import log_softmax
 from refmamba.quantize import Codes, FixedPoint
 from refmamba.scheme import Scheme, parse_scheme, scheme_from_json
 from refmamba.trace import last_site
@@ -82,7 +83,7 @@ def test_bits_of_the_reference(name: str, scheme: Scheme, backend: Cpu) -> None:
     config = CONFIGS[name]
     model = quantized(config, scheme)
     ours, reference = backend.load(model), Mamba(model)
-    ids = tokens(config, 21)
+    ids = tokens(config, 40)
     (a,), after_a = reference.prefill([ids], logits="all")
     (b,), after_b = ours.prefill([ids], logits="all")
     assert np.array_equal(a, b)
@@ -118,12 +119,13 @@ def test_chunks_and_many_passes_change_nothing(name: str, backend: Cpu, monkeypa
     equal_states(one, state.take([1]))
 
 
-def test_rows_longer_than_a_block(backend: Cpu) -> None:
+@pytest.mark.parametrize("rows", [3, 40])
+def test_rows_longer_than_a_block(rows: int, backend: Cpu) -> None:
     """d_inner 4192: the fixed-point product is joined from two blocks, with a rounding after each."""
     config = MambaConfig(2096, 1, 20)
     model = quantized(config, parse_scheme("fp32"))
-    (a,), _ = Mamba(model).prefill([tokens(config, 3)], logits="all")
-    (b,), _ = backend.load(model).prefill([tokens(config, 3)], logits="all")
+    (a,), _ = Mamba(model).prefill([tokens(config, rows)], logits="all")
+    (b,), _ = backend.load(model).prefill([tokens(config, rows)], logits="all")
     assert np.array_equal(a, b)
 
 
@@ -157,6 +159,23 @@ def test_sums_of_which_float64_keeps_too_little(rows: int, backend: Cpu) -> None
     Mamba(model).prefill(batch, hook=look)
     backend.load(model).prefill(batch, hook=look)
     assert np.array_equal(seen[0].view(np.int32), seen[1].view(np.int32))
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 31, 33, 65, 255, 257, 5000, 50280])
+def test_log_softmax_of_any_length(n: int, backend: Cpu) -> None:
+    """Rows of a length that is no multiple of a vector lie at any address."""
+    logits = (np.random.default_rng(n).normal(0, 9, (5, n))).astype(np.float32)
+    logits[1] = -3
+    logits[2, n // 2] = 80
+    ours = backend.operations()["log_softmax"](logits)
+    assert np.array_equal(ours.view(np.int32), log_softmax(logits).view(np.int32))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_log_softmax_hides_no_value_that_is_none(bad: float, backend: Cpu) -> None:
+    logits = np.zeros((2, 40), np.float32)
+    logits[1, 21] = bad
+    assert np.isnan(backend.operations()["log_softmax"](logits)).all(axis=1).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -367,7 +386,7 @@ def test_without_vnni() -> None:
     code = (
         "from refmamba.backends import cpu_vectors; assert not cpu_vectors.VNNI\n"
         "import sys, pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/test_cpu_backend.py', '-k',"
-        " 'reference and (plain or odd) and (fp32 or w4-all or int8)']))"
+        " '(reference and (plain or odd) and (fp32 or w4-all or int8)) or too_little or log_softmax']))"
     )
     older = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | older, capture_output=True, text=True)

@@ -126,7 +126,9 @@ def test_a_fetched_file_is_checked_by_hash_and_by_rows(tmp_path: Path) -> None:
         check_hub(TASKS["piqa"], file, HubFile("a/b", "0" * 40, "c", 1, "0" * 64))
     with pytest.raises(DataError, match="1 rows, and a/b has 2"):
         check_hub(TASKS["piqa"], file, HubFile("a/b", "0" * 40, "c", 2, None))
-    assert check_hub(TASKS["piqa"], file, HubFile("a/b", "0" * 40, "c", 1, None)).source == f"a/b@{'0' * 40}/c"
+    data = check_hub(TASKS["piqa"], file, HubFile("a/b", "0" * 40, "c", 1, None))
+    assert data.source == f"a/b@{'0' * 40}/c"
+    assert data.note == "the hub's hash of this file is not at hand, so only its rows were counted"
 
 
 def test_a_file_in_the_hub_s_cache_is_checked_by_the_hash_it_is_kept_under(tmp_path: Path) -> None:
@@ -137,7 +139,8 @@ def test_a_file_in_the_hub_s_cache_is_checked_by_the_hash_it_is_kept_under(tmp_p
         link.symlink_to(tmp_path / name)
         pinned = HubFile("a/b", "0" * 40, "c", 1, None)
         if whole:
-            assert len(check_hub(TASKS["copa"], link, pinned).documents) == 1
+            data = check_hub(TASKS["copa"], link, pinned)
+            assert (len(data.documents), data.note) == (1, "")
         else:
             with pytest.raises(DataError, match="delete it and try again"):
                 check_hub(TASKS["copa"], link, pinned)
@@ -268,6 +271,9 @@ def test_labels_that_do_not_fit_the_rows(tmp_path: Path) -> None:
         (["squad"], [], "unknown task 'squad'; there are lambada, hellaswag"),
         ([], ["squad=x.jsonl"], "unknown task 'squad'"),
         (["rte"], ["nowhere"], "--data nowhere: no such folder"),
+        (["rte"], ["nowhere", "sample"], "--data nowhere: no such folder"),
+        (["rte"], ["rte={tmp}"], "is a folder; give the file"),
+        (["rte"], ["{tmp}/a=b"], "unknown task"),
         (["rte"], ["rte=nowhere.jsonl"], "nowhere.jsonl: cannot be read: No such file"),
         (["rte"], ["{tmp}"], "no data for rte in .*add --data rte=FILE"),
         ([], ["{tmp}"], "no task's data in"),
@@ -276,3 +282,16 @@ def test_labels_that_do_not_fit_the_rows(tmp_path: Path) -> None:
 def test_data_that_is_not_there(names: list[str], data: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(RefmambaError, match=message):
         load_tasks(names, [word.format(tmp=tmp_path) for word in data])
+
+
+def test_a_folder_of_any_name_and_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a=b" / "piqa"
+    folder.mkdir(parents=True)
+    write(folder, "piqa", ROWS["piqa"], name="valid.JSONL")
+    assert [data.task.name for data in load_tasks((), [str(tmp_path / "a=b")])] == ["piqa"]
+    monkeypatch.chdir(folder)
+    assert [data.task.name for data in load_tasks((), ["."])] == ["piqa"]
+
+
+def test_empty_lines_at_the_end_of_a_file_are_none_of_its_rows(tmp_path: Path) -> None:
+    assert len(load_file(TASKS["rte"], write(tmp_path, "rte", ROWS["rte"], "", "\r")).documents) == 1
