@@ -436,7 +436,7 @@ class CpuRunner:
         slices, k = 1 if into and not fixed else 4, strips_of(w.columns) * LANES
         # Rows that are worth spreading a weight out for: measured with AVX2; VNNI makes the products by digits cheap.
         panels = (32 if VNNI else 4) if fixed else 8 if slices == 4 and not VNNI else NEVER
-        self._code_bytes = max(self._code_bytes, slices * k, 8 * k + 64 if panels < NEVER else 0)
+        self._code_bytes = max(self._code_bytes, slices * k, kernels.code_bytes.py_func(k) if panels < NEVER else 0)
         fields = {
             Site.CODES: address(w.digits), Site.KIND: w.kind, Site.PAIRS: len(order) // (2 * LANES),
             Site.K: k, Site.SLICES: slices, Site.PANELS: panels, Site.ERROR: self._rows(w.norms * sum_error(k), order, 0),
