@@ -73,7 +73,7 @@ PASS_ROWS = 256  # tokens that go through the layers together, to bound memory; 
 MOST_SPARE = 2**28  # bytes of memory that is kept to be used again
 PACK_ROWS = 4096  # rows of a weight packed at a time, to bound memory
 REGIONS = 21  # of a layer, at most
-NEVER = 2**31
+NEVER = 2**31  # more rows than a pass has
 SCRATCH_BYTES = kernels.PANEL_BYTES + kernels.ROWS_OF_PANEL * (3 * 128 + 64)  # of a product
 FIELDS = {field.name: int(field) for field in Run}
 MODES = {"per_token": Mode.TOKEN, "per_tensor": Mode.TENSOR, "static": Mode.STATIC}
@@ -435,7 +435,10 @@ class CpuRunner:
             bias = self._rows(self.model.value(f"{site}.bias"), order, 0)
         slices, k = 1 if into and not fixed else 4, strips_of(w.columns) * LANES
         # Rows that are worth spreading a weight out for: measured with AVX2; VNNI makes the products by digits cheap.
-        panels = (32 if VNNI else 4) if fixed else 8 if slices == 4 and not VNNI else NEVER
+        if fixed:
+            panels = 32 if VNNI else 4
+        else:
+            panels = NEVER if VNNI or slices == 1 else 8
         self._code_bytes = max(self._code_bytes, slices * k, kernels.code_bytes.py_func(k) if panels < NEVER else 0)
         fields = {
             Site.CODES: address(w.digits), Site.KIND: w.kind, Site.PAIRS: len(order) // (2 * LANES),

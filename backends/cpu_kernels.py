@@ -569,10 +569,13 @@ def exact(kind, slices, sums, plane, codes):
 
 
 @inlined
-def finish(here, y, bias, strip, limit, residual):
-    """Add the bias and the residual to 16 values of a product, and store them: of logits, those below `limit`."""
+def finish(run, site, row, y, out, strip, strip_bytes, row_bytes, limit, residual):
+    """Eq. (13)'s division for 16 values of a row, the bias and the residual. Of logits those below `limit` are stored."""
+    y = y / (splat_f(get_f(at(run, Run.SCALE) + 4 * row)) * load_f(at(site, Site.SCALE) + strip * FLOATS))
+    bias = 0 if at(site, Site.OUT) != Mode.NONE else at(site, Site.BIAS)
     if bias != 0:
         y = y + load_f(bias + strip * FLOATS)
+    here = out + strip * strip_bytes + row * row_bytes
     if limit:
         if 16 * strip + 16 <= limit:
             store_any(here, y)
@@ -589,7 +592,6 @@ def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes
     packed, planes = kind == Kind.PACKED, max(1, kind)
     plane_bytes = 8 * k if packed else 16 * k  # of one strip's digits
     weights = at(site, Site.CODES) + 2 * pair * planes * plane_bytes
-    bias = 0 if at(site, Site.OUT) != Mode.NONE else at(site, Site.BIAS)
     sums = at(run, Run.SCRATCH) + rank * at(run, Run.SCRATCH_BYTES)
     plane = 16 * FLOATS  # of sums
     totals = sums + 3 * plane
@@ -607,12 +609,9 @@ def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes
             tiles(packed, slices, count, weights, plane_bytes, x, k, k, sums)
             for j in range(count):
                 offset = splat_i((8 if packed else 128) * get(at(run, Run.SUMS) + 8 * (row + j) * at(run, Run.SUM_BLOCKS)))
-                scale = splat_f(get_f(at(run, Run.SCALE) + 4 * (row + j)))
                 for s in range(2):
-                    strip = 2 * pair + s
                     y = to_float(load_i(sums + (2 * j + s) * FLOATS) - offset)
-                    y = y / (scale * load_f(at(site, Site.SCALE) + strip * FLOATS))
-                    finish(out + strip * strip_bytes + (row + j) * row_bytes, y, bias, strip, limit, residual)
+                    finish(run, site, row + j, y, out, 2 * pair + s, strip_bytes, row_bytes, limit, residual)
             row += count
             continue
         for block in range(blocks):
@@ -629,13 +628,11 @@ def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes
                     store_d(total_at, acc if block == 0 else load_d(total_at) + acc)
         for j in range(count):
             power = double(splat_f(get_f(at(run, Run.FACTOR) + 4 * (row + j))))
-            scale = splat_f(get_f(at(run, Run.SCALE) + 4 * (row + j)))
             for s in range(2):
                 strip = 2 * pair + s
                 acc = load_d(totals + (2 * j + s) * 2 * FLOATS) * power
                 y = single(acc * double(load_f(at(site, Site.FACTOR) + strip * FLOATS)))
-                y = y / (scale * load_f(at(site, Site.SCALE) + strip * FLOATS))
-                finish(out + strip * strip_bytes + (row + j) * row_bytes, y, bias, strip, limit, residual)
+                finish(run, site, row + j, y, out, strip, strip_bytes, row_bytes, limit, residual)
         row += count
 
 
@@ -716,14 +713,6 @@ def exact_sums(site, strip, x, step, w, sums, doubtful, count):
         start += width
 
 
-@inlined
-def finish_row(run, site, row, y, out, strip, strip_bytes, row_bytes, limit, residual):
-    """Eq. (13)'s divisions for 16 values of a row, and what `finish` does."""
-    bias = 0 if at(site, Site.OUT) != Mode.NONE else at(site, Site.BIAS)
-    y = y / (splat_f(get_f(at(run, Run.SCALE) + 4 * row)) * load_f(at(site, Site.SCALE) + strip * FLOATS))
-    finish(out + strip * strip_bytes + row * row_bytes, y, bias, strip, limit, residual)
-
-
 @kernel()
 def panel_item(rank, run, site, strip, first, last, out, strip_bytes, row_bytes, limit, residual):
     """Rows first to last of a strip of a product by panels: eq. (11, 12, 13), the bias and the residual. limit: rows of w."""
@@ -752,7 +741,7 @@ def panel_item(rank, run, site, strip, first, last, out, strip_bytes, row_bytes,
             put(doubtful + 8 * count, i)
             count += 1
         else:
-            finish_row(run, site, row, y, out, strip, strip_bytes, row_bytes, limit, residual)
+            finish(run, site, row, y, out, strip, strip_bytes, row_bytes, limit, residual)
     if count:
         exact_sums(site, strip, x, step, w, sums, doubtful, count)
     for n in range(count):
@@ -760,7 +749,7 @@ def panel_item(rank, run, site, strip, first, last, out, strip_bytes, row_bytes,
         row = first + i
         by = double(splat_f(get_f(at(run, Run.FACTOR) + 4 * row))) * factor
         y = single(load_d(sums + i * 2 * FLOATS) * by)
-        finish_row(run, site, row, y, out, strip, strip_bytes, row_bytes, limit, residual)
+        finish(run, site, row, y, out, strip, strip_bytes, row_bytes, limit, residual)
 
 
 @kernel()
