@@ -1,1 +1,22 @@
-"""Fast implementations of the specification, one file each; they import the specification and never each other."""
+"""Implementations of the specification. Names as text only: a backend is imported when it is asked for.
+
+A backend imports `refmamba.backend`, `refmamba.spec` and its own files, never another backend.
+"""
+
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    """One backend: where its class is, the extra of the package that installs what it needs, and what it is in a line."""
+
+    path: str
+    extra: str
+    about: str
+
+
+BACKENDS = {
+    "reference": Entry("refmamba.backends.reference:Reference", "", "the specification itself, NumPy"),
+    "cpu": Entry("refmamba.backends.cpu.backend:Cpu", "", "numba kernels on packed codes, fast"),
+    "torch": Entry("refmamba.backends.torch_eager:Torch", "torch", "eager PyTorch, on a CPU or a GPU"),
+}
+DEFAULT_BACKEND = "cpu"

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refmamba import arith
-from refmamba import quantize as spec
-from refmamba.arith import F32Array, IntArray
 from refmamba.errors import BackendError, NonFiniteError
-from refmamba.model import Positions, QuantizedModel, check_tokens
-from refmamba.quantize import BLOCK, LONGEST_ROW, LOW_PART
-from refmamba.scheme import Quantizer
-from refmamba.trace import Hook
+from refmamba.spec import arith
+from refmamba.spec import codes as spec
+from refmamba.spec.arith import F32Array, IntArray
+from refmamba.spec.codes import BLOCK, LONGEST_ROW, LOW_PART
+from refmamba.spec.mamba1 import Positions, check_tokens
+from refmamba.spec.parameters import QuantizedModel
+from refmamba.spec.scheme import Quantizer
+from refmamba.spec.trace import Hook
 
 SCAN_CHUNK = 64  # tokens discretized at a time, to bound memory
 
@@ -308,7 +309,7 @@ class Batch:
 
 
 class Mamba:
-    """One model on one device: the forward of refmamba.model.Mamba, for a batch."""
+    """One model on one device: the forward of refmamba.spec.mamba1.Mamba, for a batch."""
 
     def __init__(self, model: QuantizedModel, device: torch.device) -> None:
         self.model, self.config, self.scheme, self.device = model, model.config, model.scheme, device

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from refmamba.arith import F32Array
-from refmamba.bench import Ours, peak_rss, read_bandwidth, seconds, weight_bytes
-from refmamba.config import MambaConfig
-from refmamba.files import write_text
-from refmamba.peers import LLAMA_TYPES, LlamaCpp, Peer, Transformers, write_gguf
+from refmamba.formats.files import write_text
+from refmamba.run.peers import LLAMA_TYPES, LlamaCpp, Peer, Transformers, write_gguf
+from refmamba.run.timing import Ours, peak_rss, read_bandwidth, seconds, weight_bytes
+from refmamba.spec.arith import F32Array
+from refmamba.spec.config import MambaConfig
 
 SHAPES = {"130m": MambaConfig(768, 24, 50280), "370m": MambaConfig(1024, 48, 50280)}
 OLDER = " without VNNI"  # the same kernels, compiled for a processor of 2013 with AVX2
@@ -61,9 +61,9 @@ def contender(name: str, config: MambaConfig, folder: Path, threads: int) -> tup
     if name in LLAMA_TYPES:
         file = folder / f"{name}.gguf"
         return LlamaCpp(file, name, threads), file.stat().st_size
-    from refmamba.backends.cpu import Cpu
-    from refmamba.model import quantize_model
-    from refmamba.scheme import parse_scheme
+    from refmamba.backends.cpu.backend import Cpu
+    from refmamba.spec.parameters import quantize_model
+    from refmamba.spec.scheme import parse_scheme
 
     runner = Cpu().load(quantize_model(source, parse_scheme(name.removesuffix(OLDER))))
     return Ours(runner, f"refmamba {name}"), weight_bytes(runner.model)
@@ -152,10 +152,10 @@ def save(name: str, text: str) -> None:
 
 def bits_per_byte(names: list[str]) -> dict[str, float]:
     """Of the small model inside the package on the passage inside the package, so that speed is not bought unseen."""
-    from refmamba.backends.cpu import Cpu
-    from refmamba.calibrate import passage
-    from refmamba.load import ModelChoice, load_model
-    from refmamba.ops import log_softmax
+    from refmamba.backends.cpu.backend import Cpu
+    from refmamba.run.session import ModelChoice, load_model
+    from refmamba.spec.calibrate import passage
+    from refmamba.spec.ops import log_softmax
 
     text, result = passage(), {}
     for name in names:

@@ -45,7 +45,7 @@ def with_refmamba(model: str, data: list[str], scheme: str) -> Callable[[str], A
     """What scores a task."""
     from refmamba.eval_tasks.evaluate import BLOCK, score_block, subject
     from refmamba.eval_tasks.load import load_tasks
-    from refmamba.load import ModelChoice
+    from refmamba.run.session import ModelChoice
 
     job = subject(ModelChoice(model, scheme), 2048).job
 

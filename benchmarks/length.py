@@ -10,10 +10,10 @@ import time
 import numpy as np
 from cpu import SHAPES, RandomSource, save
 
-from refmamba.backends.cpu import Cpu
-from refmamba.bench import proc_status, seconds
-from refmamba.model import quantize_model
-from refmamba.scheme import parse_scheme
+from refmamba.backends.cpu.backend import Cpu
+from refmamba.run.timing import proc_status, seconds
+from refmamba.spec.parameters import quantize_model
+from refmamba.spec.scheme import parse_scheme
 
 POSITIONS = (10, 100, 1000, 5000, 10000, 20000)
 LENGTHS = (512, 2048, 8192, 32768)

@@ -18,8 +18,8 @@ import numpy as np
 from cpu import SHAPES, RandomSource, save
 from safetensors.numpy import save_file
 
-from refmamba.bench import proc_status
-from refmamba.checkpoint import HUGGING_FACE
+from refmamba.formats.checkpoint import HUGGING_FACE
+from refmamba.run.timing import proc_status
 
 TARGET = 250  # MB, and 1.3 times the codes: the aim
 
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="the GPT-NeoX tokenizer's file")
     parser.add_argument("--shape", default="130m", choices=list(SHAPES))
     given = parser.parse_args()
-    refmamba = [sys.executable, "-m", "refmamba.cli"]
+    refmamba = [sys.executable, "-m", "refmamba"]
     config = SHAPES[given.shape]
     matrices = [s for n, s in config.shapes().items() if n.endswith(("proj.weight", "embedding.weight"))]
     codes = sum(int(np.prod(s)) for s in matrices) / 1e6

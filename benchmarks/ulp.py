@@ -15,7 +15,7 @@ import mpmath  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
-from refmamba import arith
+from refmamba.spec import arith
 
 CHUNK = 1 << 18
 F64 = NDArray[np.float64]

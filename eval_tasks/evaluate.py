@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refmamba import SPEC_VERSION
 from refmamba.backend import Backend, load_backend
-from refmamba.calibrate import passage
-from refmamba.checkpoint import open_checkpoint
 from refmamba.errors import DataError, SchemeError
 from refmamba.eval_tasks.load import Dataset
 from refmamba.eval_tasks.progress import Progress
 from refmamba.eval_tasks.results import Key, Result, Results
 from refmamba.eval_tasks.score import requests, score
 from refmamba.eval_tasks.task import Document
-from refmamba.hub import ModelFiles, resolve_model
-from refmamba.load import DEFAULT_SCHEME, Loaded, ModelChoice, load
-from refmamba.model import QuantizedModel
-from refmamba.scheme import Scheme, parse_scheme
+from refmamba.formats.folder import open_checkpoint
+from refmamba.formats.hub import ModelFiles, resolve_model
+from refmamba.run.session import DEFAULT_SCHEME, Loaded, ModelChoice, load
+from refmamba.spec import SPEC_VERSION
+from refmamba.spec.calibrate import passage
+from refmamba.spec.parameters import QuantizedModel
+from refmamba.spec.scheme import Scheme, parse_scheme
 
 BLOCK = 16  # documents scored and saved together
 HASHED = ("config.json", "tokenizer_config.json", "*.safetensors", "pytorch_model*.bin", "*.index.json")

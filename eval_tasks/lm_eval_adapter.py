@@ -20,8 +20,8 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from refmamba.eval_tasks.score import MAX_LENGTH, score, token_request
-from refmamba.generate import LogitsHash, Sampler, generate
-from refmamba.load import ModelChoice, load
+from refmamba.run.generate import LogitsHash, Sampler, generate
+from refmamba.run.session import ModelChoice, load
 
 BLOCK = 64  # requests scored together, neighbours in the order of their tokens, so that they share their contexts
 NEW_TOKENS = 256  # generated where a task does not say

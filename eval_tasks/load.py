@@ -10,9 +10,9 @@ from importlib import resources
 from pathlib import Path
 
 from refmamba.errors import DataError, HubError
-from refmamba.eval_tasks import TASKS
 from refmamba.eval_tasks.formats import READERS, read_rows
 from refmamba.eval_tasks.task import Document, HubFile, Task
+from refmamba.eval_tasks.tasks import TASKS
 
 SAMPLE, HUB = "sample", "hub"  # what --data takes besides folders and TASK=FILE
 SAMPLE_NOTE = "20 rows written for this package: a sample, not the benchmark"

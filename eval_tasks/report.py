@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from refmamba import SPEC_VERSION, __version__
+from refmamba import __version__
 from refmamba.eval_tasks.evaluate import Subject
 from refmamba.eval_tasks.load import SAMPLE, Dataset
 from refmamba.eval_tasks.metrics import HIGHER_IS_BETTER, PER_DOCUMENT, Metric, metrics
 from refmamba.eval_tasks.results import Result
+from refmamba.spec import SPEC_VERSION
 
 COLUMNS = ("Scheme", "Task", "Version", "Documents", "Metric", "Value", "Stderr")
 WHOLE_SEQUENCE = (

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from refmamba import ops
-from refmamba.arith import F32Array, IntArray
 from refmamba.backend import Backend, Runner
 from refmamba.errors import DataError, NonFiniteError
 from refmamba.eval_tasks.task import Document
-from refmamba.model import Positions
-from refmamba.tokenizer import Tokenizer
+from refmamba.formats.tokenizer import Tokenizer
+from refmamba.spec import ops
+from refmamba.spec.arith import F32Array, IntArray
+from refmamba.spec.mamba1 import Positions
 
 MAX_LENGTH = 2048
 # None of these changes a number. A call of more tokens is slower on the cpu backend, which runs so many at a time and

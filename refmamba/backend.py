@@ -4,12 +4,14 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
-from refmamba.arith import F32Array, IntArray
-from refmamba.config import MambaConfig
+from refmamba.backends import BACKENDS
 from refmamba.errors import BackendError
-from refmamba.model import Positions, QuantizedModel
-from refmamba.scheme import Scheme
-from refmamba.trace import Hook
+from refmamba.spec.arith import F32Array, IntArray
+from refmamba.spec.config import MambaConfig
+from refmamba.spec.mamba1 import Positions
+from refmamba.spec.parameters import QuantizedModel
+from refmamba.spec.scheme import Scheme
+from refmamba.spec.trace import Hook
 
 
 class State(Protocol):
@@ -47,7 +49,7 @@ class Runner(Protocol):
         """Run each sequence (tokens, (L_i,), of any length from 1) from its state on (None: from the first token).
 
         Returns, for each, float32 logits of all positions (L_i, vocabulary), the last one (1, vocabulary) or none
-        (0, vocabulary), and the state after its last token. A hook sees one sequence only (refmamba.trace).
+        (0, vocabulary), and the state after its last token. A hook sees one sequence only (refmamba.spec.trace).
         Raises DataError for an empty sequence or an unknown token, NonFiniteError for a NaN or an infinity,
         ValueError for a hook with more than one sequence.
         """
@@ -71,24 +73,19 @@ class Backend(Protocol):
         """Its single operations by the name of the specification's function, with that function's signature."""
 
 
-BACKENDS = {"reference": "refmamba.reference:Reference", "cpu": "refmamba.backends.cpu:Cpu",
-            "torch": "refmamba.backends.torch_eager:Torch"}  # fmt: skip
-DEFAULT_BACKEND = "cpu"
-
-
 def load_backend(name: str, device: str | None = None) -> Backend:
     """A backend by its short name, or a stranger's as `package.module:Class`; the class is called with device=.
 
     Raises BackendError where it is unknown, cannot be imported, or does not know the device.
     """
-    path = BACKENDS.get(name, name)
-    module, _, attribute = path.partition(":")
+    module, _, attribute = (BACKENDS[name].path if name in BACKENDS else name).partition(":")
     if not attribute:
         raise BackendError(f"unknown backend '{name}'; there are {', '.join(BACKENDS)}, and package.module:Class")
     try:
         backend: Backend = getattr(importlib.import_module(module), attribute)(device=device)
     except ImportError as error:
-        hint = "; install it with: pip install 'refmamba[torch]'" if error.name == "torch" else ""
+        extra = BACKENDS[name].extra if name in BACKENDS else ""
+        hint = f"; install it with: pip install 'refmamba[{extra}]'" if extra else ""
         raise BackendError(f"backend '{name}' cannot be imported: {error}{hint}") from error
     except AttributeError as error:
         raise BackendError(f"backend '{name}': {module} has no {attribute}") from error

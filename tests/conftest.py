@@ -5,8 +5,8 @@ import zlib
 import numpy as np
 import pytest
 
-from refmamba.arith import F32Array
-from refmamba.config import MambaConfig
+from refmamba.spec.arith import F32Array
+from refmamba.spec.config import MambaConfig
 
 
 class RandomSource:

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from refmamba.arith import F32Array
-from refmamba.config import MambaConfig
+from refmamba.spec.arith import F32Array
+from refmamba.spec.config import MambaConfig
 
 NEOX = MambaConfig(d_model=32, n_layer=2, vocab_size=50280)  # the published models' vocabulary
 

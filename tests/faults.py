@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from refmamba import arith, model, ops, quantize
-from refmamba.arith import f32
-from refmamba.model import Mamba, QuantizedModel, State
-from refmamba.reference import OPERATIONS, Reference
+from refmamba.backends.reference import Reference
+from refmamba.spec import arith, ops
+from refmamba.spec import codes as quantize
+from refmamba.spec import mamba1 as model
+from refmamba.spec.arith import f32
+from refmamba.spec.mamba1 import Mamba, State
+from refmamba.spec.operations import OPERATIONS
+from refmamba.spec.parameters import QuantizedModel
 
 Faults = Mapping[str, Callable[..., Any]]
 ORIGINAL = {name: getattr(module, name) for module in (arith, ops, quantize, model) for name in dir(module)}

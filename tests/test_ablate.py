@@ -10,18 +10,20 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from refmamba.ablate import Ablated, Ablation, Row, random_channels, table, without
-from refmamba.cli import refmamba
+from refmamba.commands.main import refmamba
 from refmamba.errors import DataError
-from refmamba.eval_tasks import TASKS
 from refmamba.eval_tasks.evaluate import score_block, score_here, subject
 from refmamba.eval_tasks.load import load_sample
 from refmamba.eval_tasks.results import Result, Results
 from refmamba.eval_tasks.score import Score
-from refmamba.load import ModelChoice
-from refmamba.model import Mamba, ParameterSource, quantize_model
-from refmamba.outliers import Report, Site
-from refmamba.scheme import parse_scheme
+from refmamba.eval_tasks.tasks import TASKS
+from refmamba.paper.ablation import Ablated, Ablation, Row, random_channels, table, without
+from refmamba.paper.outliers import Report, Site
+from refmamba.run.session import ModelChoice
+from refmamba.spec.config import ParameterSource
+from refmamba.spec.mamba1 import Mamba
+from refmamba.spec.parameters import quantize_model
+from refmamba.spec.scheme import parse_scheme
 
 TOKENS = np.random.default_rng(2).integers(0, 50, 20)
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refmamba.arith import exp, log, silu, softplus, tree_sum
 from refmamba.errors import NonFiniteError
-from refmamba.quantize import code, fixed_point, integer_product, pack4, quantize, rescale, unpack4
+from refmamba.spec.arith import exp, log, silu, softplus, tree_sum
+from refmamba.spec.codes import code, fixed_point, integer_product, pack4, quantize, rescale, unpack4
 
 floats = st.floats(-(2.0**60), 2.0**60, width=32)
 bits = st.integers(2, 16)

@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from refmamba.checkpoint import Checkpoint, content_hash, open_checkpoint, save_quantized
-from refmamba.config import MambaConfig
 from refmamba.errors import CheckpointError
-from refmamba.model import Mamba, QuantizedModel, quantize_model
-from refmamba.quantize import Codes, FixedPoint
-from refmamba.scheme import Quantizer, Scheme, parse_scheme
+from refmamba.formats.checkpoint import Checkpoint
+from refmamba.formats.folder import content_hash, open_checkpoint
+from refmamba.formats.quantized import save_quantized
+from refmamba.spec.codes import Codes, FixedPoint
+from refmamba.spec.config import MambaConfig
+from refmamba.spec.mamba1 import Mamba
+from refmamba.spec.parameters import QuantizedModel, quantize_model
+from refmamba.spec.scheme import Quantizer, Scheme, parse_scheme
 
 Arrays = dict[str, NDArray[Any]]
 CONFIG = MambaConfig(d_model=8, n_layer=2, vocab_size=20, d_state=3, dt_rank=2)
@@ -366,7 +369,7 @@ def test_torch_file_runs_no_program(tmp_path: Path) -> None:
 def test_torch_file_without_torch_names_the_extra(tmp_path: Path) -> None:
     program = (
         "import sys; sys.modules['torch'] = None\n"
-        "from pathlib import Path; from refmamba.checkpoint import open_checkpoint\n"
+        "from pathlib import Path; from refmamba.formats.folder import open_checkpoint\n"
         "from refmamba.errors import CheckpointError\n"
         "try: open_checkpoint(Path(sys.argv[1]))\n"
         "except CheckpointError as error: print(error)\n"

@@ -11,7 +11,7 @@ import pytest
 
 
 def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "refmamba.cli", *args]
+    command = [sys.executable, "-m", "refmamba", *args]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=os.environ | env, check=False)
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from refmamba.backend import Backend, load_backend
+from refmamba.conformance.models import SCHEMES, ModelChecks, check_frozen, tiny_expected, tiny_models
+from refmamba.conformance.operations import Row, check_operations
 from refmamba.errors import BackendError
-from refmamba.reference import OPERATIONS
-from refmamba.verify import SCHEMES, ModelChecks, Row, check_frozen, check_operations, tiny_expected, tiny_models
+from refmamba.spec.operations import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("reference", "torch", "cpu")
@@ -90,7 +91,7 @@ def test_threads_that_run_at_once_do_not_disturb_each_other(backend: Backend) ->
 FROZEN = """
 import sys
 from refmamba.backend import load_backend
-from refmamba.verify import check_frozen, check_operations, tiny_expected, tiny_models
+from refmamba.conformance.verify import check_frozen, check_operations, tiny_expected, tiny_models
 expected, backend = tiny_expected(), load_backend(sys.argv[1])
 models = tiny_models(("fp32", "w4-mlp", "w8a8-all", "int8", "int8-static"))
 wrong = [str(w) for _, w in [*check_operations(backend), *check_frozen(backend, models, expected)] if w]

@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 from conftest import RandomSource
 
-from refmamba import arith
-from refmamba.backends import cpu
-from refmamba.backends.cpu import Cpu, Threads, aligned, pack, packed_bytes, padded_rows, passes
-from refmamba.config import MambaConfig
+from refmamba.backends.cpu import backend as cpu
+from refmamba.backends.cpu.backend import Cpu, Threads, aligned, pack, packed_bytes, padded_rows, passes
 from refmamba.errors import NonFiniteError
-from refmamba.model import Mamba, QuantizedModel, quantize_model
-from refmamba.ops import log_softmax
-from refmamba.quantize import Codes, FixedPoint
-from refmamba.scheme import Scheme, parse_scheme, scheme_from_json
-from refmamba.trace import last_site
+from refmamba.spec import arith
+from refmamba.spec.codes import Codes, FixedPoint
+from refmamba.spec.config import MambaConfig
+from refmamba.spec.mamba1 import Mamba
+from refmamba.spec.ops import log_softmax
+from refmamba.spec.parameters import QuantizedModel, quantize_model
+from refmamba.spec.scheme import Scheme, parse_scheme, scheme_from_json
+from refmamba.spec.trace import last_site
 
 ROOT = Path(__file__).resolve().parent.parent
 MIXED = scheme_from_json({
@@ -366,8 +367,8 @@ def test_aligned() -> None:
 def test_whoever_waits_for_the_compiler_is_told(tmp_path: Path) -> None:
     """The first load of this place and processor, and no other."""
     code = (
-        "from conftest import TINY, RandomSource\nfrom refmamba.backends.cpu import Cpu\n"
-        "from refmamba.model import quantize_model\nfrom refmamba.scheme import parse_scheme\n"
+        "from conftest import TINY, RandomSource\nfrom refmamba.backends.cpu.backend import Cpu\n"
+        "from refmamba.spec.parameters import quantize_model\nfrom refmamba.spec.scheme import parse_scheme\n"
         "Cpu().load(quantize_model(RandomSource(TINY), parse_scheme('int8')))"
     )
 
@@ -384,7 +385,7 @@ def test_whoever_waits_for_the_compiler_is_told(tmp_path: Path) -> None:
 def test_without_vnni() -> None:
     """The same comparison in a process whose numba compiles for an older processor."""
     code = (
-        "from refmamba.backends import cpu_vectors; assert not cpu_vectors.VNNI\n"
+        "from refmamba.backends.cpu.kernels import vectors; assert not vectors.VNNI\n"
         "import sys, pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/test_cpu_backend.py', '-k',"
         " '(reference and (plain or odd) and (fp32 or w4-all or int8)) or too_little or log_softmax']))"
     )

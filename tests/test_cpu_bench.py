@@ -11,17 +11,18 @@ import pytest
 from click.testing import CliRunner
 from conftest import TINY, RandomSource
 
-from refmamba.bench import bench, speeds, weight_bytes
-from refmamba.model import quantize_model
-from refmamba.peers import Apart, LlamaCpp, write_gguf
-from refmamba.scheme import parse_scheme
+from refmamba.commands.bench import command as bench
+from refmamba.run.peers import Apart, LlamaCpp, write_gguf
+from refmamba.run.timing import speeds, weight_bytes
+from refmamba.spec.parameters import quantize_model
+from refmamba.spec.scheme import parse_scheme
 
 KEYS = {"prefill_tokens_per_second", "decode_tokens_per_second", "weight_bytes", "peak_rss_bytes",
         "read_bandwidth_bytes_per_second"}  # fmt: skip
 
 
 def test_bench_prints_one_json_object(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refmamba.bench.READ_BYTES", 2**20)
+    monkeypatch.setattr("refmamba.run.timing.READ_BYTES", 2**20)
     result = CliRunner().invoke(bench, ["--scheme", "w4-all", "--prompt-len", "20", "--gen-len", "5", "--json"])
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)

@@ -62,7 +62,7 @@ def test_the_harness_runs_our_model_and_gets_our_numbers(tmp_path: Path) -> None
     ]  # fmt: skip
     theirs = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert theirs.returncode == 0, theirs.stderr
-    command = [sys.executable, "-m", "refmamba.cli", "eval", "--scheme", "int8", "--tasks", "piqa", "--limit", "4", "--json"]
+    command = [sys.executable, "-m", "refmamba", "eval", "--scheme", "int8", "--tasks", "piqa", "--limit", "4", "--json"]
     ours = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=True)
     expected = json.loads(ours.stdout)["results"]["piqa"]
     for metric in ("acc", "acc_norm"):

@@ -21,15 +21,15 @@ from typing import Any
 
 import pytest
 
-from refmamba.checkpoint import open_checkpoint
 from refmamba.errors import DataError
-from refmamba.eval_tasks import TASKS
 from refmamba.eval_tasks.cluster import _inputs, _on_worker
 from refmamba.eval_tasks.evaluate import Job
-from refmamba.hub import resolve_model
-from refmamba.load import ModelChoice
-from refmamba.scheme import parse_scheme
-from refmamba.tokenizer import load_tokenizer
+from refmamba.eval_tasks.tasks import TASKS
+from refmamba.formats.folder import open_checkpoint
+from refmamba.formats.hub import resolve_model
+from refmamba.formats.tokenizer import load_tokenizer
+from refmamba.run.session import ModelChoice
+from refmamba.spec.scheme import parse_scheme
 
 TWO = ("--schemes", "int8,w8-all")
 WAIT = 60.0  # seconds, on a busy machine
@@ -44,7 +44,7 @@ def start(
     folder: Path, *words: str, group: bool = False, stderr: int = subprocess.PIPE, **variables: str
 ) -> "subprocess.Popen[str]":
     """The command, in a folder of its own, with a results file there."""
-    command = [sys.executable, "-m", "refmamba.cli", "eval", "--results", "r.sqlite", *words]
+    command = [sys.executable, "-m", "refmamba", "eval", "--results", "r.sqlite", *words]
     root = str(Path(__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": root, "PYTHONWARNINGS": "default"} | variables
     return subprocess.Popen(
@@ -277,7 +277,7 @@ def test_an_error_in_the_middle_keeps_and_prints_what_was_before(tmp_path: Path)
 
 
 NAN = """
-from refmamba.backends.cpu import Cpu, CpuRunner
+from refmamba.backends.cpu.backend import Cpu, CpuRunner
 
 
 class Nan(Cpu):

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from refmamba.errors import DataError, RefmambaError
-from refmamba.eval_tasks import TASKS
 from refmamba.eval_tasks.load import check_hub, load_file, load_sample, load_tasks
 from refmamba.eval_tasks.task import HubFile
+from refmamba.eval_tasks.tasks import TASKS
 
 REAL = os.environ.get("REFMAMBA_TASK_DATA")  # a folder with rows of the real data sets
 

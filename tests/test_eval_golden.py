@@ -10,16 +10,16 @@ import pytest
 from eval_model import write_model
 
 from refmamba.backend import load_backend
-from refmamba.checkpoint import open_checkpoint
-from refmamba.eval_tasks import TASKS
 from refmamba.eval_tasks.load import load_sample
 from refmamba.eval_tasks.metrics import PER_DOCUMENT, metrics, perplexity
 from refmamba.eval_tasks.results import Result
 from refmamba.eval_tasks.score import Score, request, requests, score
 from refmamba.eval_tasks.task import Document
-from refmamba.model import QuantizedModel, quantize_model
-from refmamba.scheme import parse_scheme
-from refmamba.tokenizer import Tokenizer
+from refmamba.eval_tasks.tasks import TASKS
+from refmamba.formats.folder import open_checkpoint
+from refmamba.formats.tokenizer import Tokenizer
+from refmamba.spec.parameters import QuantizedModel, quantize_model
+from refmamba.spec.scheme import parse_scheme
 
 GOLDEN = json.loads((Path(__file__).parent / "vectors" / "eval_golden.json").read_text("utf-8"))
 RELATIVE, ABSOLUTE = 2e-5, 1e-4  # two float32 forwards in different orders; logits reach 60

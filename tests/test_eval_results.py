@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from refmamba.errors import DataError, NonFiniteError
-from refmamba.eval_tasks import TASKS
 from refmamba.eval_tasks.evaluate import Block, Job, Subject, evaluate, subject
 from refmamba.eval_tasks.load import Dataset, load_sample
 from refmamba.eval_tasks.progress import Progress, progress
 from refmamba.eval_tasks.results import Key, Result, Results
 from refmamba.eval_tasks.score import Score
-from refmamba.load import ModelChoice
+from refmamba.eval_tasks.tasks import TASKS
+from refmamba.run.session import ModelChoice
 
 KEY = Key("model", "{}", "", "piqa", "data", "1.0", 2048)
 

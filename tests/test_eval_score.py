@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from conftest import TINY, RandomSource
 
-from refmamba.arith import F32Array, IntArray
 from refmamba.backend import load_backend
 from refmamba.errors import DataError, NonFiniteError
 from refmamba.eval_tasks import score as scoring
 from refmamba.eval_tasks.score import Request, Score, score, token_request
-from refmamba.model import quantize_model
-from refmamba.ops import log_softmax
-from refmamba.scheme import parse_scheme
+from refmamba.spec.arith import F32Array, IntArray
+from refmamba.spec.ops import log_softmax
+from refmamba.spec.parameters import quantize_model
+from refmamba.spec.scheme import parse_scheme
 
 REFERENCE, CPU = load_backend("reference"), load_backend("cpu")
 

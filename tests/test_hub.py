@@ -13,8 +13,8 @@ from hub_server import HubServer, Repository
 
 import refmamba
 from refmamba.errors import CheckpointError, HubError
-from refmamba.hub import ModelFiles, resolve_model
-from refmamba.load import ModelChoice, load_model
+from refmamba.formats.hub import ModelFiles, resolve_model
+from refmamba.run.session import ModelChoice, load_model
 
 HF = {
     "config.json": b'{"model_type": "mamba"}', "model.safetensors": b"weights of main" * 1000, "tokenizer.json": b"{}",
@@ -46,7 +46,7 @@ def hub() -> Iterator[HubServer]:
 PROGRAM = """
 import sys
 from refmamba.errors import CheckpointError, HubError
-from refmamba.hub import resolve_model
+from refmamba.formats.hub import resolve_model
 try:
     files = resolve_model(*sys.argv[1:])
 except HubError as error:
@@ -218,7 +218,7 @@ def test_local_folder_in_the_original_layout_gets_the_tokenizer_of_neox(client: 
 def test_a_broken_config_asks_the_hub_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is wrong is said by the checkpoint's reader, with the file's name."""
     (tmp_path / "config.json").write_text('{"d_model": 768', encoding="utf-8")
-    monkeypatch.setattr("refmamba.hub._download_neox_tokenizer", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr("refmamba.formats.hub._download_neox_tokenizer", lambda: pytest.fail("asked the hub"))
     assert resolve_model(str(tmp_path)) == ModelFiles(tmp_path, tmp_path / "tokenizer.json")
     with pytest.raises(CheckpointError, match=r"config\.json: not JSON"):
         load_model(ModelChoice(str(tmp_path)))

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from refmamba.calibrate import WEIGHTS_ONLY
-from refmamba.cli import refmamba
+from refmamba.commands.main import refmamba
 from refmamba.errors import DataError
-from refmamba.model import Mamba, ParameterSource, quantize_model
-from refmamba.outliers import Report, Site, observe, plot
-from refmamba.scheme import parse_scheme
+from refmamba.paper.outliers import Report, Site, observe
+from refmamba.paper.plots import plot
+from refmamba.spec.calibrate import WEIGHTS_ONLY
+from refmamba.spec.config import ParameterSource
+from refmamba.spec.mamba1 import Mamba
+from refmamba.spec.parameters import quantize_model
+from refmamba.spec.scheme import parse_scheme
 
 TOKENS = np.random.default_rng(1).integers(0, 50, 30)
 

@@ -7,9 +7,10 @@ import pytest
 from conftest import RandomSource
 
 from refmamba.errors import DataError
-from refmamba.model import Mamba, quantize_model
-from refmamba.perplexity import CALL, perplexity
-from refmamba.scheme import parse_scheme
+from refmamba.run.perplexity import CALL, perplexity
+from refmamba.spec.mamba1 import Mamba
+from refmamba.spec.parameters import quantize_model
+from refmamba.spec.scheme import parse_scheme
 
 
 def test_the_sum_over_calls_is_that_of_one_softmax_over_all_positions(tiny: RandomSource) -> None:

@@ -3,7 +3,7 @@
 import pytest
 from faults import FAULTS, Fault, Faulty
 
-from refmamba.verify import run_checks
+from refmamba.conformance.verify import run_checks
 
 SCHEMES = ("w8a8-all",)  # has every kind of site
 

@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def refmamba(*args: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "refmamba.cli", *args], capture_output=True, text=True, encoding="utf-8", check=True
+        [sys.executable, "-m", "refmamba", *args], capture_output=True, text=True, encoding="utf-8", check=True
     )
     return done.stdout
 
@@ -32,8 +32,9 @@ def test_the_hash_is_that_of_every_backend() -> None:
 
 
 def test_the_reading_order_has_the_files_lines() -> None:
-    rows = re.findall(r"\| \d+ \| `(refmamba/\w+\.py)` \| (\d+) \|", README)
-    assert len(rows) == 8
+    rows = re.findall(r"\| \d+ \| `(refmamba/spec/\w+\.\w+)` \| (\d+) \|", README)
+    room = {file.name for file in (ROOT / "refmamba" / "spec").iterdir() if file.is_file()} - {"__init__.py"}
+    assert {Path(file).name for file, _ in rows} == room
     for file, lines in rows:
         assert len((ROOT / file).read_text(encoding="utf-8").splitlines()) == int(lines), file
-    assert sum(int(lines) for _, lines in rows) < 1200
+    assert sum(int(lines) for file, lines in rows if file.endswith(".py")) < 1400

@@ -7,35 +7,22 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from refmamba import reproduce
-from refmamba.ablate import Row
 from refmamba.backend import load_backend
-from refmamba.cli import refmamba
+from refmamba.commands.main import refmamba
 from refmamba.eval_tasks import evaluate as evaluate_module
-from refmamba.eval_tasks.copa import TASK as COPA
-from refmamba.eval_tasks.hellaswag import TASK as HELLASWAG
-from refmamba.eval_tasks.lambada import TASK as LAMBADA
 from refmamba.eval_tasks.load import load_sample
 from refmamba.eval_tasks.report import Outcome
 from refmamba.eval_tasks.results import Result
 from refmamba.eval_tasks.score import Score
-from refmamba.outliers import Report
-from refmamba.reproduce import (
-    PAPER_TASKS,
-    Cell,
-    ModelTables,
-    Work,
-    cells,
-    config_of,
-    duration,
-    guessing,
-    paper_size,
-    parameters,
-    plan,
-    table_1,
-    work_of,
-    work_on_hub,
-)
+from refmamba.eval_tasks.tasks.copa import TASK as COPA
+from refmamba.eval_tasks.tasks.hellaswag import TASK as HELLASWAG
+from refmamba.eval_tasks.tasks.lambada import TASK as LAMBADA
+from refmamba.paper import estimate
+from refmamba.paper.ablation import Row
+from refmamba.paper.estimate import Work, config_of, duration, parameters, plan, work_of, work_on_hub
+from refmamba.paper.outliers import Report
+from refmamba.paper.published import PAPER_TASKS, paper_size
+from refmamba.paper.tables import Cell, ModelTables, cells, guessing, table_1
 
 
 @pytest.mark.parametrize(
@@ -119,7 +106,7 @@ def test_the_time_of_a_plan_is_work_over_speed(monkeypatch: pytest.MonkeyPatch) 
     model = "state-spaces/mamba-130m"
     config = config_of(model)
     head = config.vocab_size * config.d_model
-    monkeypatch.setattr(reproduce, "speed", lambda scheme, backend: ((129_135_360 - head) / 36.0, head / 3.6))
+    monkeypatch.setattr(estimate, "speed", lambda scheme, backend: ((129_135_360 - head) / 36.0, head / 3.6))
     work = Work(1, shared=300, repeated=300, continuations=100)  # 100 tokens, 25 of them through the head: 1.025 h
     table = plan([model], ["int8"], work, 2, False, load_backend("reference")).splitlines()
     assert "| int8 | 1.0 h |" in table

@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from refmamba.arith import F32Array
 from refmamba.backend import load_backend
-from refmamba.calibrate import calibrate, passage
-from refmamba.checkpoint import open_checkpoint
-from refmamba.cli import refmamba
-from refmamba.config import MambaConfig
+from refmamba.commands.main import refmamba
 from refmamba.errors import SchemeError
-from refmamba.hub import resolve_model
-from refmamba.model import Mamba, ParameterSource, QuantizedModel, quantize_model
-from refmamba.perplexity import perplexity
-from refmamba.scheme import LINEAR_LAYERS, Quantizer, Scheme, parse_scheme, scheme_from_json
-from refmamba.smooth import exponents, smoothed
-from refmamba.smooth_search import search
-from refmamba.tokenizer import Tokenizer, load_tokenizer
+from refmamba.formats.folder import open_checkpoint
+from refmamba.formats.hub import resolve_model
+from refmamba.formats.tokenizer import Tokenizer, load_tokenizer
+from refmamba.paper.smoothing import search
+from refmamba.run.perplexity import perplexity
+from refmamba.spec.arith import F32Array
+from refmamba.spec.calibrate import calibrate, passage
+from refmamba.spec.config import MambaConfig, ParameterSource
+from refmamba.spec.mamba1 import Mamba
+from refmamba.spec.parameters import QuantizedModel, quantize_model
+from refmamba.spec.scheme import LINEAR_LAYERS, Quantizer, Scheme, parse_scheme, scheme_from_json
+from refmamba.spec.transforms import exponents, smoothed
 
 TOKENS = np.random.default_rng(0).integers(0, 50, 40)
 TEXT = """Squire Trelawney, Dr. Livesey, and the rest of these gentlemen having asked me to write down the whole

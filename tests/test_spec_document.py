@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from refmamba import SPEC_VERSION, arith
+from refmamba.spec import SPEC_VERSION, arith
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = (ROOT / "docs" / "SPEC.md").read_text("utf-8")
@@ -17,7 +17,7 @@ def cited() -> dict[int, str]:
     """Every equation that the code cites, and a file that does."""
     found: dict[int, str] = {}
     for folder in ("refmamba", "backends", "eval_tasks"):
-        for file in sorted((ROOT / folder).glob("*.py")):
+        for file in sorted((ROOT / folder).rglob("*.py")):
             for several, last in CITATION.findall(file.read_text("utf-8")):
                 numbers = [int(n) for n in several.split(", ")]
                 numbers += range(numbers[-1], int(last) + 1) if last else []

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HubTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from refmamba.config import MambaConfig
 from refmamba.errors import TokenizerError
-from refmamba.hub import ModelFiles
-from refmamba.tokenizer import Tokenizer, load_tokenizer
+from refmamba.formats.hub import ModelFiles
+from refmamba.formats.tokenizer import Tokenizer, load_tokenizer
+from refmamba.spec.config import MambaConfig
 
 END = "<|endoftext|>"
 MODEL = MambaConfig(d_model=8, n_layer=1, vocab_size=320)

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refmamba.checkpoint import open_checkpoint
-from refmamba.model import Mamba, QuantizedModel, quantize_model
-from refmamba.scheme import parse_scheme
+from refmamba.formats.folder import open_checkpoint
+from refmamba.spec.mamba1 import Mamba
+from refmamba.spec.parameters import QuantizedModel, quantize_model
+from refmamba.spec.scheme import parse_scheme
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 VECTOR = Path(__file__).parent / "vectors" / "transformers.npz"

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from refmamba.reference import OPERATIONS
-from refmamba.verify import SCHEMES, decode, encode, read_vectors, tiny_expected, vectors_folder
+from refmamba.conformance.models import SCHEMES, tiny_expected
+from refmamba.conformance.vectors import decode, encode, read_vectors, vectors_folder
+from refmamba.spec.operations import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "tests" / "vectors"

@@ -7,9 +7,11 @@ import pytest
 from click.testing import CliRunner
 from faults import FAULTS, Faulty
 
+from refmamba.backends.reference import Reference
+from refmamba.commands.verify import command as verify
+from refmamba.conformance.locate import locate
+from refmamba.conformance.models import ModelChecks, tiny_expected, tiny_models
 from refmamba.errors import RefmambaError
-from refmamba.reference import Reference
-from refmamba.verify import ModelChecks, locate, tiny_expected, tiny_models, verify
 
 SEQUENCES = [np.array(s) for s in tiny_expected()["sequences"]]
 BY_NAME = {fault.name: fault for fault in FAULTS}

@@ -18,14 +18,17 @@ import exact
 import mpmath  # type: ignore[import-untyped]
 import numpy as np
 
-from refmamba.arith import F32Array
-from refmamba.calibrate import calibrate, save_calibration
-from refmamba.checkpoint import open_checkpoint
-from refmamba.config import MambaConfig
-from refmamba.model import Mamba, QuantizedModel, quantize_model
-from refmamba.quantize import Codes, FixedPoint
-from refmamba.scheme import parse_scheme
-from refmamba.verify import SCHEMES, encode, sha256_of
+from refmamba.conformance.models import SCHEMES, sha256_of
+from refmamba.conformance.vectors import encode
+from refmamba.formats.calibration import save_calibration
+from refmamba.formats.folder import open_checkpoint
+from refmamba.spec.arith import F32Array
+from refmamba.spec.calibrate import calibrate
+from refmamba.spec.codes import Codes, FixedPoint
+from refmamba.spec.config import MambaConfig
+from refmamba.spec.mamba1 import Mamba
+from refmamba.spec.parameters import QuantizedModel, quantize_model
+from refmamba.spec.scheme import parse_scheme
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "vectors"
 FRACTIONS = f"independent:fractions, Python {platform.python_version()}"
@@ -538,7 +541,7 @@ def write_tiny() -> None:
 
 def write_small() -> None:
     """tests/vectors/small.json."""
-    from refmamba.load import ModelChoice, load_model
+    from refmamba.run.session import ModelChoice, load_model
 
     tokens = [row[:24] for row in TINY_SEQUENCES]
     hashes = {}

@@ -1,0 +1,58 @@
+"""`refmamba bench`: tokens a second."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from refmamba.commands.options import model_options
+from refmamba.run.timing import Ours, other_programs, peak_rss, read_bandwidth, speeds, weight_bytes
+
+
+@click.command("bench")
+@model_options
+@click.option("--prompt-len", default=512, show_default=True, type=click.IntRange(1), help="Tokens of the prefill.")
+@click.option("--gen-len", default=64, show_default=True, type=click.IntRange(1), help="Tokens of the decode.")
+@click.option("--compare", is_flag=True, help="Also transformers and llama.cpp (llama-cpp-python, gguf), if installed.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the lines.")
+def command(choose: Callable[[], Any], prompt_len: int, gen_len: int, compare: bool, as_json: bool) -> None:
+    """Measure tokens a second, memory, and the machine's read bandwidth."""
+    import numba
+
+    numba_config: Any = numba.config
+    loaded = choose()
+    runner, config, threads = loaded.runner, loaded.runner.config, int(numba_config.NUMBA_NUM_THREADS)
+    rng = np.random.default_rng(0)
+    prompt, generated = rng.integers(0, config.vocab_size, prompt_len), rng.integers(0, config.vocab_size, gen_len)
+    ours = Ours(runner, loaded.describe()["scheme"])
+    # Ours alone first, before another program's memory counts.
+    speeds([ours], prompt[:16], generated[:4], repeats=1)
+    (result,) = speeds([ours], prompt, generated)
+    peak = peak_rss()
+    others: list[dict[str, Any]] = []
+    if compare:
+        with tempfile.TemporaryDirectory() as scratch:
+            peers = other_programs(loaded.files.folder, Path(scratch), threads)
+            try:
+                result, *others = speeds([ours, *peers], prompt, generated)
+            finally:
+                for peer in peers:
+                    peer.close()
+    result |= loaded.describe() | {
+        "weight_bytes": weight_bytes(runner.model), "peak_rss_bytes": peak, "threads": threads,
+        "read_bandwidth_bytes_per_second": read_bandwidth(threads), "prompt_len": prompt_len, "gen_len": gen_len,
+    }  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(result | ({"compare": others} if compare else {})))
+        return
+    for line in [result, *others]:
+        click.echo(
+            f"{line['name']:<24} prefill {line['prefill_tokens_per_second']:8.1f} tokens/s"
+            f"   decode {line['decode_tokens_per_second']:7.1f} tokens/s"
+        )
+    click.echo(f"weights {result['weight_bytes'] / 1e6:.1f} MB, peak memory {peak / 1e6:.0f} MB, "
+               f"memory reads {result['read_bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, {threads} threads")  # fmt: skip

@@ -1,0 +1,1 @@
+"""Does a backend give the specification's bits? Vectors, comparison, whole models, the first difference."""

@@ -1,0 +1,62 @@
+"""Test vectors: data with a source; tests/vectors/README.md tells their format. They lie in the package as `vectors`."""
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refmamba.spec.codes import Codes, FixedPoint
+
+DTYPES = {"f32": "<f4", "f64": "<f8", "i8": "i1", "i16": "<i2", "i32": "<i4", "i64": "<i8", "u8": "u1"}
+
+
+def vectors_folder() -> Path:
+    """Where the vectors lie, in the package as in the clone."""
+    return Path(str(resources.files("refmamba") / "vectors"))
+
+
+def encode(value: Any) -> Any:
+    """A value as JSON: arrays with a dtype, a shape and, for floats, the hexadecimal digits of their bits."""
+    if isinstance(value, Codes):
+        return {"codes": {"q": encode(value.q), "scale": encode(value.scale), "bits": value.bits}}
+    if isinstance(value, FixedPoint):
+        return {"fixed_point": {"q": encode(value.q), "exponent": encode(value.exponent)}}
+    if isinstance(value, tuple):
+        return {"tuple": [encode(v) for v in value]}
+    if isinstance(value, np.ndarray | np.generic):
+        x = np.asarray(value)
+        name = {"f": "f", "i": "i", "u": "u"}[x.dtype.kind] + str(8 * x.dtype.itemsize)
+        if x.dtype.kind == "f":
+            unsigned = np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}").ravel().tolist()
+            return {name: " ".join(f"{v:0{2 * x.dtype.itemsize}x}" for v in unsigned), "shape": list(x.shape)}
+        return {name: x.ravel().tolist(), "shape": list(x.shape)}
+    return {"float": value.hex()} if isinstance(value, float) else value
+
+
+def decode(value: Any) -> Any:
+    """What `encode` encoded, in new arrays."""
+    if not isinstance(value, dict):
+        return value
+    if "codes" in value:
+        return Codes(decode(value["codes"]["q"]), decode(value["codes"]["scale"]), value["codes"]["bits"])
+    if "fixed_point" in value:
+        return FixedPoint(decode(value["fixed_point"]["q"]), decode(value["fixed_point"]["exponent"]))
+    if "tuple" in value:
+        return tuple(decode(v) for v in value["tuple"])
+    if "float" in value:
+        return float.fromhex(value["float"])
+    name = next(key for key in value if key != "shape")
+    values, dtype = value[name], np.dtype(DTYPES[name])
+    if dtype.kind == "f":
+        bits = np.array([int(v, 16) for v in values.split()], f"<u{dtype.itemsize}")
+        return bits.view(dtype).reshape(value["shape"])
+    return np.array(values, dtype).reshape(value["shape"])
+
+
+def read_vectors(operation: str) -> list[dict[str, Any]]:
+    """The vectors of an operation."""
+    data = json.loads((vectors_folder() / "operations" / f"{operation}.json").read_text("utf-8"))
+    vectors: list[dict[str, Any]] = data["vectors"]
+    return vectors

@@ -1,0 +1,1 @@
+"""Files: checkpoints, calibrations, tokenizers, texts, the hub."""

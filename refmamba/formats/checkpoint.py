@@ -1,0 +1,112 @@
+"""Float checkpoints: Hugging Face's layout, and that of the original state-spaces repositories.
+
+A weight file is a memory map. Its names and shapes are compared with config.json when it is opened, and a tensor becomes
+float32 only when it is asked for, so a model can be quantized without ever being held in float32.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refmamba.errors import CheckpointError
+from refmamba.formats.weights import BFLOAT16, FLOAT16, FLOAT32, checked, file_shape, no_others, open_weights
+from refmamba.spec.arith import F32Array
+from refmamba.spec.config import MambaConfig
+
+# MambaConfig's fields: the key in config.json, the type there, and the default (None: the key must be there).
+Fields = dict[str, tuple[str, type, Any]]
+Only = dict[str, list[Any]]
+HUGGING_FACE: Fields = {
+    "d_model": ("hidden_size", int, None),
+    "n_layer": ("num_hidden_layers", int, None),
+    "vocab_size": ("vocab_size", int, None),
+    "d_state": ("state_size", int, 16),
+    "d_conv": ("conv_kernel", int, 4),
+    "expand": ("expand", int, 2),
+    "dt_rank": ("time_step_rank", int, "auto"),
+    "norm_eps": ("layer_norm_epsilon", float, 1e-5),
+    "use_bias": ("use_bias", bool, False),
+    "use_conv_bias": ("use_conv_bias", bool, True),
+    "tie_embeddings": ("tie_word_embeddings", bool, True),
+}
+STATE_SPACES: Fields = {
+    "d_model": ("d_model", int, None),
+    "n_layer": ("n_layer", int, None),
+    "vocab_size": ("vocab_size", int, None),
+    "tie_embeddings": ("tie_embeddings", bool, True),
+}
+STATE_SPACES_SSM: Fields = {
+    "d_state": ("d_state", int, 16),
+    "d_conv": ("d_conv", int, 4),
+    "expand": ("expand", int, 2),
+    "dt_rank": ("dt_rank", int, "auto"),
+    "use_bias": ("bias", bool, False),
+    "use_conv_bias": ("conv_bias", bool, True),
+}
+# Keys that tell other models apart: the values that are implemented, the first of them the default.
+HUGGING_FACE_ONLY: Only = {"model_type": ["mamba", "refmamba"], "hidden_act": ["silu"]}
+STATE_SPACES_ONLY: Only = {"rms_norm": [True], "attn_layer_idx": [[], None], "d_intermediate": [0]}
+STATE_SPACES_SSM_ONLY: Only = {"layer": ["Mamba1"]}
+
+
+class Checkpoint:
+    """A float model folder: a ParameterSource."""
+
+    def __init__(self, folder: Path, config: MambaConfig) -> None:
+        self._tensors = open_weights(folder)
+        embedding, head = self._tensors.get("embedding.weight"), self._tensors.get("lm_head.weight")
+        if embedding is not None and embedding.array.ndim == 2 and len(embedding.array) > config.vocab_size:
+            config = replace(config, vocab_size=len(embedding.array))  # the vocabulary is padded
+        if head is not None and embedding is not None:  # a tied head may have been saved all the same
+            config = replace(config, tie_embeddings=np.array_equal(head.array, embedding.array))
+            if config.tie_embeddings:
+                del self._tensors["lm_head.weight"]
+        self.config = config
+        for name, shape in self.config.shapes().items():
+            checked(folder, self._tensors, name, file_shape(name, shape), FLOAT32, FLOAT16, BFLOAT16)
+        no_others(self._tensors, self.config.shapes())
+
+    def read(self, name: str) -> F32Array:
+        """One parameter, float32, read-only: a view of the memory map where the file holds that type. Nothing is kept."""
+        array = self._tensors[name].array
+        if array.dtype == BFLOAT16:  # the upper half of a float32
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        x = np.asarray(array, np.float32).reshape(self.config.shapes()[name])
+        x.flags.writeable = False
+        return x
+
+
+def read_config(file: Path, values: dict[str, Any]) -> MambaConfig:
+    """The model's shape as config.json states it."""
+    # Hugging Face's published files carry the original keys as well, so theirs are looked for first.
+    if "model_type" in values or "hidden_size" in values:
+        fields = _fields(file, values, HUGGING_FACE, HUGGING_FACE_ONLY)
+    else:
+        ssm = values.get("ssm_cfg") or {}
+        if not isinstance(ssm, dict):
+            raise CheckpointError(f"{file}: ssm_cfg is not a JSON object; download it again")
+        fields = _fields(file, values, STATE_SPACES, STATE_SPACES_ONLY)
+        fields |= _fields(file, ssm, STATE_SPACES_SSM, STATE_SPACES_SSM_ONLY)
+    try:
+        return MambaConfig(**fields)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+
+
+def _fields(file: Path, values: dict[str, Any], fields: Fields, only: Only) -> dict[str, Any]:
+    for key, implemented in only.items():
+        if values.get(key, implemented[0]) not in implemented:
+            raise CheckpointError(f"{file}: {key} is {values[key]!r}; only Mamba-1 with RMS norms is implemented")
+    found = {}
+    for field, (key, kind, default) in fields.items():
+        value = values.get(key, default)
+        if value is None:
+            raise CheckpointError(f"{file}: {key} is missing; this is not the config.json of a Mamba, or not all of it")
+        if field == "dt_rank" and value == "auto":
+            value = 0  # MambaConfig's word for it
+        if type(value) is not kind:
+            raise CheckpointError(f"{file}: {key} is {value!r}; it must be of type {kind.__name__}")
+        found[field] = value
+    return found

@@ -1,0 +1,42 @@
+"""Files that are never half written: beside the target first, then renamed."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from refmamba.errors import CheckpointError, DataError
+
+
+def write_file(file: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file beside `file`, then rename it. Raises DataError where that cannot be written."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with aside.open("wb") as stream:
+                write(stream)
+            aside.replace(file)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be written: {error.strerror}") from error
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all. Raises DataError."""
+    write_file(file, lambda stream: stream.write(text.encode("utf-8")))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file; a model folder has a config.json and the weights") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not JSON ({error}); download it again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: not a JSON object; download it again")
+    return values

@@ -1,0 +1,53 @@
+"""A model folder of any kind: a float checkpoint in either layout, or a quantized one."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from refmamba.errors import DataError
+from refmamba.formats.checkpoint import Checkpoint, read_config
+from refmamba.formats.files import read_json
+from refmamba.formats.quantized import arrays, open_quantized
+from refmamba.spec.config import ParameterSource
+from refmamba.spec.parameters import QuantizedModel
+
+
+def open_checkpoint(folder: Path) -> ParameterSource | QuantizedModel:
+    """The model in a folder: a QuantizedModel where `save_quantized` wrote it, else a float checkpoint.
+
+    Raises CheckpointError, which names the file and says what to do, for a file that is missing, truncated or not what it
+    should be, for a model that is not a Mamba of the first kind, and for a tensor that is missing, superfluous, or of
+    another shape or type.
+    """
+    file = folder / "config.json"
+    values = read_json(file)
+    if "refmamba" in values:
+        return open_quantized(folder, read_config(file, values), values["refmamba"])
+    return Checkpoint(folder, read_config(file, values))
+
+
+def open_float(folder: Path, refusal: str) -> ParameterSource:
+    """The float checkpoint in a folder. Raises CheckpointError, and DataError with `refusal` where it was saved quantized."""
+    opened = open_checkpoint(folder)
+    if isinstance(opened, QuantizedModel):
+        raise DataError(refusal)
+    return opened
+
+
+def content_hash(model: ParameterSource | QuantizedModel) -> str:
+    """SHA-256 of what a model is: the norm's epsilon, then each tensor's name, type, shape and little-endian values.
+
+    Of a float checkpoint the float32 values count, so all layouts and types that hold the same give the same hash.
+    """
+    if isinstance(model, QuantizedModel):
+        tensors: Iterator[tuple[str, NDArray[Any]]] = arrays(model)
+    else:
+        tensors = ((name, model.read(name)) for name in model.config.shapes())
+    digest = hashlib.sha256(f"norm_eps {model.config.norm_eps!r}\n".encode())
+    for name, array in tensors:
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+    return digest.hexdigest()

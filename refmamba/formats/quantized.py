@@ -1,0 +1,122 @@
+"""Quantized folders: what `refmamba quantize` saves and every command loads.
+
+config.json: as Hugging Face's, with "refmamba": {"spec_version", "scheme"}.
+model.safetensors: of a parameter X that is coded X.q (int8, or up to 4 bits two codes a byte) and X.scale; in fixed point
+X.q (int32) and X.exponent; else X itself, float32. Of a static input its .absmax and .smooth. A tied head is not saved: it
+is the embedding's codes, or follows from the embedding.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from refmamba.errors import CheckpointError, SchemeError
+from refmamba.formats.checkpoint import HUGGING_FACE
+from refmamba.formats.files import read_json
+from refmamba.formats.weights import FLOAT32, INT8, INT32, UINT8, checked, no_others, open_safetensors
+from refmamba.spec import SPEC_VERSION
+from refmamba.spec.codes import Codes, FixedPoint, Param, pack4, unpack4
+from refmamba.spec.config import MambaConfig
+from refmamba.spec.parameters import QuantizedModel, quantize_parameter
+from refmamba.spec.scheme import LINEAR_WEIGHTS, scheme_from_json
+from refmamba.spec.transforms import FOLDED
+
+
+def save_quantized(model: QuantizedModel, folder: Path, tokenizer: Path) -> None:
+    """Save a model, and its tokenizer.json with what lies beside that, in a new folder: whole or not at all.
+
+    Raises CheckpointError for a folder that is there and not empty, or cannot be written.
+    """
+    config = {key: getattr(model.config, field) for field, (key, _, _) in HUGGING_FACE.items()}
+    if tokenizer.with_name("config.json").is_file():  # names the end token where tokenizer_config.json does not
+        source = read_json(tokenizer.with_name("config.json"))
+        config |= {key: source[key] for key in ("bos_token_id", "eos_token_id") if key in source}
+    saved = {"spec_version": SPEC_VERSION, "scheme": model.scheme.to_json()}
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(f"{folder}: is there already and not an empty folder; name another")
+        aside.mkdir(parents=True)
+        for file in (tokenizer, tokenizer.with_name("tokenizer_config.json")):
+            if file.exists():
+                shutil.copyfile(file, aside / file.name)
+        text = json.dumps({"model_type": "refmamba", **config, "refmamba": saved}, indent=2)
+        (aside / "config.json").write_text(text + "\n", "utf-8")
+        save_file(dict(arrays(model)), aside / "model.safetensors")
+        shutil.copymode(aside / "config.json", aside / "model.safetensors")  # the library lets only its owner read it
+        aside.replace(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def arrays(model: QuantizedModel) -> Iterator[tuple[str, NDArray[Any]]]:
+    """What is saved of a model, by name."""
+    for name in sorted(model.params):
+        if name == "lm_head.weight" and model.config.tie_embeddings:
+            continue
+        param = model.params[name]
+        if isinstance(param, Codes):
+            yield f"{name}.q", pack4(np.atleast_2d(param.q)) if param.bits <= 4 else param.q
+            yield f"{name}.scale", np.asarray(param.scale)
+        elif isinstance(param, FixedPoint):
+            yield f"{name}.q", param.q
+            yield f"{name}.exponent", param.exponent
+        else:
+            yield name, np.asarray(param)
+
+
+def open_quantized(folder: Path, config: MambaConfig, saved: Any) -> QuantizedModel:
+    """What `save_quantized` wrote. Codes of more than 4 bits stay in the memory map."""
+    if not isinstance(saved, dict) or saved.get("spec_version") != SPEC_VERSION:
+        raise CheckpointError(f"{folder}: not saved under specification {SPEC_VERSION}; quantize the model again")
+    try:
+        scheme = scheme_from_json(saved.get("scheme"))
+    except SchemeError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}; quantize the model again") from error
+    tensors = open_safetensors(folder / "model.safetensors")
+    shapes, taken, params = config.shapes(), set[str](), dict[str, Param]()
+
+    def take(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        taken.add(name)
+        return checked(folder, tensors, name, shape, dtype)
+
+    for name, shape in shapes.items():
+        kind = name.split(".", 2)[2] if name.startswith("layers.") else name
+        if quantizer := scheme.weights.get(kind):
+            if quantizer.bits <= 4:
+                rows, columns = (1, *shape)[-2:]
+                q = unpack4(take(f"{name}.q", (rows, -(-columns // 2)), UINT8), columns).reshape(shape)
+            else:
+                q = take(f"{name}.q", shape, INT8)
+            scale = take(f"{name}.scale", (*shape[:-1], 1) if quantizer.scale == "per_channel" else (), FLOAT32)
+            params[name] = Codes(q, scale, quantizer.bits)
+        elif kind in LINEAR_WEIGHTS or kind == "lm_head.weight":
+            params[name] = FixedPoint(take(f"{name}.q", shape, INT32), take(f"{name}.exponent", shape[:1], INT32))
+        else:
+            params[name] = take(name, shape, FLOAT32)
+    if config.tie_embeddings:
+        embedding = params["embedding.weight"]
+        if isinstance(embedding, np.ndarray):
+            params["lm_head.weight"] = quantize_parameter(embedding, "lm_head.weight", "embedding.weight", scheme)
+        else:
+            params["lm_head.weight"] = embedding
+    if scheme.needs_calibration:
+        for name, shape in (shapes | {"lm_head.weight": (config.vocab_size, config.d_model)}).items():
+            site = name.removesuffix(".weight")
+            layer = site.rsplit(".", 1)[-1]
+            if layer in scheme.inputs and name.endswith(".weight"):
+                params[f"{site}.absmax"] = take(f"{site}.absmax", (), FLOAT32)
+                if layer in scheme.smooth and layer not in FOLDED:
+                    params[f"{site}.smooth"] = take(f"{site}.smooth", shape[1:], INT32)
+    no_others(tensors, taken)
+    return QuantizedModel(config, scheme, params)

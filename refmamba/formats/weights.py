@@ -1,0 +1,124 @@
+"""Weight files: safetensors, or what torch saves, as memory maps."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from refmamba.errors import CheckpointError
+from refmamba.formats.files import read_json
+
+# The types that are read, by their names in safetensors. NumPy has no bfloat16: its 16 bits are carried as an unsigned
+# integer.
+DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "|i1", "U8": "|u1", "I32": "<i4"}
+
+
+FLOAT32, FLOAT16, BFLOAT16 = np.dtype("<f4"), np.dtype("<f2"), np.dtype("<u2")
+
+
+INT8, UINT8, INT32 = np.dtype("i1"), np.dtype("u1"), np.dtype("<i4")
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: a view of the memory map, in the file's own type."""
+
+    file: Path
+    array: NDArray[Any]
+
+
+def open_weights(folder: Path) -> dict[str, Stored]:
+    """All tensors of a folder by canonical name: in one file, or in shards with an index."""
+    formats: dict[str, Callable[[Path], dict[str, Stored]]] = {
+        "model.safetensors": open_safetensors,
+        "pytorch_model.bin": _open_torch,
+    }
+    for name, open_file in formats.items():
+        file, index = folder / name, folder / f"{name}.index.json"
+        if file.exists():
+            shards = [name]
+        elif index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+                raise CheckpointError(f"{index}: weight_map is missing or broken; download it again")
+            shards = sorted(set(weight_map.values()))
+        else:
+            continue
+        return {_canonical(key): tensor for shard in shards for key, tensor in open_file(folder / shard).items()}
+    raise CheckpointError(f"{folder}: no weights; a model folder has a model.safetensors or a pytorch_model.bin")
+
+
+def _canonical(name: str) -> str:
+    """Our name of a parameter: `layers.0.D` for `backbone.layers.0.mixer.D`."""
+    name = name.removeprefix("backbone.").replace(".mixer.", ".")
+    return "embedding.weight" if name == "embeddings.weight" else name
+
+
+def file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a parameter in a checkpoint: PyTorch's convolution has a middle axis, the channels of a group."""
+    return (shape[0], 1, shape[1]) if name.endswith("conv1d.weight") else shape
+
+
+def open_safetensors(file: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file as views of a private memory map."""
+    try:
+        with safe_open(file, framework="numpy"):  # the library checks the header, each offset and the file's length
+            pass
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file; download it again") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: truncated, or not safetensors ({error}); download it again") from error
+    data = np.memmap(file, np.uint8, "c")
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header: dict[str, Any] = json.loads(data[8:start].tobytes())
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(f"{file}: tensor {name} is {entry['dtype']}; only {', '.join(DTYPES)} are read")
+        first, last = entry["data_offsets"]
+        array = np.asarray(data[start + first : start + last]).view(DTYPES[entry["dtype"]])
+        tensors[name] = Stored(file, array.reshape(entry["shape"]))
+    return tensors
+
+
+def _open_torch(file: Path) -> dict[str, Stored]:
+    """The tensors of a file that torch saved, as views of a memory map."""
+    try:
+        import torch
+    except ImportError:
+        raise CheckpointError(f"{file}: to read this format install torch: pip install 'refmamba[torch]'") from None
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; download it again")
+    try:
+        # weights_only: a plain unpickle runs whatever program the file holds.
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        views = {key: t.view(torch.uint16) if t.dtype == torch.bfloat16 else t for key, t in tensors.items()}
+        return {key: Stored(file, t.detach().numpy()) for key, t in views.items()}
+    except Exception as error:  # what torch and its unpickler raise for a broken file is no closed list
+        raise CheckpointError(
+            f"{file}: truncated, or not plain tensors as torch 1.6 and later save them; download it again"
+        ) from error
+
+
+def checked(where: Path, tensors: dict[str, Stored], name: str, shape: tuple[int, ...], *dtypes: np.dtype[Any]) -> NDArray[Any]:
+    """The named tensor, which must be there, of this shape and of one of these types."""
+    if name not in tensors:
+        raise CheckpointError(f"{where}: the weights have no tensor {name}; download or save the model again")
+    file, array = tensors[name]
+    if array.shape != shape:
+        raise CheckpointError(
+            f"{file}: tensor {name} has the shape {array.shape}, config.json asks for {shape}; they are of two models"
+        )
+    if array.dtype not in dtypes:
+        raise CheckpointError(f"{file}: tensor {name} is {array.dtype}, not {' or '.join(map(str, dtypes))}")
+    return array
+
+
+def no_others(tensors: dict[str, Stored], names: Iterable[str]) -> None:
+    """A tensor that nothing reads means that the model is not what config.json makes of it."""
+    for name in sorted(tensors.keys() - names):
+        raise CheckpointError(f"{tensors[name].file}: tensor {name} has no place in the model of config.json")

@@ -1,0 +1,124 @@
+"""The paper's tables, ours beside the published figures."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from refmamba.eval_tasks.load import Dataset
+from refmamba.eval_tasks.report import Outcome
+from refmamba.paper import ablation as ablate
+from refmamba.paper.outliers import Report
+from refmamba.paper.published import PAPER_TASKS, TABLE_1, TABLE_2, paper_size
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure, per cent: ours with its standard error (NaN for one document), the paper's where it is known.
+
+    The paper gives no errors, so that of the difference is ours too.
+    """
+
+    value: float
+    stderr: float
+    paper: float | None
+
+    @property
+    def difference(self) -> float | None:
+        """Ours less the paper's."""
+        return None if self.paper is None else self.value - self.paper
+
+    def to_json(self) -> dict[str, float | None]:
+        """The four figures, null for one that is not known."""
+        stderr = None if math.isnan(self.stderr) else self.stderr
+        return {"value": self.value, "stderr": stderr, "paper": self.paper, "difference": self.difference}
+
+
+def cells(model: str, scheme: str, outcomes: Sequence[Outcome]) -> dict[str, Cell]:
+    """A row of table 1: a task's acc, and HellaSwag's acc_norm beside it; then the average of acc."""
+    published = TABLE_1.get(scheme) if paper_size(model) == "1.4b" else None
+    row: dict[str, Cell] = {}
+    for one in outcomes:
+        name = one.data.task.name
+        known = published[PAPER_TASKS.index(name)] if published else None
+        for metric in one.metrics():
+            if metric.name == "acc":
+                paper = None if (name, scheme) == ("hellaswag", "fp32") else known
+                row[name] = Cell(100 * metric.value, 100 * metric.stderr, paper)
+            elif (metric.name, name) == ("acc_norm", "hellaswag"):
+                row["hellaswag acc_norm"] = Cell(100 * metric.value, 100 * metric.stderr, known if scheme == "fp32" else None)
+    tasks = [row[one.data.task.name] for one in outcomes]
+    stderr = math.sqrt(sum(cell.stderr**2 for cell in tasks)) / len(tasks)
+    return row | {"average": Cell(float(np.mean([cell.value for cell in tasks])), stderr, None)}
+
+
+def table_1(rows: Mapping[str, Mapping[str, Cell]], bits: Mapping[str, float]) -> str:
+    """Table 1's layout for any model; lines of the paper only where it is known."""
+    names = list(next(iter(rows.values())))
+    lines = ["| scheme | | " + " | ".join(names) + " | bits per byte |", "|---|---|" + "---|" * (len(names) + 1)]
+    for scheme, row in rows.items():
+        ours = " | ".join(f"{row[name].value:.2f} ± {row[name].stderr:.2f}" for name in names)
+        lines.append(f"| {scheme} | ours | {ours} | {bits[scheme]:.4f} |")
+        if any(cell.paper is not None for cell in row.values()):
+            paper = " | ".join("" if row[name].paper is None else f"{row[name].paper:.2f}" for name in names)
+            difference = " | ".join(
+                "" if row[name].paper is None else f"{row[name].difference:+.2f} ± {row[name].stderr:.2f}" for name in names
+            )
+            lines += [f"| | paper | {paper} | |", f"| | difference | {difference} | |"]
+    return "\n".join(lines)
+
+
+def guessing(datasets: Sequence[Dataset]) -> float:
+    """Average accuracy of one who guesses, per cent: nothing where a task has no choices."""
+    shares = [0 if len(data.documents[0].continuations) == 1 else 1 / len(data.documents[0].continuations) for data in datasets]
+    return 100 * float(np.mean(shares))
+
+
+@dataclass(frozen=True)
+class ModelTables:
+    """What was found for one model. table_1, bits_per_byte: by scheme."""
+
+    model: str
+    parameters: int
+    table_1: Mapping[str, Mapping[str, Cell]]
+    bits_per_byte: Mapping[str, float]
+    table_2: Sequence[ablate.Row]
+    outliers: Report
+
+    @property
+    def file_name(self) -> str:
+        """Of figure 1, less its suffix."""
+        return "figure1-" + self.model.strip("/").replace("/", "--")
+
+    @property
+    def loss(self) -> Cell | None:
+        """What the average loses without the outliers of all sites; None where no channel is one."""
+        lost = [row.loss for row in self.table_2 if (row.site, row.which) == ("all", "outliers")]
+        if not lost or lost[0] is None:
+            return None
+        value, stderr = lost[0]
+        return Cell(100 * value, math.nan if stderr is None else 100 * stderr, TABLE_2.get(paper_size(self.model) or ""))
+
+    def markdown(self) -> str:
+        """The tables."""
+        loss = "No channel is an outlier."
+        if cell := self.loss:
+            loss = f"Average lost without the outliers of all sites: ours {cell.value:.2f} ± {cell.stderr:.2f} points"
+            if cell.paper is not None:
+                loss += f", the paper's {cell.paper:.2f}, difference {cell.difference:+.2f} ± {cell.stderr:.2f}"
+        return "\n\n".join([
+            f"## {self.model}", "### Tables 1 and 3", "Per cent, ± our standard error; the paper's lines where they are known.",
+            table_1(self.table_1, self.bits_per_byte),
+            "### Table 2", "Without the outlier channels, and without as many random ones; the average's difference with its "
+            "standard error, the same documents being scored.", ablate.table(self.table_2), loss,
+            "### Figure 1", f"![Figure 1]({self.file_name}.png)", f"```\n{self.outliers.table()}\n```",
+        ])  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """The same, and the paper's figures, null where they are unknown."""
+        rows = {scheme: {name: cell.to_json() for name, cell in row.items()} for scheme, row in self.table_1.items()}
+        return {"parameters": self.parameters, "table_1": rows, "bits_per_byte": self.bits_per_byte,
+                "table_2": [asdict(row) for row in self.table_2], "table_2_loss": self.loss and self.loss.to_json(),
+                "outliers": self.outliers.to_json()}  # fmt: skip

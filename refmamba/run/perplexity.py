@@ -1,0 +1,56 @@
+"""Perplexity and bits per byte of a text: small effects of quantization that accuracy does not show."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from refmamba.backend import Runner
+from refmamba.errors import DataError
+from refmamba.run.session import Loaded
+from refmamba.spec.arith import IntArray
+from refmamba.spec.ops import log_softmax
+
+CALL = 512  # tokens a call; where a scheme takes a scale over a call, that is what it is taken over
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """tokens: scored ones; nats: their negative log-likelihood in all; n_bytes: UTF-8 bytes of the text."""
+
+    tokens: int
+    nats: float
+    n_bytes: int
+
+    @property
+    def per_token(self) -> float:
+        """exp of the mean negative log-likelihood of a token."""
+        return math.exp(self.nats / self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits of the whole text over its bytes: comparable between tokenizers."""
+        return self.nats / math.log(2) / self.n_bytes
+
+
+def perplexity(runner: Runner, tokens: IntArray, n_bytes: int) -> Perplexity:
+    """Score tokens[1:] given all before them, the state carried from the first to the last.
+
+    tokens: (L,), L >= 2, the first one only read. Raises DataError, NonFiniteError.
+    """
+    if len(tokens) < 2:
+        raise DataError("the text is too short to score: it needs a token to read and one to score")
+    nats, state = 0.0, None
+    for start in range(0, len(tokens) - 1, CALL):
+        targets = tokens[start + 1 : start + 1 + CALL]
+        rows, state = runner.prefill([tokens[start : start + len(targets)]], state, logits="all")
+        for row, target in zip(rows[0], targets, strict=True):  # one by one: of a large vocabulary, 512 rows are a gigabyte
+            nats -= float(log_softmax(row[None])[0, target])
+    return Perplexity(len(tokens) - 1, nats, n_bytes)
+
+
+def text_perplexity(loaded: Loaded, text: str) -> Perplexity:
+    """Score a text from its first token on, given the token that begins a text. Raises DataError, NonFiniteError."""
+    tokenizer = loaded.tokenizer
+    tokens = np.concatenate([tokenizer.encode_array(""), tokenizer.encode_array(text)])
+    return perplexity(loaded.runner, tokens, len(text.encode()))

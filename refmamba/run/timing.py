@@ -1,0 +1,149 @@
+"""`refmamba bench`: how fast a model runs here, beside what the machine's memory allows."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from refmamba.backend import Runner
+from refmamba.run.peers import LLAMA_TYPES, Apart, LlamaCpp, Peer, Transformers, installed, write_gguf
+from refmamba.spec.arith import IntArray
+from refmamba.spec.config import ParameterSource
+from refmamba.spec.parameters import QuantizedModel
+from refmamba.spec.scheme import LINEAR_WEIGHTS
+
+REPEATS = 3  # the fastest counts: what else ran on the machine only ever slows
+READ_BYTES = 512 * 2**20
+WARM_UP = 4  # tokens decoded before the clock starts
+
+
+def weight_bytes(model: QuantizedModel) -> int:
+    """Bytes of codes that one token reads: every matrix of a product, two codes a byte up to 4 bits, 3 bytes unquantized."""
+    config, weights = model.config, model.scheme.weights
+
+    def size(name: str, kind: str) -> int:
+        rows, columns = config.shapes()[name]
+        if kind not in weights:
+            return 3 * rows * columns
+        return rows * columns if weights[kind].bits > 4 else rows * ((columns + 1) // 2)
+
+    layers = [(f"layers.{i}.{kind}", kind) for i in range(config.n_layer) for kind in LINEAR_WEIGHTS]
+    head = "embedding.weight" if config.tie_embeddings else "lm_head.weight"
+    head_kind = "embedding.weight" if model.shares_codes else "lm_head.weight"
+    return sum(size(name, kind) for name, kind in [*layers, (head, head_kind)])
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes a second of an int64 sum over 512 MB, all threads, the fastest of a few."""
+    data = np.ones(READ_BYTES // 8, np.int64)
+    parts = np.array_split(data, 4 * threads)
+    with ThreadPoolExecutor(threads) as pool:
+        return READ_BYTES / min(seconds(lambda: list(pool.map(np.sum, parts))) for _ in range(REPEATS))
+
+
+def proc_status(field: str, pid: int | str = "self") -> int:
+    """Bytes that Linux gives as a field of a process's status. Raises OSError or IndexError where it has ended."""
+    return 1024 * int(Path(f"/proc/{pid}/status").read_text(encoding="utf-8").split(f"{field}:")[1].split()[0])
+
+
+def peak_rss() -> int:
+    """The largest resident size of this process so far, in bytes; 0 where the system does not tell (Windows)."""
+    if sys.platform == "linux":  # where getrusage begins with what the parent had
+        return proc_status("VmHWM")
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def seconds(work: Callable[..., Any], *arguments: Any) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - start
+
+
+class Ours:
+    """A Runner as something that can be timed."""
+
+    def __init__(self, runner: Runner, name: str) -> None:
+        self.name, self._runner, self._state = name, runner, runner.initial_state(1)
+
+    def prefill(self, tokens: IntArray) -> None:
+        """See Peer."""
+        _, self._state = self._runner.prefill([tokens])
+
+    def decode(self, tokens: IntArray) -> None:
+        """See Peer."""
+        for token in tokens:
+            _, self._state = self._runner.step(np.array([token]), self._state)
+
+
+def _seconds(peer: Ours | Apart, method: str, tokens: IntArray) -> float:
+    return peer.seconds(method, tokens) if isinstance(peer, Apart) else seconds(getattr(peer, method), tokens)
+
+
+def speeds(
+    peers: Sequence[Ours | Apart], prompt: IntArray, generated: IntArray, repeats: int = REPEATS
+) -> list[dict[str, Any]]:
+    """Tokens a second of each, one after the other in every round, so that a slow moment of the machine hits all alike.
+
+    A peer that fails, or whose process dies, is left out, with a line on stderr.
+    """
+    best = {peer: {"prefill": float("inf"), "decode": float("inf")} for peer in peers}
+    for _ in range(repeats):
+        for peer, times in list(best.items()):
+            try:
+                times["prefill"] = min(times["prefill"], _seconds(peer, "prefill", prompt))
+                _seconds(peer, "decode", generated[:WARM_UP])
+                times["decode"] = min(times["decode"], _seconds(peer, "decode", generated))
+            except Exception as error:  # whatever another program raises
+                if not isinstance(peer, Apart):
+                    raise
+                why = str(error).strip().splitlines() or [type(error).__name__]
+                click.echo(f"{peer.name} is left out: {why[0]}", err=True)
+                del best[peer]
+    return [
+        {"name": peer.name, "prefill_tokens_per_second": len(prompt) / times["prefill"],
+         "decode_tokens_per_second": len(generated) / times["decode"]}
+        for peer, times in best.items()
+    ]  # fmt: skip
+
+
+def transformers_of(folder: Path, threads: int) -> Peer:
+    """transformers with a folder's weights."""
+    return Transformers(float_checkpoint(folder), threads)
+
+
+def llama_cpp_of(folder: Path, file: Path, kind: str, threads: int) -> Peer:
+    """llama.cpp with a folder's weights, through a file that is written first."""
+    write_gguf(float_checkpoint(folder), file, kind)
+    return LlamaCpp(file, kind, threads)
+
+
+def float_checkpoint(folder: Path) -> ParameterSource:
+    """A folder's own weights. Raises DataError for a quantized one."""
+    from refmamba.formats.folder import open_float
+
+    return open_float(folder, f"{folder}: --compare needs the model's own weights, and these are codes")
+
+
+def other_programs(folder: Path, scratch: Path, threads: int) -> list[Apart]:
+    """What is installed of transformers and llama.cpp, with a folder's weights. Raises DataError for a quantized folder."""
+    float_checkpoint(folder)
+    peers = []
+    if installed("transformers") and installed("torch"):
+        peers.append(Apart(Transformers.name, transformers_of, folder, threads))
+    if installed("llama_cpp") and installed("gguf"):
+        for kind in LLAMA_TYPES:
+            (scratch / kind).mkdir()  # they are written at the same time
+            file = scratch / kind / "model.gguf"
+            peers.append(Apart(f"llama.cpp {kind}", llama_cpp_of, folder, file, kind, threads))
+    return peers

@@ -1,0 +1,200 @@
+"""The model: what a scheme makes of a checkpoint, and its forward for one sequence (docs/SPEC.md, sections 4 and 6)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from refmamba.errors import DataError
+from refmamba.spec.arith import F32Array, IntArray, f32, silu
+from refmamba.spec.codes import (
+    ACTIVATION_BITS,
+    Codes,
+    FixedPoint,
+    code,
+    code_static,
+    fixed_point,
+    integer_product,
+    rescale,
+)  # fmt: skip
+from refmamba.spec.config import MambaConfig
+from refmamba.spec.ops import conv1d, embed, gate, rms_norm, selective_scan, state_matrix, step_size
+from refmamba.spec.parameters import QuantizedModel
+from refmamba.spec.trace import Hook
+
+Positions = Literal["all", "last", "none"]
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """The recurrent state of a batch, a value: no call changes it. Float32, the batch axis first.
+
+    conv: (batch, n_layer, d_inner, d_conv - 1), the last inputs of each convolution, oldest first.
+    ssm: (batch, n_layer, d_inner, d_state), h of each scan.
+    """
+
+    conv: F32Array
+    ssm: F32Array
+
+    @classmethod
+    def zeros(cls, config: MambaConfig, batch: int) -> "State":
+        """The state before the first token: +0.0 everywhere."""
+        shape = (batch, config.n_layer, config.d_inner)
+        return cls(np.zeros((*shape, config.d_conv - 1), np.float32), np.zeros((*shape, config.d_state), np.float32))
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return len(self.ssm)
+
+    def take(self, indices: Sequence[int]) -> "State":
+        """The state of the named sequences, in that order; an index may come more than once (a fork)."""
+        return State(self.conv[list(indices)], self.ssm[list(indices)])
+
+    def arrays(self) -> tuple[F32Array, F32Array]:
+        """(conv, ssm) as NumPy arrays."""
+        return self.conv, self.ssm
+
+
+def _unseen(site: str, value: object) -> None:
+    """The hook when nobody looks."""
+
+
+class Mamba:
+    """The reference forward of one QuantizedModel. A batch is its sequences one after the other."""
+
+    def __init__(self, model: QuantizedModel) -> None:
+        self.model, self.config, self.scheme = model.held(), model.config, model.scheme
+        A_log = [f"layers.{i}.A_log" for i in range(self.config.n_layer)]
+        self.A = [state_matrix(self.model.value(name)) for name in A_log]
+        embedding = self.model.params["embedding.weight"]
+        assert not isinstance(embedding, FixedPoint)
+        self.embedding = embedding
+
+    def linear(self, site: str, x: F32Array, see: Hook) -> F32Array:
+        """One linear layer with its `in` and `out` sides, eq. (7) to (13); then its bias, where it is its own.
+
+        # SHAPES   x (L, K) -> (L, rows)
+        # COMPUTE  code the input, multiply integers, rescale, code and read back the output, add the bias
+        # OUTPUT   float32
+        """
+        params, kind = self.model.params, site.rsplit(".", 1)[-1]
+        see(f"{site}.in", x)
+        if f"{site}.smooth" in params:
+            x = np.ldexp(x, -self.model.value(f"{site}.smooth"))  # eq. (29): exact
+        w = params[f"{site}.weight"]
+        assert isinstance(w, Codes | FixedPoint)
+        codes: Codes | FixedPoint
+        if quantizer := self.scheme.inputs.get(kind):
+            if quantizer.scale == "static":
+                codes = code_static(x, self.model.value(f"{site}.absmax"), quantizer.bits, f"{site}.in")
+            else:
+                codes = code(x, quantizer.bits, f"{site}.in", "per_row" if quantizer.scale == "per_token" else "per_tensor")
+        else:
+            codes = fixed_point(x, ACTIVATION_BITS, f"{site}.in")
+        see(f"{site}.in_codes", codes.q)
+        acc = integer_product(codes, w)
+        see(f"{site}.acc", acc)
+        y = rescale(acc, codes, w)
+        see(f"{site}.result", y)
+        if quantizer := self.scheme.outputs.get(kind):
+            out = code(y, quantizer.bits, f"{site}.result", "per_row" if quantizer.scale == "per_token" else "per_tensor")
+            see(f"{site}.out_codes", out.q)
+            y = out.dequantize()
+        if f"{site}.bias" in params and kind != "dt_proj":  # dt_proj's bias belongs to eq. (18)
+            y = y + self.model.value(f"{site}.bias")
+        see(f"{site}.out", y)
+        return y
+
+    def block(
+        self, i: int, x: F32Array, conv_state: F32Array, ssm_state: F32Array, see: Hook
+    ) -> tuple[F32Array, F32Array, F32Array]:
+        """One block, eq. (24): the Mamba paper's figure 3.
+
+        # SHAPES   x (L, d), conv_state (e, k-1), ssm_state (e, n) -> the same
+        # COMPUTE  norm, in_proj, convolution, silu, x_proj, dt_proj, scan, gate, out_proj, residual
+        # OUTPUT   the residual stream, and both states after the last token
+        """
+        at, value = f"layers.{i}", self.model.value
+        r, n = self.config.dt_rank, self.config.d_state
+        see(f"{at}.residual_in", x)
+        normed = rms_norm(x, value(f"{at}.norm.weight"), self.config.norm_eps)
+        see(f"{at}.norm", normed)
+        xz = self.linear(f"{at}.in_proj", normed, see)  # (L, d) -> (L, 2e)
+        conv_in, z = np.split(xz, 2, axis=1)
+        bias = value(f"{at}.conv1d.bias") if self.config.use_conv_bias else None
+        conv, conv_state = conv1d(conv_in, conv_state, value(f"{at}.conv1d.weight"), bias)
+        see(f"{at}.conv1d", conv)
+        u = silu(conv)
+        see(f"{at}.u", u)
+        dtBC = self.linear(f"{at}.x_proj", u, see)  # (L, e) -> (L, r + 2n)
+        dt, B, C = dtBC[:, :r], dtBC[:, r : r + n], dtBC[:, r + n :]
+        delta = step_size(self.linear(f"{at}.dt_proj", dt, see), value(f"{at}.dt_proj.bias"))  # (L, r) -> (L, e)
+        see(f"{at}.delta", delta)
+        y, ssm_state = selective_scan(u, delta, self.A[i], B, C, value(f"{at}.D"), ssm_state)
+        see(f"{at}.scan", y)
+        see(f"{at}.conv_state", conv_state)
+        see(f"{at}.ssm_state", ssm_state)
+        gated = gate(y, z)
+        see(f"{at}.gate", gated)
+        x = x + self.linear(f"{at}.out_proj", gated, see)  # (L, e) -> (L, d)
+        see(f"{at}.residual_out", x)
+        return x, conv_state, ssm_state
+
+    def forward(
+        self, tokens: IntArray, conv: F32Array, ssm: F32Array, positions: Positions, see: Hook
+    ) -> tuple[F32Array, F32Array, F32Array]:
+        """One sequence through the model.
+
+        # SHAPES   tokens (L,), conv (n_layer, e, k-1), ssm (n_layer, e, n) -> (L, 1 or 0, vocabulary), conv, ssm
+        # COMPUTE  embedding, the blocks, the last norm, the head at the positions asked for
+        # OUTPUT   logits, and the states after the last token
+        """
+        x = embed(tokens, self.embedding)
+        see("embedding", x)
+        conv_out, ssm_out = np.empty_like(conv), np.empty_like(ssm)
+        for i in range(self.config.n_layer):
+            x, conv_out[i], ssm_out[i] = self.block(i, x, conv[i], ssm[i], see)
+        if positions == "none":
+            return np.empty((0, self.config.vocab_size), f32), conv_out, ssm_out
+        x = rms_norm(x if positions == "all" else x[-1:], self.model.value("norm_f.weight"), self.config.norm_eps)
+        see("norm_f", x)
+        return self.linear("lm_head", x, see), conv_out, ssm_out
+
+    def initial_state(self, batch: int) -> State:
+        """The state of `batch` sequences before their first token."""
+        return State.zeros(self.config, batch)
+
+    def prefill(
+        self,
+        sequences: Sequence[IntArray],
+        state: State | None = None,
+        *,
+        logits: Positions = "last",
+        hook: Hook | None = None,
+    ) -> tuple[list[F32Array], State]:
+        """Run each sequence from its state on; see `refmamba.backend.Runner.prefill`."""
+        sequences = [check_tokens(s, self.config) for s in sequences]
+        state = state or self.initial_state(len(sequences))
+        if hook and len(sequences) != 1:
+            raise ValueError("a hook looks at one sequence at a time")
+        results = [
+            self.forward(tokens, state.conv[b], state.ssm[b], logits, hook or _unseen) for b, tokens in enumerate(sequences)
+        ]
+        return [r[0] for r in results], State(np.stack([r[1] for r in results]), np.stack([r[2] for r in results]))
+
+    def step(self, tokens: IntArray, state: State, *, hook: Hook | None = None) -> tuple[F32Array, State]:
+        """One token for each sequence; see `refmamba.backend.Runner.step`."""
+        logits, state = self.prefill([np.asarray(tokens)[b : b + 1] for b in range(len(tokens))], state, hook=hook)
+        return np.concatenate(logits), state
+
+
+def check_tokens(tokens: IntArray, config: MambaConfig) -> IntArray:
+    """The tokens of one sequence as int64 (L,). Raises DataError for none, or for one outside the vocabulary."""
+    tokens = np.asarray(tokens, np.int64)
+    if tokens.ndim != 1 or len(tokens) == 0:
+        raise DataError("a sequence needs at least one token")
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise DataError(f"tokens are 0 to {config.vocab_size - 1}; the sequence has {tokens.min()} to {tokens.max()}")
+    return tokens

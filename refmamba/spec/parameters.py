@@ -1,0 +1,110 @@
+"""Parameters under a scheme: what every backend loads (docs/SPEC.md, sections 2, 4 and 5)."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from refmamba.errors import DataError
+from refmamba.spec.arith import F32Array
+from refmamba.spec.codes import WEIGHT_BITS, Codes, FixedPoint, Param, code, fixed_point
+from refmamba.spec.config import MambaConfig, ParameterSource
+from refmamba.spec.scheme import LINEAR_WEIGHTS, Scheme
+from refmamba.spec.transforms import smoothed
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedModel:
+    """A model under a scheme: what every backend loads.
+
+    params, by name: Codes where the scheme quantizes the parameter; FixedPoint for any other matrix of a product; else
+    float32. `lm_head.weight` is always there (the embedding's Codes where `shares_codes`). A static input has
+    `{site}.absmax` (float32, shape ()), a smoothed one `{site}.smooth` (int32 exponents, one an input channel), where
+    site is `layers.{i}.in_proj` and so on. The mapping may make a parameter each time it is asked for: see `held`.
+    """
+
+    config: MambaConfig
+    scheme: Scheme
+    params: Mapping[str, Param]
+
+    def value(self, name: str) -> F32Array:
+        """A parameter that is not a matrix of a product, read back to float32: eq. (9)."""
+        param = self.params[name]
+        assert not isinstance(param, FixedPoint)
+        return param.dequantize() if isinstance(param, Codes) else param
+
+    @property
+    def shares_codes(self) -> bool:
+        """Whether the head's codes are the embedding's."""
+        return self.config.tie_embeddings and "embedding.weight" in self.scheme.weights
+
+    def held(self) -> "QuantizedModel":
+        """The same model with every parameter in memory, for whoever reads them more than once."""
+        params = {name: self.params[name] for name in self.params if not (self.shares_codes and name == "lm_head.weight")}
+        if self.shares_codes:
+            params["lm_head.weight"] = params["embedding.weight"]
+        return QuantizedModel(self.config, self.scheme, params)
+
+
+def quantize_parameter(x: F32Array, kind: str, name: str, scheme: Scheme) -> Param:
+    """One parameter under a scheme: eq. (7, 8), eq. (10), or as it is. kind: the name without its layer."""
+    if quantizer := scheme.weights.get(kind):
+        return code(x, quantizer.bits, name, "per_row" if quantizer.scale == "per_channel" else "per_tensor")
+    if kind in LINEAR_WEIGHTS or kind == "lm_head.weight":
+        return fixed_point(x, WEIGHT_BITS, name)
+    return x
+
+
+class _OnDemand(Mapping[str, Param]):
+    """The parameters of a checkpoint under a scheme: each is quantized when it is asked for, and not kept."""
+
+    def __init__(self, source: ParameterSource, scheme: Scheme, sites: Mapping[str, Param]) -> None:
+        self._source, self._scheme, self._sites = source, scheme, sites
+        self._names = dict.fromkeys([*sites, *source.config.shapes(), "lm_head.weight"])
+
+    def __getitem__(self, name: str) -> Param:
+        if name in self._sites:
+            return self._sites[name]
+        if name not in self._names:
+            raise KeyError(name)
+        kind = name.split(".", 2)[2] if name.startswith("layers.") else name
+        if name == "lm_head.weight" and self._source.config.tie_embeddings:
+            name = "embedding.weight"
+            kind = name if name in self._scheme.weights else kind
+        return quantize_parameter(self._source.read(name), kind, name, self._scheme)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def quantize_model(
+    source: ParameterSource, scheme: Scheme, calibration: Mapping[str, F32Array] | None = None
+) -> QuantizedModel:
+    """A checkpoint under a scheme. Its `params` are quantized one by one as a backend takes them, and none is kept.
+
+    calibration: for each site the absolute maximum of each input channel, (K,) float32, as `refmamba.spec.calibrate` gives
+    it; needed where `scheme.needs_calibration`. Raises DataError where calibration lacks a site; reading a parameter
+    raises NonFiniteError.
+    """
+    sites: dict[str, Param] = {}
+    if scheme.needs_calibration:
+        absmax = _site_absmax(source.config, scheme, calibration or {})
+        if scheme.smooth:
+            source, absmax, exponents = smoothed(source, absmax, scheme.smooth)
+            sites.update(exponents)
+        sites.update({f"{site}.absmax": np.asarray(np.max(m)) for site, m in absmax.items()})
+    return QuantizedModel(source.config, scheme, _OnDemand(source, scheme, sites))
+
+
+def _site_absmax(config: MambaConfig, scheme: Scheme, calibration: Mapping[str, F32Array]) -> dict[str, F32Array]:
+    layers = [f"layers.{i}.{p}" for i in range(config.n_layer) for p in scheme.inputs if p != "lm_head"]
+    sites = [*layers, *(["lm_head"] if "lm_head" in scheme.inputs else [])]
+    if missing := [site for site in sites if site not in calibration]:
+        raise DataError(f"scheme {scheme.name} needs calibration, which has no site {missing[0]}: calibrate on this model")
+    return {site: calibration[site] for site in sites}
