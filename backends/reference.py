@@ -7,6 +7,7 @@ from refmamba.errors import BackendError
 from refmamba.spec.mamba1 import Mamba
 from refmamba.spec.operations import OPERATIONS
 from refmamba.spec.parameters import QuantizedModel
+from refmamba.spec.scheme import Scheme
 
 
 class Reference:
@@ -18,6 +19,10 @@ class Reference:
     def __init__(self, device: str | None = None) -> None:
         if device not in (None, "cpu"):
             raise BackendError(f"the reference backend runs on 'cpu', not on '{device}'")
+
+    def supports(self, scheme: Scheme) -> str | None:
+        """Every scheme: the coders' classes are the specification."""
+        return None
 
     def load(self, model: QuantizedModel) -> Mamba:
         """Make a model ready to run."""

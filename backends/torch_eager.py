@@ -6,20 +6,21 @@ Where PyTorch has an obvious way that gives other bits, a comment says so.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from refmamba.backend import check_support
 from refmamba.errors import BackendError, NonFiniteError
-from refmamba.spec import arith
+from refmamba.spec import arith, coders, linear
 from refmamba.spec import codes as spec
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.codes import BLOCK, LONGEST_ROW, LOW_PART
 from refmamba.spec.mamba1 import Positions, check_tokens
-from refmamba.spec.parameters import QuantizedModel
-from refmamba.spec.scheme import Quantizer
+from refmamba.spec.parameters import QuantizedModel, linear_sites
+from refmamba.spec.scheme import Scheme
 from refmamba.spec.trace import Hook
 
 SCAN_CHUNK = 64  # tokens discretized at a time, to bound memory
@@ -307,67 +308,114 @@ class Batch:
         if self.hook:
             self.hook(site, value[0].cpu().numpy())
 
+    def masked(self, x: Tensor) -> Tensor:
+        """x (B, T, K) with zeros for padding, which takes no part in a scale and cannot overflow."""
+        return x if self.real is None else torch.where(self.real, x, torch.zeros_like(x))
+
+
+class Coder(Protocol):
+    """Codes of a batch's activations (B, T, K)."""
+
+    def __call__(self, x: Tensor, site: str, batch: Batch) -> Codes | FixedPoint:
+        """Raises NonFiniteError, naming the site."""
+
+
+def coder_of(coder: coders.Coder, device: torch.device) -> Coder:
+    """This backend's form of one of the specification's coders."""
+    if isinstance(coder, coders.PerToken | coders.PerTensor):
+        bits, axes = coder.bits, (-1,) if isinstance(coder, coders.PerToken) else (-2, -1)
+        return lambda x, site, batch: code(batch.masked(x), bits, site, axes)
+    if isinstance(coder, coders.Static):
+        static, bits = tensor(coder.absmax, device), coder.bits
+        return lambda x, site, batch: code_static(batch.masked(x), static, bits, site)
+    return lambda x, site, batch: fixed_point(batch.masked(x), spec.ACTIVATION_BITS, site)
+
+
+KNOWN = frozenset({
+    coders.ParameterPerTensor, coders.ParameterPerChannel, coders.PerToken, coders.PerTensor, coders.Static, coders.Smooth,
+})  # fmt: skip
+
+
+class Linear:
+    """linear.Linear on the device."""
+
+    def __init__(self, layer: linear.Linear, weight: Codes | FixedPoint, device: torch.device) -> None:
+        self.site, self.weight = layer.site, weight
+        smooth = [transform for transform in layer.transforms if isinstance(transform, coders.Smooth)]
+        self.powers = [two_to_f64(-tensor(transform.exponents, device)) for transform in smooth]
+        self.input = coder_of(layer.input, device)
+        self.output = None if layer.output is None else coder_of(layer.output, device)
+        self.bias = None if layer.bias is None else tensor(layer.bias, device)
+
+    def __call__(self, x: Tensor, batch: Batch, int8: bool) -> Tensor:
+        """Eq. (7) to (13). (B, T, K) -> (B, T, rows). int8: int8_product is exact."""
+        site, see = self.site, batch.see
+        see(f"{site}.in", x)
+        for power in self.powers:
+            x = (x.double() * power).float()  # eq. (29)
+            see(f"{site}.transformed", x)
+        codes = self.input(x, f"{site}.in", batch)
+        see(f"{site}.in_codes", codes.q)
+        acc = integer_product(codes, self.weight, int8)
+        see(f"{site}.acc", acc)
+        y = rescale(acc, codes, self.weight)
+        see(f"{site}.result", y)
+        if self.output is not None:
+            out = self.output(y, f"{site}.result", batch)
+            assert isinstance(out, Codes)
+            see(f"{site}.out_codes", out.q)
+            y = out.dequantize()
+            see(f"{site}.out_value", y)
+        if self.bias is not None:
+            y = y + self.bias
+        see(f"{site}.out", y)
+        return y
+
 
 class Mamba:
     """One model on one device: the forward of refmamba.spec.mamba1.Mamba, for a batch."""
 
     def __init__(self, model: QuantizedModel, device: torch.device) -> None:
         self.model, self.config, self.scheme, self.device = model, model.config, model.scheme, device
-        self.params: dict[str, Any] = {}
-        for name in model.params:
-            if not (name == "lm_head.weight" and model.shares_codes):
-                self.params[name] = self._move(model.params[name])
-        self.params.setdefault("lm_head.weight", self.params["embedding.weight"])
+        self.layers: dict[str, Linear] = {}
+        for site in linear_sites(self.config):
+            layer = model.linear(site)
+            self.layers[site] = Linear(layer, self._moved(layer.weight), device)
+        self.params: dict[str, Tensor | Codes] = {}
+        for name in self.config.shapes():
+            if name == "embedding.weight" and model.shares_codes:
+                shared = self.layers["lm_head"].weight
+                assert isinstance(shared, Codes)
+                self.params[name] = shared
+            elif name.removesuffix(".weight") not in self.layers:
+                param = model.params[name]
+                assert not isinstance(param, spec.FixedPoint)
+                self.params[name] = self._moved(param)
         self.A = [-exp(self.value(f"layers.{i}.A_log")) for i in range(self.config.n_layer)]
-        matrices = [p for p in self.params.values() if isinstance(p, Codes) and p.q.ndim == 2]
-        longest = max((p.q.shape[1] for p in matrices), default=1)
+        longest = max(layer.weight.q.shape[1] for layer in self.layers.values())
         self.int8 = bool(self.scheme.inputs) and int8_product_is_exact(longest, device)
 
-    def _move(self, param: spec.Param) -> Any:
+    @overload
+    def _moved(self, param: F32Array) -> Tensor: ...
+    @overload
+    def _moved(self, param: spec.Codes) -> Codes: ...
+    @overload
+    def _moved(self, param: spec.FixedPoint) -> FixedPoint: ...
+    def _moved(self, param: spec.Param) -> Tensor | Codes | FixedPoint:
         if isinstance(param, spec.Codes):
             return Codes(tensor(param.q, self.device), tensor(param.scale, self.device))
         if isinstance(param, spec.FixedPoint):
             return FixedPoint(tensor(param.q, self.device), tensor(param.exponent, self.device)[:, None])
         return tensor(param, self.device)
 
+    def linear(self, site: str, x: Tensor, batch: Batch) -> Tensor:
+        """One linear layer. (B, T, K) -> (B, T, rows)."""
+        return self.layers[site](x, batch, self.int8)
+
     def value(self, name: str) -> Tensor:
         """A parameter that is not a matrix of a product, as float32."""
         param = self.params[name]
         return param.dequantize() if isinstance(param, Codes) else param
-
-    def code(self, x: Tensor, quantizer: Quantizer, site: str, batch: Batch) -> Codes:
-        """Codes with the values' own scale, padding left out of it."""
-        if batch.real is not None:
-            x = torch.where(batch.real, x, torch.zeros_like(x))
-        return code(x, quantizer.bits, site, (-1,) if quantizer.scale == "per_token" else (-2, -1))
-
-    def linear(self, site: str, x: Tensor, batch: Batch) -> Tensor:
-        """One linear layer, eq. (7) to (13). (B, T, K) -> (B, T, rows)."""
-        kind, w, see = site.rsplit(".", 1)[-1], self.params[f"{site}.weight"], batch.see
-        see(f"{site}.in", x)
-        if f"{site}.smooth" in self.params:
-            x = (x.double() * two_to_f64(-self.params[f"{site}.smooth"])).float()
-        codes: Codes | FixedPoint
-        if quantizer := self.scheme.inputs.get(kind):
-            if quantizer.scale == "static":
-                codes = code_static(x, self.params[f"{site}.absmax"], quantizer.bits, f"{site}.in")
-            else:
-                codes = self.code(x, quantizer, f"{site}.in", batch)
-        else:
-            codes = fixed_point(x, spec.ACTIVATION_BITS, f"{site}.in")
-        see(f"{site}.in_codes", codes.q)
-        acc = integer_product(codes, w, self.int8)
-        see(f"{site}.acc", acc)
-        y = rescale(acc, codes, w)
-        see(f"{site}.result", y)
-        if quantizer := self.scheme.outputs.get(kind):
-            out = self.code(y, quantizer, f"{site}.result", batch)
-            see(f"{site}.out_codes", out.q)
-            y = out.dequantize()
-        if f"{site}.bias" in self.params and kind != "dt_proj":
-            y = y + self.value(f"{site}.bias")
-        see(f"{site}.out", y)
-        return y
 
     def block(self, i: int, x: Tensor, conv_state: Tensor, ssm_state: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """One block, eq. (24)."""
@@ -477,8 +525,13 @@ class Torch:
         self.device = str(self._device)
         check_subnormals(self._device)
 
+    def supports(self, scheme: Scheme) -> str | None:
+        """See `refmamba.backend.Backend`."""
+        return scheme.unknown_to(KNOWN)
+
     def load(self, model: QuantizedModel) -> Mamba:
-        """Make a model ready to run."""
+        """Make a model ready to run. Raises BackendError for a scheme that it does not support."""
+        check_support(self, model.scheme)
         return Mamba(model, self._device)
 
     def operations(self) -> Mapping[str, Callable[..., Any]]:

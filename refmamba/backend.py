@@ -66,11 +66,20 @@ class Backend(Protocol):
     exact: bool
     sites: frozenset[str] | None  # what its hooks show (trace.last_site names); None: every site
 
+    def supports(self, scheme: Scheme) -> str | None:
+        """None, or what of the scheme this backend does not know, in a few words: see `Scheme.unknown_to`."""
+
     def load(self, model: QuantizedModel) -> Runner:
-        """Make a model ready to run."""
+        """Make a model ready to run. Raises BackendError where the backend does not support its scheme."""
 
     def operations(self) -> Mapping[str, Callable[..., Any]]:
         """Its single operations by the name of the specification's function, with that function's signature."""
+
+
+def check_support(backend: Backend, scheme: Scheme) -> None:
+    """Raise BackendError where the backend does not know a coder, a scale or a transform of the scheme."""
+    if unknown := backend.supports(scheme):
+        raise BackendError(f"backend '{backend.name}' does not know {unknown} (scheme {scheme.name}); use --backend reference")
 
 
 def load_backend(name: str, device: str | None = None) -> Backend:

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from refmamba.backends.reference import Reference
-from refmamba.spec import arith, ops
+from refmamba.spec import arith, coders, linear, ops
 from refmamba.spec import codes as quantize
 from refmamba.spec import mamba1 as model
 from refmamba.spec.arith import f32
@@ -17,13 +17,14 @@ from refmamba.spec.operations import OPERATIONS
 from refmamba.spec.parameters import QuantizedModel
 
 Faults = Mapping[str, Callable[..., Any]]
-ORIGINAL = {name: getattr(module, name) for module in (arith, ops, quantize, model) for name in dir(module)}
+MODULES = (arith, ops, quantize, coders, linear, model)
+ORIGINAL = {name: getattr(module, name) for module in MODULES for name in dir(module)}
 
 
 @contextmanager
 def planted(faults: Faults) -> Iterator[None]:
     """The specification's functions of these names are replaced, wherever they are called from."""
-    places = [(module, name) for module in (arith, ops, quantize, model) for name in faults if hasattr(module, name)]
+    places = [(module, name) for module in MODULES for name in faults if hasattr(module, name)]
     try:
         for module, name in places:
             setattr(module, name, faults[name])
@@ -205,12 +206,11 @@ def absmax_of_largest(x: Any, site: str, granularity: str = "per_tensor") -> Any
 class BiasTwice(FaultyRunner):
     """in_proj and out_proj add their bias once more."""
 
-    def linear(self, site: str, x: Any, see: Any) -> Any:
-        y = super().linear(site, x, lambda name, value: None if name.endswith(".out") else see(name, value))
-        if site.endswith(("in_proj", "out_proj")):
-            y = y + self.model.value(f"{site}.bias")
-        see(f"{site}.out", y)
-        return y
+    def __init__(self, quantized: QuantizedModel, faults: Faults) -> None:
+        super().__init__(quantized, faults)
+        for site, layer in self.linear.items():
+            if layer.bias is not None:
+                self.linear[site] = replace(layer, bias=layer.bias + layer.bias)
 
 
 class BatchScale(FaultyRunner):
@@ -287,7 +287,7 @@ FAULTS = (
     Fault("(delta B) u", "discretize", {"discretize": delta_B_first}),
     Fault("a fused multiply-add in the scan", "selective_scan", {"scan": fused_scan}),
     Fault("subnormals flushed to zero", "selective_scan", {"scan": flushing_scan}),
-    Fault("a linear layer's bias twice", "dequantize and bias", {}, BiasTwice),
+    Fault("a linear layer's bias twice", "add", {}, BiasTwice),
     Fault("a scale over the batch", "batch", {}, BatchScale),
     Fault("the state changed in place", "state", {}, InPlaceState),
     Fault("padding runs into the state", "state", {}, PaddingInState),

@@ -90,7 +90,7 @@ def test_a_fused_backend_s_single_operation_is_named(scheme: str) -> None:
     found = locate(checks.reference, checks.runner, backend, SEQUENCES[0])
     assert found is not None
     assert found.operation == "conv1d"
-    assert "layers.0, on the reference's inputs" in found.where
+    assert found.where.startswith("layers.0.conv1d, on the reference's inputs")
 
 
 def test_the_first_unequal_boundary_is_named_where_the_operations_are_right() -> None:

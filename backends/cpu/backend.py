@@ -23,7 +23,7 @@ from refmamba.backends.cpu.kernels.vectors import VNNI
 from refmamba.errors import BackendError, NonFiniteError
 from refmamba.spec import arith, codes
 from refmamba.spec.arith import F32Array, IntArray, f32
-from refmamba.spec.codes import ACTIVATION_BITS, Codes, FixedPoint, Param, scale_of
+from refmamba.spec.codes import ACTIVATION_BITS, Codes, FixedPoint, Param, dequantize, scale_of
 from refmamba.spec.config import MambaConfig
 from refmamba.spec.mamba1 import Positions, check_tokens
 from refmamba.spec.ops import state_matrix
@@ -495,7 +495,7 @@ class CpuRunner:
         if isinstance(embedding, Packed):
             scale = embedding.scale[tokens] if embedding.scale.ndim else embedding.scale
             return cast(F32Array, embedding.rows(tokens).astype(np.float32) / scale)
-        return embedding.rows(tokens) if isinstance(embedding, Codes) else embedding[tokens]
+        return dequantize(embedding.rows(tokens)) if isinstance(embedding, Codes) else embedding[tokens]
 
     def _pass(
         self, sequences: Sequence[IntArray], states: IntArray, positions: Sequence[Positions], out: F32Array,

@@ -62,10 +62,10 @@ def difference(operation: str, where: str, expected: Any, found: Any, compare: s
 
 
 def parts(value: Any) -> list[tuple[str, Any]]:
-    """A result as arrays with names."""
+    """A result, or an argument, as arrays with names."""
     if isinstance(value, tuple):
-        return [(f"result {i}", v) for i, v in enumerate(value)]
+        return [(f"result {i}", np.asarray(v)) for i, v in enumerate(value)]
     if hasattr(value, "q"):
-        last = "scale" if hasattr(value, "scale") else "exponent"
-        return [("codes", np.asarray(value.q)), (last, np.asarray(getattr(value, last)))]
+        names = [name for name in ("scale", "exponent", "steps") if getattr(value, name, None) is not None]
+        return [("codes", np.asarray(value.q)), *((name, np.asarray(getattr(value, name))) for name in names)]
     return [("result", np.asarray(value))]

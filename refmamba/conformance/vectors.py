@@ -20,7 +20,8 @@ def vectors_folder() -> Path:
 def encode(value: Any) -> Any:
     """A value as JSON: arrays with a dtype, a shape and, for floats, the hexadecimal digits of their bits."""
     if isinstance(value, Codes):
-        return {"codes": {"q": encode(value.q), "scale": encode(value.scale), "bits": value.bits}}
+        steps = {} if value.steps is None else {"steps": encode(value.steps), "group": value.group}
+        return {"codes": {"q": encode(value.q), "scale": encode(value.scale), "bits": value.bits} | steps}
     if isinstance(value, FixedPoint):
         return {"fixed_point": {"q": encode(value.q), "exponent": encode(value.exponent)}}
     if isinstance(value, tuple):
@@ -40,7 +41,7 @@ def decode(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if "codes" in value:
-        return Codes(decode(value["codes"]["q"]), decode(value["codes"]["scale"]), value["codes"]["bits"])
+        return Codes(**{name: decode(field) for name, field in value["codes"].items()})
     if "fixed_point" in value:
         return FixedPoint(decode(value["fixed_point"]["q"]), decode(value["fixed_point"]["exponent"]))
     if "tuple" in value:

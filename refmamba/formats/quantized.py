@@ -23,11 +23,11 @@ from refmamba.formats.checkpoint import HUGGING_FACE
 from refmamba.formats.files import read_json
 from refmamba.formats.weights import FLOAT32, INT8, INT32, UINT8, checked, no_others, open_safetensors
 from refmamba.spec import SPEC_VERSION
+from refmamba.spec.coders import UnquantizedMatrix
 from refmamba.spec.codes import Codes, FixedPoint, Param, pack4, unpack4
 from refmamba.spec.config import MambaConfig
-from refmamba.spec.parameters import QuantizedModel, quantize_parameter
-from refmamba.spec.scheme import LINEAR_WEIGHTS, scheme_from_json
-from refmamba.spec.transforms import FOLDED
+from refmamba.spec.parameters import QuantizedModel, kind_of, parameter_coder, quantize_parameter, site_values
+from refmamba.spec.scheme import scheme_from_json
 
 
 def save_quantized(model: QuantizedModel, folder: Path, tokenizer: Path) -> None:
@@ -91,32 +91,26 @@ def open_quantized(folder: Path, config: MambaConfig, saved: Any) -> QuantizedMo
         return checked(folder, tensors, name, shape, dtype)
 
     for name, shape in shapes.items():
-        kind = name.split(".", 2)[2] if name.startswith("layers.") else name
-        if quantizer := scheme.weights.get(kind):
-            if quantizer.bits <= 4:
+        coder = parameter_coder(kind_of(name), scheme)
+        if coder is None:
+            params[name] = take(name, shape, FLOAT32)
+        elif isinstance(coder, UnquantizedMatrix):
+            exponent = take(f"{name}.exponent", coder.scale_shape(shape), INT32)
+            params[name] = FixedPoint(take(f"{name}.q", shape, INT32), exponent)
+        else:
+            if coder.bits <= 4:
                 rows, columns = (1, *shape)[-2:]
                 q = unpack4(take(f"{name}.q", (rows, -(-columns // 2)), UINT8), columns).reshape(shape)
             else:
                 q = take(f"{name}.q", shape, INT8)
-            scale = take(f"{name}.scale", (*shape[:-1], 1) if quantizer.scale == "per_channel" else (), FLOAT32)
-            params[name] = Codes(q, scale, quantizer.bits)
-        elif kind in LINEAR_WEIGHTS or kind == "lm_head.weight":
-            params[name] = FixedPoint(take(f"{name}.q", shape, INT32), take(f"{name}.exponent", shape[:1], INT32))
-        else:
-            params[name] = take(name, shape, FLOAT32)
+            params[name] = Codes(q, take(f"{name}.scale", coder.scale_shape(shape), FLOAT32), coder.bits)
     if config.tie_embeddings:
         embedding = params["embedding.weight"]
         if isinstance(embedding, np.ndarray):
             params["lm_head.weight"] = quantize_parameter(embedding, "lm_head.weight", "embedding.weight", scheme)
         else:
             params["lm_head.weight"] = embedding
-    if scheme.needs_calibration:
-        for name, shape in (shapes | {"lm_head.weight": (config.vocab_size, config.d_model)}).items():
-            site = name.removesuffix(".weight")
-            layer = site.rsplit(".", 1)[-1]
-            if layer in scheme.inputs and name.endswith(".weight"):
-                params[f"{site}.absmax"] = take(f"{site}.absmax", (), FLOAT32)
-                if layer in scheme.smooth and layer not in FOLDED:
-                    params[f"{site}.smooth"] = take(f"{site}.smooth", shape[1:], INT32)
+    for name, (shape, dtype) in site_values(config, scheme).items():
+        params[name] = take(name, shape, np.dtype(dtype))
     no_others(tensors, taken)
     return QuantizedModel(config, scheme, params)

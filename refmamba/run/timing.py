@@ -14,8 +14,7 @@ from refmamba.backend import Runner
 from refmamba.run.peers import LLAMA_TYPES, Apart, LlamaCpp, Peer, Transformers, installed, write_gguf
 from refmamba.spec.arith import IntArray
 from refmamba.spec.config import ParameterSource
-from refmamba.spec.parameters import QuantizedModel
-from refmamba.spec.scheme import LINEAR_WEIGHTS
+from refmamba.spec.parameters import QuantizedModel, kind_of, linear_sites, parameter_coder
 
 REPEATS = 3  # the fastest counts: what else ran on the machine only ever slows
 READ_BYTES = 512 * 2**20
@@ -24,18 +23,16 @@ WARM_UP = 4  # tokens decoded before the clock starts
 
 def weight_bytes(model: QuantizedModel) -> int:
     """Bytes of codes that one token reads: every matrix of a product, two codes a byte up to 4 bits, 3 bytes unquantized."""
-    config, weights = model.config, model.scheme.weights
-
-    def size(name: str, kind: str) -> int:
-        rows, columns = config.shapes()[name]
-        if kind not in weights:
-            return 3 * rows * columns
-        return rows * columns if weights[kind].bits > 4 else rows * ((columns + 1) // 2)
-
-    layers = [(f"layers.{i}.{kind}", kind) for i in range(config.n_layer) for kind in LINEAR_WEIGHTS]
-    head = "embedding.weight" if config.tie_embeddings else "lm_head.weight"
-    head_kind = "embedding.weight" if model.shares_codes else "lm_head.weight"
-    return sum(size(name, kind) for name, kind in [*layers, (head, head_kind)])
+    config, total = model.config, 0
+    for site in linear_sites(config):
+        shared = site == "lm_head" and config.tie_embeddings
+        rows, columns = config.shapes()["embedding.weight" if shared else f"{site}.weight"]
+        coder = parameter_coder(
+            "embedding.weight" if model.shares_codes and shared else kind_of(f"{site}.weight"), model.scheme
+        )
+        assert coder is not None
+        total += rows * ((columns + 1) // 2 if coder.bits <= 4 else columns * -(-coder.bits // 8))
+    return total
 
 
 def read_bandwidth(threads: int) -> float:

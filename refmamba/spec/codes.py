@@ -29,20 +29,27 @@ class Codes:
     """N-bit codes q of a tensor x: x is about q / scale.
 
     q: int8 (int16 above 8 bits), the shape of x. scale: float32, shape () for one scale, or (rows, 1) for one a row.
+    steps: where groups of columns have steps of their own, the whole numbers by which a group's codes are multiplied: uint8
+    (rows, ceil(columns / group)). Then x is about q * step / scale.
     """
 
     q: IntArray
     scale: F32Array
     bits: int
+    steps: NDArray[np.uint8] | None = None
+    group: int = 0
 
-    def dequantize(self) -> F32Array:
-        """q / scale, eq. (9): float32, the shape of q."""
-        return self.q.astype(np.float32) / self.scale
+    def integers(self) -> IntArray:
+        """What the product is of: q, times its group's step where there are steps (int8: |q| * step is at most 127)."""
+        if self.steps is None:
+            return self.q
+        columns = np.repeat(self.steps.astype(np.int8), self.group, axis=1)[:, : self.q.shape[1]]
+        return self.q * columns
 
-    def rows(self, indices: IntArray) -> F32Array:
-        """The named rows, dequantized. (n,) -> (n, columns)."""
-        scale = self.scale if self.scale.ndim == 0 else self.scale[indices]
-        return self.q[indices].astype(np.float32) / scale
+    def rows(self, indices: IntArray) -> "Codes":
+        """The codes of the named rows. (n,) -> (n, columns)."""
+        steps = None if self.steps is None else self.steps[indices]
+        return Codes(self.q[indices], self.scale if self.scale.ndim == 0 else self.scale[indices], self.bits, steps, self.group)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +90,11 @@ def quantize(x: F32Array, scale: F32Array, bits: int) -> IntArray:
     return q
 
 
+def dequantize(x: Codes) -> F32Array:
+    """q / scale, eq. (9), with q times its step where there are steps: float32, the shape of q."""
+    return x.integers().astype(np.float32) / x.scale
+
+
 def _parts(x: F32Array) -> list[slice]:
     """The rows of x, some at a time: a large matrix is coded with little memory beside it."""
     return [slice(i, i + ROWS) for i in range(0, len(x), ROWS)]
@@ -91,7 +103,8 @@ def _parts(x: F32Array) -> list[slice]:
 def code(x: F32Array, bits: int, site: str, granularity: Granularity = "per_tensor") -> Codes:
     """Quantize with the scale that the values themselves give, eq. (7, 8). Raises NonFiniteError."""
     scale = scale_of(absmax(x, site, granularity), bits)
-    q = np.concatenate([quantize(x[part], scale[part] if scale.ndim else scale, bits) for part in _parts(x)])
+    rowwise = scale.ndim > 1
+    q = np.concatenate([quantize(x[part], scale[part] if rowwise else scale, bits) for part in _parts(x)])
     return Codes(q, scale, bits)
 
 
@@ -129,7 +142,8 @@ def integer_product(x: Codes | FixedPoint, w: Codes | FixedPoint) -> F64Array:
     if not (isinstance(x, FixedPoint) and isinstance(w, FixedPoint)):
         if x.q.shape[1] > LONGEST_ROW:
             raise ValueError(f"rows of {x.q.shape[1]} are longer than {LONGEST_ROW}, for which the product is exact")
-        return x.q.astype(np.float64) @ w.q.T.astype(np.float64)
+        x_q, w_q = (c.q if isinstance(c, FixedPoint) else c.integers() for c in (x, w))
+        return x_q.astype(np.float64) @ w_q.T.astype(np.float64)
     total: F64Array = np.zeros((len(x.q), len(w.q)))
     for start in range(0, x.q.shape[1], BLOCK):
         x_block = x.q[:, start : start + BLOCK].astype(np.float64)

@@ -1,4 +1,4 @@
-"""The model: what a scheme makes of a checkpoint, and its forward for one sequence (docs/SPEC.md, sections 4 and 6)."""
+"""The forward of Mamba-1 for one sequence, and its state (docs/SPEC.md, sections 3 and 6)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,20 +8,11 @@ import numpy as np
 
 from refmamba.errors import DataError
 from refmamba.spec.arith import F32Array, IntArray, f32, silu
-from refmamba.spec.codes import (
-    ACTIVATION_BITS,
-    Codes,
-    FixedPoint,
-    code,
-    code_static,
-    fixed_point,
-    integer_product,
-    rescale,
-)  # fmt: skip
+from refmamba.spec.codes import FixedPoint
 from refmamba.spec.config import MambaConfig
-from refmamba.spec.ops import conv1d, embed, gate, rms_norm, selective_scan, state_matrix, step_size
-from refmamba.spec.parameters import QuantizedModel
-from refmamba.spec.trace import Hook
+from refmamba.spec.ops import add, conv1d, embed, gate, rms_norm, selective_scan, state_matrix, step_size
+from refmamba.spec.parameters import QuantizedModel, linear_sites
+from refmamba.spec.trace import Hook, Step, Trace, Tracer
 
 Positions = Literal["all", "last", "none"]
 
@@ -57,10 +48,6 @@ class State:
         return self.conv, self.ssm
 
 
-def _unseen(site: str, value: object) -> None:
-    """The hook when nobody looks."""
-
-
 class Mamba:
     """The reference forward of one QuantizedModel. A batch is its sequences one after the other."""
 
@@ -71,44 +58,10 @@ class Mamba:
         embedding = self.model.params["embedding.weight"]
         assert not isinstance(embedding, FixedPoint)
         self.embedding = embedding
-
-    def linear(self, site: str, x: F32Array, see: Hook) -> F32Array:
-        """One linear layer with its `in` and `out` sides, eq. (7) to (13); then its bias, where it is its own.
-
-        # SHAPES   x (L, K) -> (L, rows)
-        # COMPUTE  code the input, multiply integers, rescale, code and read back the output, add the bias
-        # OUTPUT   float32
-        """
-        params, kind = self.model.params, site.rsplit(".", 1)[-1]
-        see(f"{site}.in", x)
-        if f"{site}.smooth" in params:
-            x = np.ldexp(x, -self.model.value(f"{site}.smooth"))  # eq. (29): exact
-        w = params[f"{site}.weight"]
-        assert isinstance(w, Codes | FixedPoint)
-        codes: Codes | FixedPoint
-        if quantizer := self.scheme.inputs.get(kind):
-            if quantizer.scale == "static":
-                codes = code_static(x, self.model.value(f"{site}.absmax"), quantizer.bits, f"{site}.in")
-            else:
-                codes = code(x, quantizer.bits, f"{site}.in", "per_row" if quantizer.scale == "per_token" else "per_tensor")
-        else:
-            codes = fixed_point(x, ACTIVATION_BITS, f"{site}.in")
-        see(f"{site}.in_codes", codes.q)
-        acc = integer_product(codes, w)
-        see(f"{site}.acc", acc)
-        y = rescale(acc, codes, w)
-        see(f"{site}.result", y)
-        if quantizer := self.scheme.outputs.get(kind):
-            out = code(y, quantizer.bits, f"{site}.result", "per_row" if quantizer.scale == "per_token" else "per_tensor")
-            see(f"{site}.out_codes", out.q)
-            y = out.dequantize()
-        if f"{site}.bias" in params and kind != "dt_proj":  # dt_proj's bias belongs to eq. (18)
-            y = y + self.model.value(f"{site}.bias")
-        see(f"{site}.out", y)
-        return y
+        self.linear = {site: self.model.linear(site) for site in linear_sites(self.config)}
 
     def block(
-        self, i: int, x: F32Array, conv_state: F32Array, ssm_state: F32Array, see: Hook
+        self, i: int, x: F32Array, conv_state: F32Array, ssm_state: F32Array, do: Tracer
     ) -> tuple[F32Array, F32Array, F32Array]:
         """One block, eq. (24): the Mamba paper's figure 3.
 
@@ -118,32 +71,25 @@ class Mamba:
         """
         at, value = f"layers.{i}", self.model.value
         r, n = self.config.dt_rank, self.config.d_state
-        see(f"{at}.residual_in", x)
-        normed = rms_norm(x, value(f"{at}.norm.weight"), self.config.norm_eps)
-        see(f"{at}.norm", normed)
-        xz = self.linear(f"{at}.in_proj", normed, see)  # (L, d) -> (L, 2e)
+        do.see(f"{at}.residual_in", x)
+        normed = do(f"{at}.norm", rms_norm, x, value(f"{at}.norm.weight"), self.config.norm_eps)
+        xz = self.linear[f"{at}.in_proj"](normed, do)  # (L, d) -> (L, 2e)
         conv_in, z = np.split(xz, 2, axis=1)
-        bias = value(f"{at}.conv1d.bias") if self.config.use_conv_bias else None
-        conv, conv_state = conv1d(conv_in, conv_state, value(f"{at}.conv1d.weight"), bias)
-        see(f"{at}.conv1d", conv)
-        u = silu(conv)
-        see(f"{at}.u", u)
-        dtBC = self.linear(f"{at}.x_proj", u, see)  # (L, e) -> (L, r + 2n)
+        weight, bias = value(f"{at}.conv1d.weight"), value(f"{at}.conv1d.bias") if self.config.use_conv_bias else None
+        conv, conv_state = do(f"{at}.conv1d {at}.conv_state", conv1d, conv_in, conv_state, weight, bias)
+        u = do(f"{at}.u", silu, conv)
+        dtBC = self.linear[f"{at}.x_proj"](u, do)  # (L, e) -> (L, r + 2n)
         dt, B, C = dtBC[:, :r], dtBC[:, r : r + n], dtBC[:, r + n :]
-        delta = step_size(self.linear(f"{at}.dt_proj", dt, see), value(f"{at}.dt_proj.bias"))  # (L, r) -> (L, e)
-        see(f"{at}.delta", delta)
-        y, ssm_state = selective_scan(u, delta, self.A[i], B, C, value(f"{at}.D"), ssm_state)
-        see(f"{at}.scan", y)
-        see(f"{at}.conv_state", conv_state)
-        see(f"{at}.ssm_state", ssm_state)
-        gated = gate(y, z)
-        see(f"{at}.gate", gated)
-        x = x + self.linear(f"{at}.out_proj", gated, see)  # (L, e) -> (L, d)
-        see(f"{at}.residual_out", x)
+        dt = self.linear[f"{at}.dt_proj"](dt, do)  # (L, r) -> (L, e)
+        delta = do(f"{at}.delta", step_size, dt, value(f"{at}.dt_proj.bias"))
+        D = value(f"{at}.D")
+        y, ssm_state = do(f"{at}.scan {at}.ssm_state", selective_scan, u, delta, self.A[i], B, C, D, ssm_state)
+        gated = do(f"{at}.gate", gate, y, z)
+        x = do(f"{at}.residual_out", add, x, self.linear[f"{at}.out_proj"](gated, do))  # (L, e) -> (L, d)
         return x, conv_state, ssm_state
 
     def forward(
-        self, tokens: IntArray, conv: F32Array, ssm: F32Array, positions: Positions, see: Hook
+        self, tokens: IntArray, conv: F32Array, ssm: F32Array, positions: Positions, do: Tracer
     ) -> tuple[F32Array, F32Array, F32Array]:
         """One sequence through the model.
 
@@ -151,16 +97,22 @@ class Mamba:
         # COMPUTE  embedding, the blocks, the last norm, the head at the positions asked for
         # OUTPUT   logits, and the states after the last token
         """
-        x = embed(tokens, self.embedding)
-        see("embedding", x)
+        x = do("embedding", embed, tokens, self.embedding)
         conv_out, ssm_out = np.empty_like(conv), np.empty_like(ssm)
         for i in range(self.config.n_layer):
-            x, conv_out[i], ssm_out[i] = self.block(i, x, conv[i], ssm[i], see)
+            x, conv_out[i], ssm_out[i] = self.block(i, x, conv[i], ssm[i], do)
         if positions == "none":
             return np.empty((0, self.config.vocab_size), f32), conv_out, ssm_out
-        x = rms_norm(x if positions == "all" else x[-1:], self.model.value("norm_f.weight"), self.config.norm_eps)
-        see("norm_f", x)
-        return self.linear("lm_head", x, see), conv_out, ssm_out
+        x = x if positions == "all" else x[-1:]
+        x = do("norm_f", rms_norm, x, self.model.value("norm_f.weight"), self.config.norm_eps)
+        return self.linear["lm_head"](x, do), conv_out, ssm_out
+
+    def trace(self, tokens: IntArray, state: State | None = None) -> Trace:
+        """Every operation of one sequence's forward, with its arguments and its result. tokens: (L,). Raises DataError."""
+        steps: list[Step] = []
+        state = state or self.initial_state(1)
+        self.forward(check_tokens(tokens, self.config), state.conv[0], state.ssm[0], "all", Tracer(record=steps.append))
+        return Trace(steps)
 
     def initial_state(self, batch: int) -> State:
         """The state of `batch` sequences before their first token."""
@@ -179,9 +131,8 @@ class Mamba:
         state = state or self.initial_state(len(sequences))
         if hook and len(sequences) != 1:
             raise ValueError("a hook looks at one sequence at a time")
-        results = [
-            self.forward(tokens, state.conv[b], state.ssm[b], logits, hook or _unseen) for b, tokens in enumerate(sequences)
-        ]
+        do = Tracer(hook)
+        results = [self.forward(tokens, state.conv[b], state.ssm[b], logits, do) for b, tokens in enumerate(sequences)]
         return [r[0] for r in results], State(np.stack([r[1] for r in results]), np.stack([r[2] for r in results]))
 
     def step(self, tokens: IntArray, state: State, *, hook: Hook | None = None) -> tuple[F32Array, State]:

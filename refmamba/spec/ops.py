@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from refmamba.spec.arith import F32Array, IntArray, exp, f32, log, silu, softplus, tree_sum
-from refmamba.spec.codes import Codes
+from refmamba.spec.codes import Codes, dequantize
 
 SCAN_CHUNK = 64  # tokens discretized at a time, to bound memory; the bits do not depend on it
 
@@ -21,8 +21,7 @@ def embed(tokens: IntArray, embedding: F32Array | Codes) -> F32Array:
     # COMPUTE  look up; read codes back where the scheme quantizes the embedding
     # OUTPUT   the residual stream's first value
     """
-    rows: F32Array = embedding.rows(tokens) if isinstance(embedding, Codes) else embedding[tokens]
-    return rows
+    return dequantize(embedding.rows(tokens)) if isinstance(embedding, Codes) else embedding[tokens]
 
 
 def rms_norm(x: F32Array, weight: F32Array, eps: float) -> F32Array:
@@ -136,6 +135,16 @@ def gate(y: F32Array, z: F32Array) -> F32Array:
     # OUTPUT   the input of out_proj
     """
     return y * silu(z)
+
+
+def add(x: F32Array, y: F32Array) -> F32Array:
+    """The residual's sum, eq. (24); a linear layer's bias; the sum of its parts.
+
+    # SHAPES   (L, n), and (L, n) or (n,) -> (L, n)
+    # COMPUTE  x + y
+    # OUTPUT   float32
+    """
+    return x + y
 
 
 def log_softmax(logits: F32Array) -> F32Array:

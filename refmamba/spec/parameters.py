@@ -4,13 +4,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refmamba.errors import DataError
 from refmamba.spec.arith import F32Array
-from refmamba.spec.codes import WEIGHT_BITS, Codes, FixedPoint, Param, code, fixed_point
+from refmamba.spec.coders import (
+    INPUT_CODERS,
+    OUTPUT_CODERS,
+    PARAMETER_CODERS,
+    Coder,
+    ParameterCoder,
+    Smooth,
+    Unquantized,
+    UnquantizedMatrix,
+)
+from refmamba.spec.codes import Codes, FixedPoint, Param, dequantize
 from refmamba.spec.config import MambaConfig, ParameterSource
-from refmamba.spec.scheme import LINEAR_WEIGHTS, Scheme
-from refmamba.spec.transforms import smoothed
+from refmamba.spec.linear import Linear
+from refmamba.spec.scheme import LINEAR_LAYERS, LINEAR_WEIGHTS, Scheme
+from refmamba.spec.transforms import FOLDED, smoothed
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +43,27 @@ class QuantizedModel:
         """A parameter that is not a matrix of a product, read back to float32: eq. (9)."""
         param = self.params[name]
         assert not isinstance(param, FixedPoint)
-        return param.dequantize() if isinstance(param, Codes) else param
+        return dequantize(param) if isinstance(param, Codes) else param
+
+    def linear(self, site: str) -> Linear:
+        """A linear layer by its site, `layers.{i}.in_proj` and so on, or `lm_head`."""
+        layer = site.rsplit(".", 1)[-1]
+        weight = self.params[f"{site}.weight"]
+        assert isinstance(weight, Codes | FixedPoint)
+        transforms = (Smooth(self._exponents(site)),) if f"{site}.smooth" in self.params else ()
+        into: Coder = Unquantized()
+        if quantizer := self.scheme.inputs.get(layer):
+            coder = INPUT_CODERS[quantizer.scale]
+            into = coder(quantizer.bits, self.value(f"{site}.absmax")) if coder.calibrated else coder(quantizer.bits)
+        quantizer = self.scheme.outputs.get(layer)
+        output = OUTPUT_CODERS[quantizer.scale](quantizer.bits) if quantizer else None
+        has_bias = f"{site}.bias" in self.params and layer != "dt_proj"  # dt_proj's belongs to eq. (18)
+        return Linear(site, weight, transforms, into, output, self.value(f"{site}.bias") if has_bias else None)
+
+    def _exponents(self, site: str) -> NDArray[np.int32]:
+        exponents = self.params[f"{site}.smooth"]
+        assert isinstance(exponents, np.ndarray)
+        return exponents.view(np.int32)
 
     @property
     def shares_codes(self) -> bool:
@@ -46,13 +78,40 @@ class QuantizedModel:
         return QuantizedModel(self.config, self.scheme, params)
 
 
-def quantize_parameter(x: F32Array, kind: str, name: str, scheme: Scheme) -> Param:
-    """One parameter under a scheme: eq. (7, 8), eq. (10), or as it is. kind: the name without its layer."""
+def linear_sites(config: MambaConfig) -> list[str]:
+    """The sites of all linear layers in the order of the forward, the head last."""
+    return [*(f"layers.{i}.{layer}" for i in range(config.n_layer) for layer in LINEAR_LAYERS), "lm_head"]
+
+
+def kind_of(name: str) -> str:
+    """A parameter's name without its layer: "layers.3.D" -> "D"."""
+    return name.split(".", 2)[2] if name.startswith("layers.") else name
+
+
+def parameter_coder(kind: str, scheme: Scheme) -> ParameterCoder | None:
+    """How a scheme codes the parameters of a kind; None where they stay float32."""
     if quantizer := scheme.weights.get(kind):
-        return code(x, quantizer.bits, name, "per_row" if quantizer.scale == "per_channel" else "per_tensor")
-    if kind in LINEAR_WEIGHTS or kind == "lm_head.weight":
-        return fixed_point(x, WEIGHT_BITS, name)
-    return x
+        coder: ParameterCoder = PARAMETER_CODERS[quantizer.scale](quantizer.bits)
+        return coder
+    return UnquantizedMatrix() if kind in LINEAR_WEIGHTS or kind == "lm_head.weight" else None
+
+
+def site_values(config: MambaConfig, scheme: Scheme) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
+    """What a model under a scheme holds beside its parameters, by name: shape and dtype (see `QuantizedModel.params`)."""
+    shapes, values = config.shapes(), dict[str, tuple[tuple[int, ...], type[np.generic]]]()
+    for site in linear_sites(config):
+        layer = kind_of(site)
+        if layer in scheme.calibrated:
+            values[f"{site}.absmax"] = ((), np.float32)
+        if layer in scheme.smooth and layer not in FOLDED:
+            values[f"{site}.smooth"] = (shapes[f"{site}.weight"][1:], np.int32)
+    return values
+
+
+def quantize_parameter(x: F32Array, kind: str, name: str, scheme: Scheme) -> Param:
+    """One parameter under a scheme: eq. (7, 8), eq. (10), or as it is. name: for an error."""
+    coder = parameter_coder(kind, scheme)
+    return x if coder is None else coder.code(x, name)
 
 
 class _OnDemand(Mapping[str, Param]):
@@ -67,7 +126,7 @@ class _OnDemand(Mapping[str, Param]):
             return self._sites[name]
         if name not in self._names:
             raise KeyError(name)
-        kind = name.split(".", 2)[2] if name.startswith("layers.") else name
+        kind = kind_of(name)
         if name == "lm_head.weight" and self._source.config.tie_embeddings:
             name = "embedding.weight"
             kind = name if name in self._scheme.weights else kind
@@ -103,8 +162,7 @@ def quantize_model(
 
 
 def _site_absmax(config: MambaConfig, scheme: Scheme, calibration: Mapping[str, F32Array]) -> dict[str, F32Array]:
-    layers = [f"layers.{i}.{p}" for i in range(config.n_layer) for p in scheme.inputs if p != "lm_head"]
-    sites = [*layers, *(["lm_head"] if "lm_head" in scheme.inputs else [])]
+    sites = [site for site in linear_sites(config) if kind_of(site) in scheme.calibrated]
     if missing := [site for site in sites if site not in calibration]:
         raise DataError(f"scheme {scheme.name} needs calibration, which has no site {missing[0]}: calibrate on this model")
     return {site: calibration[site] for site in sites}

@@ -8,12 +8,13 @@ entries changes them (`--scheme FILE`).
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from refmamba.errors import SchemeError
+from refmamba.spec.coders import CODERS, INPUT_CODERS, Smooth
 
 LINEAR_LAYERS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 ALPHA = 0.5  # SmoothQuant's migration strength where a scheme does not say another
@@ -24,8 +25,6 @@ OTHER_PARAMETERS = (
     "norm_f.weight",
 )  # fmt: skip
 PRODUCTS = (*LINEAR_LAYERS, "lm_head")
-SCALES = {"weights": ("per_tensor", "per_channel"), "inputs": ("per_tensor", "per_token", "static"),
-          "outputs": ("per_tensor", "per_token")}  # fmt: skip
 BITS = {"weights": (2, 8), "inputs": (2, 8), "outputs": (2, 16)}
 SITES = {"weights": (*HEAD_WEIGHTS, *LINEAR_WEIGHTS, *OTHER_PARAMETERS), "inputs": PRODUCTS, "outputs": LINEAR_LAYERS}
 
@@ -67,15 +66,15 @@ class Scheme:
                     raise SchemeError(f"scheme {self.name}: {part} has no site '{site}'; there are {', '.join(sites)}")
                 if type(quantizer.bits) is not int or not low <= quantizer.bits <= high:
                     raise SchemeError(f"scheme {self.name}: {site} has {quantizer.bits} bits; {part} take {low} to {high}")
-                if quantizer.scale not in SCALES[part]:
-                    choices = ", ".join(SCALES[part])
+                if quantizer.scale not in CODERS[part]:
+                    choices = ", ".join(CODERS[part])
                     raise SchemeError(f"scheme {self.name}: {site} has the scale '{quantizer.scale}'; {part} take {choices}")
         for site, alpha in self.smooth.items():
             if site not in LINEAR_LAYERS:
                 raise SchemeError(f"scheme {self.name}: smooth has no site '{site}'; there are {', '.join(LINEAR_LAYERS)}")
             if type(alpha) not in (int, float) or not 0 <= alpha <= 1:
                 raise SchemeError(f"scheme {self.name}: smooth has the alpha {alpha!r} for {site}; it is 0 to 1")
-            if site not in self.inputs or self.inputs[site].scale != "static":
+            if site not in self.inputs or not INPUT_CODERS[self.inputs[site].scale].calibrated:
                 raise SchemeError(f"scheme {self.name}: smooth needs a static scale on the input of {site}")
         if self.weights.get("embedding.weight") and self.weights["embedding.weight"] != self.weights.get("lm_head.weight"):
             raise SchemeError(f"scheme {self.name}: embedding.weight and lm_head.weight can be one tensor: code both alike")
@@ -83,12 +82,26 @@ class Scheme:
     @property
     def whole_sequence(self) -> bool:
         """A scale is taken over all tokens of a call, so a later token changes an earlier one's bits."""
-        return any(q.scale == "per_tensor" for q in (*self.inputs.values(), *self.outputs.values()))
+        coders = [CODERS[part][q.scale] for part in ("inputs", "outputs") for q in getattr(self, part).values()]
+        return any(coder.whole_sequence for coder in coders)
+
+    @property
+    def calibrated(self) -> frozenset[str]:
+        """The linear layers whose input's scale comes from calibration."""
+        return frozenset(layer for layer, quantizer in self.inputs.items() if INPUT_CODERS[quantizer.scale].calibrated)
 
     @property
     def needs_calibration(self) -> bool:
         """Some scale comes from calibration."""
-        return any(q.scale == "static" for q in self.inputs.values())
+        return bool(self.calibrated)
+
+    def unknown_to(self, known: Container[type]) -> str | None:
+        """What of this scheme a backend that knows these classes of coders and transforms does not know; None: nothing."""
+        for part, title in (("weights", "scale"), ("inputs", "input scale"), ("outputs", "output scale")):
+            for site, quantizer in getattr(self, part).items():
+                if CODERS[part][quantizer.scale] not in known:
+                    return f"the {title} {quantizer.scale} of {site}"
+        return f"smoothing of {next(iter(self.smooth))}" if self.smooth and Smooth not in known else None
 
     def table(self) -> str:
         """What is quantized how, one line a site; the unquantized ones together."""
