@@ -14,8 +14,14 @@ import numpy as np
 import pytest
 from conftest import RandomSource
 
-from refmamba.backends.cpu import backend as cpu
-from refmamba.backends.cpu.backend import Cpu, Threads, aligned, pack, packed_bytes, padded_rows, passes
+from refmamba.backends.cpu import runner as cpu_runner
+from refmamba.backends.cpu.backend import Cpu
+from refmamba.backends.cpu.kernels import regions
+from refmamba.backends.cpu.kernels.tables import Run
+from refmamba.backends.cpu.memory import address, aligned
+from refmamba.backends.cpu.pack import pack, packed_bytes, padded_rows
+from refmamba.backends.cpu.passes import passes
+from refmamba.backends.cpu.threads import Threads
 from refmamba.errors import NonFiniteError
 from refmamba.spec import arith
 from refmamba.spec.codes import Codes, FixedPoint
@@ -106,7 +112,7 @@ def test_chunks_and_many_passes_change_nothing(name: str, backend: Cpu, monkeypa
     runner = backend.load(quantized(config, parse_scheme(name)))
     batch = [tokens(config, n, n) for n in (1, 17, 5, 9)]
     whole, state = runner.prefill(batch, logits="all")
-    monkeypatch.setattr(cpu, "PASS_ROWS", 7)
+    monkeypatch.setattr(cpu_runner, "PASS_ROWS", 7)
     pieces, other = runner.prefill(batch, logits="all")
     assert all(np.array_equal(x, y) for x, y in zip(whole, pieces, strict=True))
     equal_states(state, other)
@@ -292,10 +298,10 @@ def test_bits_of_a_code_in_memory() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 @pytest.mark.parametrize("items", [0, 1, 2, 5, 96, 1572])
 def test_shares_are_every_item_once(items: int, threads: int) -> None:
-    run, counter, taken = np.zeros(len(cpu.Run), np.int64), np.zeros(1, np.int64), list[int]()
-    run[cpu.Run.THREADS] = threads
-    share = numba.njit(lambda *arguments: cpu.kernels.share(*arguments))
-    while (part := share(cpu.address(run), cpu.address(counter), items))[0] < items:
+    run, counter, taken = np.zeros(len(Run), np.int64), np.zeros(1, np.int64), list[int]()
+    run[Run.THREADS] = threads
+    share = numba.njit(lambda *arguments: regions.share(*arguments))
+    while (part := share(address(run), address(counter), items))[0] < items:
         taken += range(*part)
     assert taken == list(range(items))
 
@@ -309,7 +315,7 @@ def test_memory_is_used_again_once_nobody_holds_it(backend: Cpu) -> None:
         _, state = runner.step(np.array([token]), state)
         addresses.add(int(state.ssm_in[0]))
     # A view of the first state keeps its memory, and the others take turns.
-    assert cpu.address(held) not in addresses
+    assert address(held) not in addresses
     assert len(addresses) == 2
     assert np.array_equal(held[0].swapaxes(2, 3).reshape(first[1][0].shape), first[1][0])
 
@@ -342,7 +348,7 @@ def test_short_passes_of_forks(backend: Cpu, monkeypatch: pytest.MonkeyPatch) ->
     _, theirs = reference.prefill([np.arange(3)])
     _, ours = runner.prefill([np.arange(3)])
     expected, after = reference.prefill(sequences, theirs.take([0, 0, 0]), logits="all")
-    monkeypatch.setattr(cpu, "PASS_ROWS", 2)
+    monkeypatch.setattr(cpu_runner, "PASS_ROWS", 2)
     found, state = runner.prefill(sequences, ours.take([0, 0, 0]), logits="all")
     for a, b in zip(found, expected, strict=True):
         assert np.array_equal(a, b)
@@ -361,7 +367,7 @@ def test_passes_fill_up_in_order() -> None:
 
 
 def test_aligned() -> None:
-    assert all(cpu.address(aligned((n, 3))) % 64 == 0 for n in range(1, 9))
+    assert all(address(aligned((n, 3))) % 64 == 0 for n in range(1, 9))
 
 
 def test_whoever_waits_for_the_compiler_is_told(tmp_path: Path) -> None:
@@ -385,7 +391,7 @@ def test_whoever_waits_for_the_compiler_is_told(tmp_path: Path) -> None:
 def test_without_vnni() -> None:
     """The same comparison in a process whose numba compiles for an older processor."""
     code = (
-        "from refmamba.backends.cpu.kernels import vectors; assert not vectors.VNNI\n"
+        "from refmamba.backends.cpu.kernels import tiles; assert not tiles.VNNI\n"
         "import sys, pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/test_cpu_backend.py', '-k',"
         " '(reference and (plain or odd) and (fp32 or w4-all or int8)) or too_little or log_softmax']))"
     )

@@ -277,7 +277,8 @@ def test_an_error_in_the_middle_keeps_and_prints_what_was_before(tmp_path: Path)
 
 
 NAN = """
-from refmamba.backends.cpu.backend import Cpu, CpuRunner
+from refmamba.backends.cpu.backend import Cpu
+from refmamba.backends.cpu.runner import CpuRunner
 
 
 class Nan(Cpu):

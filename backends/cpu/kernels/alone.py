@@ -1,0 +1,89 @@
+"""Kernels that stand alone: the probe of exactness, log-softmax, and the polynomials for the conformance vectors."""
+
+from refmamba.backends.cpu.kernels.arithmetic import HALF, INFINITY, exp, exp_negative, log_normal, silu, softplus
+from refmamba.backends.cpu.kernels.digits import tiles
+from refmamba.backends.cpu.kernels.tables import FLOATS, inlined, kernel
+from refmamba.backends.cpu.kernels.vectors import (
+    fetch_add,
+    get,
+    get_f,
+    highest,
+    lane_tree,
+    load_any,
+    load_f,
+    load_first,
+    put_f,
+    splat_f,
+    store_any,
+    store_f,
+    store_first,
+    where,
+)
+
+
+@kernel(cache=True)
+def probe(rank, run):
+    """What the exactness rests on, for `Cpu` to check: a product, and a subnormal that this thread does not flush to zero."""
+    w, x, k, out = get(run), get(run + 8), get(run + 16), get(run + 24)
+    if rank == 0:
+        tiles(False, 1, 8, w, 16 * k, x, k, k, out)
+    tiny = get_f(get(run + 32))
+    put_f(get(run + 40) + 4 * rank, tiny * HALF)
+
+
+@inlined
+def logit_vector(x, s, n):
+    """Vector s of a row of n logits, filled up with -infinity."""
+    return load_any(x + s * FLOATS) if 16 * s + 16 <= n else load_first(x + s * FLOATS, n - 16 * s)
+
+
+@kernel()
+def log_softmax_row(x, y, terms, n):
+    """Eq. (25): n logits at x to log-probabilities at y. terms: room for n float32, up to whole vectors."""
+    vectors = (n + 15) // 16
+    m = splat_f(-INFINITY)
+    for s in range(vectors):
+        v = logit_vector(x, s, n)
+        m = where(v > m, v, m)
+    m = splat_f(highest(m))
+    for s in range(vectors):
+        store_f(terms + s * FLOATS, exp_negative(logit_vector(x, s, n) - m))
+    width, filled = 1, vectors
+    while width < vectors:
+        width *= 2
+    while width > 1:  # the tree; where it adds +0.0 to what is no -0.0, nothing is done
+        width //= 2
+        for s in range(filled - width):
+            store_f(terms + s * FLOATS, load_f(terms + s * FLOATS) + load_f(terms + (s + width) * FLOATS))
+        filled = min(filled, width)
+    total_of_terms = splat_f(lane_tree(load_f(terms)))
+    log = log_normal(total_of_terms) + (total_of_terms - total_of_terms)  # a NaN stays one
+    for s in range(n // 16):
+        store_any(y + s * FLOATS, load_any(x + s * FLOATS) - m - log)
+    if n % 16:
+        store_first(y + n // 16 * FLOATS, logit_vector(x, n // 16, n) - m - log, n % 16)
+
+
+@kernel(cache=True)
+def log_softmax(rank, run):
+    """Rows of logits: (counter, rows, n, source, target, room for the terms, its bytes for each thread)."""
+    rows, n, terms = get(run + 8), get(run + 16), get(run + 40) + rank * get(run + 48)
+    row = fetch_add(run, 1)
+    while row < rows:
+        log_softmax_row(get(run + 24) + 4 * n * row, get(run + 32) + 4 * n * row, terms, n)
+        row = fetch_add(run, 1)
+
+
+@kernel(cache=True)
+def elementwise(run):
+    """exp, softplus or silu of whole vectors, for the conformance vectors: (which, vectors, source, target)."""
+    which, source, target = get(run), get(run + 16), get(run + 24)
+    for i in range(get(run + 8)):
+        x = load_f(source + i * FLOATS)
+        if which == 0:
+            y = exp(x)
+        elif which == 1:
+            y = softplus(x)
+        else:
+            y = silu(x)
+        store_f(target + i * FLOATS, y)

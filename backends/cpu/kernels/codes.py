@@ -1,0 +1,188 @@
+"""The `in` side of a product: rows of activations become codes."""
+
+import math
+
+import numpy as np
+
+from refmamba.backends.cpu.kernels.arithmetic import ONE, ZERO, magnitude
+from refmamba.backends.cpu.kernels.regions import meet, share
+from refmamba.backends.cpu.kernels.rows import CONV_ROWS, conv_rows, norm_row
+from refmamba.backends.cpu.kernels.tables import BLOCK, FLOATS, LINE, Layer, Mode, Run, Site, at, f32, inlined, kernel
+from refmamba.backends.cpu.kernels.vectors import (
+    double,
+    float_of,
+    get,
+    get_f,
+    lane_tree,
+    largest,
+    load_d,
+    load_f,
+    put,
+    put_f,
+    rint,
+    single,
+    splat_f,
+    splat_i,
+    splat_l,
+    store_bytes,
+    store_d,
+    to_int,
+    total,
+    where,
+    where_i,
+    widen,
+)
+from refmamba.spec.codes import ABSMAX_ZERO
+
+INFINITE = 0x7F800000
+ABSMAX_ZERO_BITS = int(ABSMAX_ZERO.view(np.int32))
+
+
+@inlined
+def value(source, s, step, smooth):
+    """A strip of a row, divided by SmoothQuant's factors where there are any: eq. (29)."""
+    v = load_f(source + s * step)
+    if smooth != 0:
+        v = single(double(v) * load_d(smooth + 2 * s * FLOATS))
+    return v
+
+
+@inlined
+def by_panels(site, rows):
+    """Whether a product of so many rows is made by panels."""
+    return rows >= at(site, Site.PANELS)
+
+
+@inlined
+def code_bytes(k):
+    """Bytes of a row of codes for panels: an odd number of lines, so that rows do not share their cache sets."""
+    return 8 * k + LINE
+
+
+@kernel()
+def row_absmax(run, source, strips, smooth, number, sequence):
+    """Bits of a row's largest magnitude, eq. (7): zero where it counts as zero. Notes the site of a NaN or infinity."""
+    step = at(run, Run.STRIDE) * FLOATS
+    m = splat_i(0)
+    for s in range(strips):
+        v = magnitude(value(source, s, step, smooth))
+        m = where_i(v > m, v, m)
+    m = largest(m)
+    if m >= INFINITE:
+        errors = at(run, Run.ERRORS) + 8 * sequence
+        if get(errors) == 0:
+            put(errors, number)
+        return 0
+    return m if m >= ABSMAX_ZERO_BITS else 0
+
+
+@inlined
+def factors(mode, most, m, static):
+    """For an absolute maximum: what to multiply by, what to divide the product by, and the power of two to take off."""
+    if mode == Mode.NONE:  # eq. (10); for 2^(E-1) <= m < 2^E the bits of m hold E + 126
+        e = min(126, 30 - ((m >> 23) - 126))
+        return (ZERO, ONE, ONE) if m == 0 else (float_of((e + 127) << 23), ONE, float_of((127 - e) << 23))
+    if mode == Mode.STATIC:
+        return (ZERO, ONE, ONE) if static == ZERO else (static, static, ONE)
+    if m == 0:
+        return ZERO, ONE, ONE
+    scale = f32(most) / float_of(m)
+    return scale, scale, ONE
+
+
+@kernel()
+def code_row(run, site, source, row, m, panels):
+    """Codes of a row, eq. (8) or (10), and its factors. By digits: slices, and the codes' sum, a block of K at a time. By
+    panels: float64, and what is not below the square root of the sum of their squares."""
+    slices, k, step = at(site, Site.SLICES), at(site, Site.K), at(run, Run.STRIDE) * FLOATS
+    smooth, most = at(site, Site.SMOOTH), at(site, Site.IN_LARGEST)
+    multiplier, scale, power = factors(at(site, Site.IN), most, m, get_f(at(site, Site.IN_SCALE)))
+    put_f(at(run, Run.SCALE) + 4 * row, scale)
+    put_f(at(run, Run.FACTOR) + 4 * row, power)
+    codes = at(run, Run.CODES) + row * slices * k
+    by, high, low = splat_f(multiplier), splat_f(f32(most)), splat_f(-f32(most))
+    sums = at(run, Run.SUMS) + 8 * row * at(run, Run.SUM_BLOCKS)
+    if panels:
+        codes = at(run, Run.CODES) + row * code_bytes(k)
+        squares = splat_f(ZERO)
+        for s in range(k // 16):
+            v = value(source, s, step, smooth) * by
+            v = rint(where(v > high, high, where(v < low, low, v)))
+            squares = squares + v * v
+            store_d(codes + 2 * s * FLOATS, double(v))
+        put_f(sums, f32(1.01) * math.sqrt(lane_tree(squares)))
+        return
+    block = 0
+    while block * BLOCK < k:
+        s_sum = splat_l(0)
+        for s in range(block * BLOCK // 16, min(k, (block + 1) * BLOCK) // 16):
+            v = value(source, s, step, smooth) * by
+            v = where(v > high, high, where(v < low, low, v))
+            q = to_int(rint(v))
+            s_sum = s_sum + widen(q)
+            if slices == 1:
+                store_bytes(codes + 16 * s, q)
+            else:
+                # Adding 128 to the three lower bytes carries what a balanced digit borrows; ^ 128 takes it off again.
+                digits = (q + splat_i(0x00808080)) ^ splat_i(0x00808080)
+                store_bytes(codes + 16 * s, digits)
+                store_bytes(codes + k + 16 * s, digits >> splat_i(8))
+                store_bytes(codes + 2 * k + 16 * s, digits >> splat_i(16))
+                store_bytes(codes + 3 * k + 16 * s, digits >> splat_i(24))
+        put(sums + 8 * block, total(s_sum))
+        block += 1
+
+
+@kernel()
+def tensor_absmax(run, starts, sequence):
+    """Bits of the largest magnitude of all rows of a sequence."""
+    m = 0
+    for row in range(get(starts + 8 * sequence), get(starts + 8 * sequence + 8)):
+        m = max(m, get(at(run, Run.ABSMAX) + 8 * row))
+    return m
+
+
+# What makes the rows that are coded, and whether a product is added to the residual.
+NORM_ROW, LAST_NORM_ROW, CONV_ROW, NOTHING = np.arange(4)
+
+
+@kernel()
+def code_rows(run, work, layer, index, site, source, counter):
+    """Regions: make the rows that go into a product, and their codes. Returns the next region's counter."""
+    head = work == LAST_NORM_ROW
+    rows = at(run, Run.OUT_ROWS) if head else at(run, Run.ROWS)
+    sequences = at(run, Run.OUT_SEQUENCE) if head else at(run, Run.SEQUENCE)
+    starts = at(run, Run.OUT_START) if head else at(run, Run.START)
+    strips, whole = at(site, Site.K) // 16, at(site, Site.IN) == Mode.TENSOR
+    panels = by_panels(site, rows)
+    mine = 0
+    first, last = share(run, counter, rows)
+    while first < rows:
+        for row in range(first, last):
+            if work == NORM_ROW:
+                norm_row(run, at(layer, Layer.NORM), row, row)
+            elif work == LAST_NORM_ROW:
+                norm_row(run, at(layer, Layer.NORM), get(at(run, Run.OUT_ROW) + 8 * row), row)
+            elif work == CONV_ROW and (row - first) % CONV_ROWS == 0:
+                conv_rows(run, layer, index, row, min(last, row + CONV_ROWS))
+            here = source + row * FLOATS
+            sequence = get(sequences + 8 * row)
+            m = row_absmax(run, here, strips, at(site, Site.SMOOTH), 2 * at(site, Site.NUMBER), sequence)
+            if whole:
+                put(at(run, Run.ABSMAX) + 8 * row, m)
+            else:
+                code_row(run, site, here, row, m, panels)
+        mine += last - first
+        first, last = share(run, counter, rows)
+    counter = meet(counter, rows, mine)
+    if whole:
+        mine = 0
+        first, last = share(run, counter, rows)
+        while first < rows:
+            for row in range(first, last):
+                m = tensor_absmax(run, starts, get(sequences + 8 * row))
+                code_row(run, site, source + row * FLOATS, row, m, panels)
+            mine += last - first
+            first, last = share(run, counter, rows)
+        counter = meet(counter, rows, mine)
+    return counter

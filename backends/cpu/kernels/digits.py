@@ -1,0 +1,128 @@
+"""Products by digits: integer products of 8-bit digits, joined exactly."""
+
+from refmamba.backends.cpu.kernels.output import finish
+from refmamba.backends.cpu.kernels.tables import BLOCK, FLOATS, Kind, Run, Site, at, f32, inlined, kernel
+from refmamba.backends.cpu.kernels.tiles import tile
+from refmamba.backends.cpu.kernels.vectors import (
+    REGISTERS_32,
+    double,
+    get,
+    get_f,
+    load_d,
+    load_f,
+    load_i,
+    single,
+    splat_f,
+    splat_i,
+    splat_l,
+    store_d,
+    to_double,
+    to_float,
+    widen,
+)
+
+ROWS_OF_TILE = 64  # rows of one item of a product by digits
+STRIPS = 2 if REGISTERS_32 else 1  # of a tile
+BYTES_8, BYTES_4, BYTES_1 = tile(False, STRIPS, 8, 1), tile(False, STRIPS, 4, 1), tile(False, STRIPS, 1, 4)
+PACKED_8, PACKED_4, PACKED_1 = tile(True, STRIPS, 8, 1), tile(True, STRIPS, 4, 1), tile(True, STRIPS, 1, 2)
+
+
+@kernel()
+def tiles(packed, slices, count, w, w_stride, x, x_stride, k, out):
+    """The integer product of a pair of strips with `count` rows of `slices` slices."""
+    columns, strip = count * slices, 0
+    while strip < 2:
+        w_at, out_at = w + strip * w_stride, out + strip * FLOATS
+        column = 0
+        while column < columns:
+            x_at, here, left = x + column * x_stride, out_at + column * 2 * FLOATS, columns - column
+            if packed:
+                if REGISTERS_32 and left >= 8:
+                    PACKED_8(w_at, w_stride, x_at, x_stride, k, here)
+                elif left >= 4:
+                    PACKED_4(w_at, w_stride, x_at, x_stride, k, here)
+                else:
+                    PACKED_1(w_at, w_stride, x_at, x_stride, k, here)
+            elif REGISTERS_32 and left >= 8:
+                BYTES_8(w_at, w_stride, x_at, x_stride, k, here)
+            elif left >= 4:
+                BYTES_4(w_at, w_stride, x_at, x_stride, k, here)
+            else:
+                BYTES_1(w_at, w_stride, x_at, x_stride, k, here)
+            column += 8 if REGISTERS_32 and left >= 8 else (4 if left >= 4 else 1)
+        strip += STRIPS
+
+
+@inlined
+def joined(sums, slices):
+    """The integer of a product from those of its slices."""
+    q = widen(load_i(sums))
+    if slices == 4:
+        q = q + (widen(load_i(sums + 2 * FLOATS)) << splat_l(8))
+        q = q + (widen(load_i(sums + 4 * FLOATS)) << splat_l(16))
+        q = q + (widen(load_i(sums + 6 * FLOATS)) << splat_l(24))
+    return q
+
+
+@inlined
+def exact(kind, slices, sums, plane, codes):
+    """One block's product in float64, eq. (11, 12). codes: the sum of the row's codes."""
+    if kind == Kind.FIXED:
+        # The weight's three digits give a number of up to 65 bits. In two parts it is rounded once, as high * 4096 + low is.
+        low = joined(sums, slices) + (joined(sums + plane, slices) << splat_l(8))
+        high = joined(sums + 2 * plane, slices) - splat_l(codes << 7)
+        high = high + (low >> splat_l(16))
+        return to_double(high) * double(splat_f(f32(65536))) + to_double(low & splat_l(65535))
+    offset = 8 if kind == Kind.PACKED else 128
+    return to_double(joined(sums, slices) - splat_l(offset * codes))
+
+
+@kernel()
+def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes, limit, residual):
+    """Rows first to last of a pair of strips of a product: eq. (11, 12, 13), the bias and the residual. limit: rows of w."""
+    kind, slices, k = at(site, Site.KIND), at(site, Site.SLICES), at(site, Site.K)
+    packed, planes = kind == Kind.PACKED, max(1, kind)
+    plane_bytes = 8 * k if packed else 16 * k  # of one strip's digits
+    weights = at(site, Site.CODES) + 2 * pair * planes * plane_bytes
+    sums = at(run, Run.SCRATCH) + rank * at(run, Run.SCRATCH_BYTES)
+    plane = 16 * FLOATS  # of sums
+    totals = sums + 3 * plane
+    blocks = (k + BLOCK - 1) // BLOCK
+    row = first
+    while row < last:
+        left = last - row
+        if slices == 1:
+            count = 8 if left >= 8 else (4 if left >= 4 else 1)
+        else:
+            count = 2 if left >= 2 else 1
+        if blocks == 1 and slices == 1 and kind != Kind.FIXED:
+            # All in int32: |digits| |codes| k < 2^31, and its float32 is rounded once, as that of the float64 is.
+            x = at(run, Run.CODES) + row * k
+            tiles(packed, slices, count, weights, plane_bytes, x, k, k, sums)
+            for j in range(count):
+                offset = splat_i((8 if packed else 128) * get(at(run, Run.SUMS) + 8 * (row + j) * at(run, Run.SUM_BLOCKS)))
+                for s in range(2):
+                    y = to_float(load_i(sums + (2 * j + s) * FLOATS) - offset)
+                    finish(run, site, row + j, y, out, 2 * pair + s, strip_bytes, row_bytes, limit, residual)
+            row += count
+            continue
+        for block in range(blocks):
+            start, width = block * BLOCK, min(BLOCK, k - block * BLOCK)
+            x = at(run, Run.CODES) + row * slices * k + start
+            for p in range(planes):
+                w = weights + p * plane_bytes + (start * 8 if packed else start * 16)
+                tiles(packed, slices, count, w, planes * plane_bytes, x, k, width, sums + p * plane)
+            for j in range(count):
+                codes = get(at(run, Run.SUMS) + 8 * ((row + j) * at(run, Run.SUM_BLOCKS) + block))
+                for s in range(2):
+                    acc = exact(kind, slices, sums + (2 * j * slices + s) * FLOATS, plane, codes)
+                    total_at = totals + (2 * j + s) * 2 * FLOATS
+                    store_d(total_at, acc if block == 0 else load_d(total_at) + acc)
+        for j in range(count):
+            power = double(splat_f(get_f(at(run, Run.FACTOR) + 4 * (row + j))))
+            for s in range(2):
+                strip = 2 * pair + s
+                acc = load_d(totals + (2 * j + s) * 2 * FLOATS) * power
+                y = single(acc * double(load_f(at(site, Site.FACTOR) + strip * FLOATS)))
+                finish(run, site, row + j, y, out, strip, strip_bytes, row_bytes, limit, residual)
+        row += count

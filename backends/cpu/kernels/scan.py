@@ -1,0 +1,95 @@
+"""The selective scan, with the step size before it and the gate after it."""
+
+from refmamba.backends.cpu.kernels.arithmetic import ZERO, exp_negative, silu, softplus
+from refmamba.backends.cpu.kernels.regions import meet, share
+from refmamba.backends.cpu.kernels.tables import FLOATS, Layer, Run, at, inlined, kernel
+from refmamba.backends.cpu.kernels.vectors import get, get_f, load_f, splat_f, store_f
+
+
+@inlined
+def scan_term(delta, delta_u, A, h, B, C):
+    """Eq. (20, 21) for one state of 16 channels: the new state goes to h; C h."""
+    v = exp_negative(delta * load_f(A)) * load_f(h) + delta_u * splat_f(get_f(B))
+    store_f(h, v)
+    return splat_f(get_f(C)) * v
+
+
+@kernel()
+def keep_inputs(run, index, sequence, s):
+    """The last inputs of the convolution of 16 channels of a sequence, for the next call. In and out may be one memory."""
+    step, taps, line = at(run, Run.STRIDE) * FLOATS, at(run, Run.TAPS), at(run, Run.INNER_STRIPS) * FLOATS
+    start, end = get(at(run, Run.START) + 8 * sequence), get(at(run, Run.START) + 8 * sequence + 8)
+    offset = index * (taps - 1) * line + s * FLOATS
+    before = get(at(run, Run.CONV_IN) + 8 * sequence) + offset
+    after = get(at(run, Run.CONV_OUT) + 8 * sequence) + offset
+    for i in range(taps - 1):
+        time = end - start - (taps - 1) + i
+        if time < 0:
+            v = load_f(before + (time + taps - 1) * line)
+        else:
+            v = load_f(at(run, Run.XZ) + (start + time) * FLOATS + s * step)
+        store_f(after + i * line, v)
+
+
+@kernel()
+def scan_strip(rank, run, layer, index, sequence, s):
+    """Eq. (18, 20 to 23) for 16 channels of a sequence: step, scan, skip and gate. The result replaces DELTA."""
+    n, step, inner = at(run, Run.D_STATE), at(run, Run.STRIDE) * FLOATS, at(run, Run.INNER_STRIPS)
+    offset = (index * inner + s) * n * FLOATS
+    h_in, h = get(at(run, Run.SSM_IN) + 8 * sequence) + offset, get(at(run, Run.SSM_OUT) + 8 * sequence) + offset
+    A = at(layer, Layer.A) + s * n * FLOATS
+    for i in range(n):
+        store_f(h + i * FLOATS, load_f(h_in + i * FLOATS))
+    bias, D = load_f(at(layer, Layer.DT_BIAS) + s * FLOATS), load_f(at(layer, Layer.D) + s * FLOATS)
+    terms = at(run, Run.SCRATCH) + rank * at(run, Run.SCRATCH_BYTES)
+    half = 1
+    while 2 * half < n:
+        half *= 2
+    pairs = n - half  # states with one `half` further on, with which the tree adds them
+    B = at(run, Run.XBC) + at(run, Run.RANK_STRIPS) * step
+    C = B + at(run, Run.STATE_STRIPS) * step
+    u_strip, dt_strip, z_strip = at(run, Run.U) + s * step, at(run, Run.DELTA) + s * step, at(run, Run.XZ) + (inner + s) * step
+    first, last = get(at(run, Run.START) + 8 * sequence), get(at(run, Run.START) + 8 * sequence + 8)
+    # Step sizes and gates in loops of their own: rows that do not wait for each other fill the processor better.
+    for row in range(first, last):
+        here = row * FLOATS
+        store_f(dt_strip + here, softplus(load_f(dt_strip + here) + bias))
+    for row in range(first, last):
+        here = row * FLOATS
+        u, delta = load_f(u_strip + here), load_f(dt_strip + here)
+        delta_u = delta * u
+        # The tree's first level as the terms come; states that fill up to a power of two are zeros.
+        for i in range(pairs):
+            j = i + half
+            lane, other = i // 16 * step + i % 16 * 4 + here, j // 16 * step + j % 16 * 4 + here
+            term = scan_term(delta, delta_u, A + i * FLOATS, h + i * FLOATS, B + lane, C + lane)
+            term = term + scan_term(delta, delta_u, A + j * FLOATS, h + j * FLOATS, B + other, C + other)
+            store_f(terms + i * FLOATS, term)
+        for i in range(pairs, half):
+            lane = i // 16 * step + i % 16 * 4 + here
+            term = scan_term(delta, delta_u, A + i * FLOATS, h + i * FLOATS, B + lane, C + lane)
+            store_f(terms + i * FLOATS, term + splat_f(ZERO) if n > 1 else term)
+        width = half
+        while width > 1:
+            width //= 2
+            for i in range(width):
+                store_f(terms + i * FLOATS, load_f(terms + i * FLOATS) + load_f(terms + (i + width) * FLOATS))
+        store_f(dt_strip + here, load_f(terms) + D * u)
+    for row in range(first, last):
+        here = row * FLOATS
+        store_f(dt_strip + here, load_f(dt_strip + here) * silu(load_f(z_strip + here)))
+
+
+@kernel()
+def scan(rank, run, layer, index, counter):
+    """Region: the scan, 16 channels of one sequence an item, and both states. Returns the next region's counter."""
+    strips = at(run, Run.INNER_STRIPS)
+    items, mine = strips * at(run, Run.SEQUENCES), 0
+    first, last = share(run, counter, items)
+    while first < items:
+        for i in range(first, last):
+            keep_inputs(run, index, i // strips, i % strips)
+            scan_strip(rank, run, layer, index, i // strips, i % strips)
+        mine += last - first
+        first, last = share(run, counter, items)
+    return meet(counter, items, mine)
