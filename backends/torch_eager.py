@@ -428,6 +428,7 @@ class Mamba:
         bias = value(f"{at}.conv1d.bias") if self.config.use_conv_bias else None
         conv, conv_state = conv1d(conv_in, conv_state, value(f"{at}.conv1d.weight"), bias, batch.lengths)
         see(f"{at}.conv1d", conv)
+        see(f"{at}.conv_state", conv_state)
         u = silu(conv)
         see(f"{at}.u", u)
         dtBC = self.linear(f"{at}.x_proj", u, batch)
@@ -436,7 +437,6 @@ class Mamba:
         see(f"{at}.delta", delta)
         y, ssm_state = selective_scan(u, delta, self.A[i], B, C, value(f"{at}.D"), ssm_state, batch.lengths)
         see(f"{at}.scan", y)
-        see(f"{at}.conv_state", conv_state)
         see(f"{at}.ssm_state", ssm_state)
         gated = y * silu(z)
         see(f"{at}.gate", gated)

@@ -259,14 +259,14 @@ class CpuRunner:
         xz = self._buffer("XZ", 2 * strips_of(e) * strips)
         half = strips_of(e) * strips
         hook(f"{at}.in_proj.out", np.concatenate([xz[:, :e], xz[:, half : half + e]], axis=1))
+        conv, ssm = after.arrays()
+        hook(f"{at}.conv_state", conv[0, i])
         hook(f"{at}.u", self._buffer("U", e))
         r, n = c.dt_rank, c.d_state
         r_end, n_width = strips_of(r) * LANES, strips_of(n) * LANES
         xbc = self._buffer("XBC", r_end + 2 * n_width)
         parts = (xbc[:, :r], xbc[:, r_end : r_end + n], xbc[:, r_end + n_width : r_end + n_width + n])
         hook(f"{at}.x_proj.out", np.concatenate(parts, axis=1))
-        conv, ssm = after.arrays()
-        hook(f"{at}.conv_state", conv[0, i])
         hook(f"{at}.ssm_state", ssm[0, i])
         hook(f"{at}.gate", self._buffer("DELTA", e))
         hook(f"{at}.residual_out", self._buffer("X", c.d_model))
