@@ -17,6 +17,6 @@ class Entry(NamedTuple):
 BACKENDS = {
     "reference": Entry("refmamba.backends.reference:Reference", "", "the specification itself, NumPy"),
     "cpu": Entry("refmamba.backends.cpu.backend:Cpu", "", "numba kernels on packed codes, fast"),
-    "torch": Entry("refmamba.backends.torch_eager:Torch", "torch", "eager PyTorch, on a CPU or a GPU"),
+    "torch": Entry("refmamba.backends.torch_eager.backend:Torch", "torch", "eager PyTorch, on a CPU or a GPU"),
 }
 DEFAULT_BACKEND = "cpu"

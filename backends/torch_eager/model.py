@@ -1,0 +1,254 @@
+"""One model in eager PyTorch: a batch at a time, on a CPU or a CUDA device by the same code, with the same bits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refmamba.backends.torch_eager.arithmetic import (
+    Codes,
+    FixedPoint,
+    code,
+    code_static,
+    conv1d,
+    embed,
+    exp,
+    fixed_point,
+    int8_product_is_exact,
+    integer_product,
+    rescale,
+    rms_norm,
+    selective_scan,
+    silu,
+    softplus,
+    tensor,
+    two_to_f64,
+)
+from refmamba.spec import coders, linear
+from refmamba.spec import codes as spec
+from refmamba.spec.arith import F32Array, IntArray
+from refmamba.spec.mamba1 import Positions, check_tokens
+from refmamba.spec.parameters import QuantizedModel, linear_sites
+from refmamba.spec.trace import Hook
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """The recurrent state of a batch, a value: mamba1.State as tensors on the device."""
+
+    conv: Tensor
+    ssm: Tensor
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return len(self.ssm)
+
+    def take(self, indices: Sequence[int]) -> "State":
+        """The state of the named sequences, in that order; an index may come more than once."""
+        return State(self.conv[list(indices)], self.ssm[list(indices)])
+
+    def arrays(self) -> tuple[F32Array, F32Array]:
+        """(conv, ssm) as NumPy arrays."""
+        return self.conv.cpu().numpy(), self.ssm.cpu().numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What every operation needs to know of a right-padded batch."""
+
+    lengths: Tensor  # (B,)
+    real: Tensor | None  # (B, T, 1): not padding; None where there is none
+    hook: Hook | None
+
+    def see(self, site: str, value: Tensor) -> None:
+        """Show the one sequence's value."""
+        if self.hook:
+            self.hook(site, value[0].cpu().numpy())
+
+    def masked(self, x: Tensor) -> Tensor:
+        """x (B, T, K) with zeros for padding, which takes no part in a scale and cannot overflow."""
+        return x if self.real is None else torch.where(self.real, x, torch.zeros_like(x))
+
+
+class Coder(Protocol):
+    """Codes of a batch's activations (B, T, K)."""
+
+    def __call__(self, x: Tensor, site: str, batch: Batch) -> Codes | FixedPoint:
+        """Raises NonFiniteError, naming the site."""
+
+
+def coder_of(coder: coders.Coder, device: torch.device) -> Coder:
+    """This backend's form of one of the specification's coders."""
+    if isinstance(coder, coders.PerToken | coders.PerTensor):
+        bits, axes = coder.bits, (-1,) if isinstance(coder, coders.PerToken) else (-2, -1)
+        return lambda x, site, batch: code(batch.masked(x), bits, site, axes)
+    if isinstance(coder, coders.Static):
+        static, bits = tensor(coder.absmax, device), coder.bits
+        return lambda x, site, batch: code_static(batch.masked(x), static, bits, site)
+    return lambda x, site, batch: fixed_point(batch.masked(x), spec.ACTIVATION_BITS, site)
+
+
+KNOWN = frozenset({
+    coders.ParameterPerTensor, coders.ParameterPerChannel, coders.PerToken, coders.PerTensor, coders.Static, coders.Smooth,
+})  # fmt: skip
+
+
+class Linear:
+    """linear.Linear on the device."""
+
+    def __init__(self, layer: linear.Linear, weight: Codes | FixedPoint, device: torch.device) -> None:
+        self.site, self.weight = layer.site, weight
+        smooth = [transform for transform in layer.transforms if isinstance(transform, coders.Smooth)]
+        self.powers = [two_to_f64(-tensor(transform.exponents, device)) for transform in smooth]
+        self.input = coder_of(layer.input, device)
+        self.output = None if layer.output is None else coder_of(layer.output, device)
+        self.bias = None if layer.bias is None else tensor(layer.bias, device)
+
+    def __call__(self, x: Tensor, batch: Batch, int8: bool) -> Tensor:
+        """Eq. (7) to (13). (B, T, K) -> (B, T, rows). int8: int8_product is exact."""
+        site, see = self.site, batch.see
+        see(f"{site}.in", x)
+        for power in self.powers:
+            x = (x.double() * power).float()  # eq. (29)
+            see(f"{site}.transformed", x)
+        codes = self.input(x, f"{site}.in", batch)
+        see(f"{site}.in_codes", codes.q)
+        acc = integer_product(codes, self.weight, int8)
+        see(f"{site}.acc", acc)
+        y = rescale(acc, codes, self.weight)
+        see(f"{site}.result", y)
+        if self.output is not None:
+            out = self.output(y, f"{site}.result", batch)
+            assert isinstance(out, Codes)
+            see(f"{site}.out_codes", out.q)
+            y = out.dequantize()
+            see(f"{site}.out_value", y)
+        if self.bias is not None:
+            y = y + self.bias
+        see(f"{site}.out", y)
+        return y
+
+
+class Mamba:
+    """One model on one device: the forward of refmamba.spec.mamba1.Mamba, for a batch."""
+
+    def __init__(self, model: QuantizedModel, device: torch.device) -> None:
+        self.model, self.config, self.scheme, self.device = model, model.config, model.scheme, device
+        self.layers: dict[str, Linear] = {}
+        for site in linear_sites(self.config):
+            layer = model.linear(site)
+            self.layers[site] = Linear(layer, self._moved(layer.weight), device)
+        self.params: dict[str, Tensor | Codes] = {}
+        for name in self.config.shapes():
+            if name == "embedding.weight" and model.shares_codes:
+                shared = self.layers["lm_head"].weight
+                assert isinstance(shared, Codes)
+                self.params[name] = shared
+            elif name.removesuffix(".weight") not in self.layers:
+                param = model.params[name]
+                assert not isinstance(param, spec.FixedPoint)
+                self.params[name] = self._moved(param)
+        self.A = [-exp(self.value(f"layers.{i}.A_log")) for i in range(self.config.n_layer)]
+        longest = max(layer.weight.q.shape[1] for layer in self.layers.values())
+        self.int8 = bool(self.scheme.inputs) and int8_product_is_exact(longest, device)
+
+    @overload
+    def _moved(self, param: F32Array) -> Tensor: ...
+    @overload
+    def _moved(self, param: spec.Codes) -> Codes: ...
+    @overload
+    def _moved(self, param: spec.FixedPoint) -> FixedPoint: ...
+    def _moved(self, param: spec.Param) -> Tensor | Codes | FixedPoint:
+        if isinstance(param, spec.Codes):
+            return Codes(tensor(param.q, self.device), tensor(param.scale, self.device))
+        if isinstance(param, spec.FixedPoint):
+            return FixedPoint(tensor(param.q, self.device), tensor(param.exponent, self.device)[:, None])
+        return tensor(param, self.device)
+
+    def linear(self, site: str, x: Tensor, batch: Batch) -> Tensor:
+        """One linear layer. (B, T, K) -> (B, T, rows)."""
+        return self.layers[site](x, batch, self.int8)
+
+    def value(self, name: str) -> Tensor:
+        """A parameter that is not a matrix of a product, as float32."""
+        param = self.params[name]
+        return param.dequantize() if isinstance(param, Codes) else param
+
+    def block(self, i: int, x: Tensor, conv_state: Tensor, ssm_state: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """One block, eq. (24)."""
+        at, value, see = f"layers.{i}", self.value, batch.see
+        r, n = self.config.dt_rank, self.config.d_state
+        see(f"{at}.residual_in", x)
+        normed = rms_norm(x, value(f"{at}.norm.weight"), self.config.norm_eps)
+        see(f"{at}.norm", normed)
+        conv_in, z = self.linear(f"{at}.in_proj", normed, batch).chunk(2, -1)
+        bias = value(f"{at}.conv1d.bias") if self.config.use_conv_bias else None
+        conv, conv_state = conv1d(conv_in, conv_state, value(f"{at}.conv1d.weight"), bias, batch.lengths)
+        see(f"{at}.conv1d", conv)
+        see(f"{at}.conv_state", conv_state)
+        u = silu(conv)
+        see(f"{at}.u", u)
+        dtBC = self.linear(f"{at}.x_proj", u, batch)
+        dt, B, C = dtBC[..., :r], dtBC[..., r : r + n], dtBC[..., r + n :]
+        delta = softplus(self.linear(f"{at}.dt_proj", dt, batch) + value(f"{at}.dt_proj.bias"))
+        see(f"{at}.delta", delta)
+        y, ssm_state = selective_scan(u, delta, self.A[i], B, C, value(f"{at}.D"), ssm_state, batch.lengths)
+        see(f"{at}.scan", y)
+        see(f"{at}.ssm_state", ssm_state)
+        gated = y * silu(z)
+        see(f"{at}.gate", gated)
+        x = x + self.linear(f"{at}.out_proj", gated, batch)
+        see(f"{at}.residual_out", x)
+        return x, conv_state, ssm_state
+
+    def initial_state(self, batch: int) -> State:
+        """The state of `batch` sequences before their first token."""
+        shape = (batch, self.config.n_layer, self.config.d_inner)
+        conv = torch.zeros((*shape, self.config.d_conv - 1), device=self.device)
+        return State(conv, torch.zeros((*shape, self.config.d_state), device=self.device))
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        sequences: Sequence[IntArray],
+        state: State | None = None,
+        *,
+        logits: Positions = "last",
+        hook: Hook | None = None,
+    ) -> tuple[list[F32Array], State]:
+        """Run each sequence from its state on; see `refmamba.backend.Runner.prefill`."""
+        arrays = [check_tokens(s, self.config) for s in sequences]
+        if hook and len(arrays) != 1:
+            raise ValueError("a hook looks at one sequence at a time")
+        state = state or self.initial_state(len(arrays))
+        n = [len(a) for a in arrays]
+        padded = np.stack([np.pad(a, (0, max(n) - len(a))) for a in arrays])
+        lengths = torch.tensor(n, device=self.device)
+        real = torch.arange(max(n), device=self.device)[None, :, None] < lengths[:, None, None]
+        batch = Batch(lengths, None if min(n) == max(n) else real, hook)
+        x = embed(tensor(padded, self.device), self.params["embedding.weight"])
+        batch.see("embedding", x)
+        conv, ssm = [], []
+        for i in range(self.config.n_layer):
+            x, conv_state, ssm_state = self.block(i, x, state.conv[:, i], state.ssm[:, i], batch)
+            conv.append(conv_state)
+            ssm.append(ssm_state)
+        state = State(torch.stack(conv, 1), torch.stack(ssm, 1))
+        if logits == "none":
+            return [np.empty((0, self.config.vocab_size), np.float32) for _ in arrays], state
+        if logits == "last":
+            x, n = x[torch.arange(len(n), device=self.device), lengths - 1][:, None], [1] * len(n)
+            batch = replace(batch, real=None)
+        x = rms_norm(x, self.value("norm_f.weight"), self.config.norm_eps)
+        batch.see("norm_f", x)
+        y = self.linear("lm_head", x, batch).cpu().numpy()
+        return [row[:length] for row, length in zip(y, n, strict=True)], state
+
+    def step(self, tokens: IntArray, state: State, *, hook: Hook | None = None) -> tuple[F32Array, State]:
+        """One token for each sequence; see `refmamba.backend.Runner.step`."""
+        logits, state = self.prefill(list(np.asarray(tokens)[:, None]), state, hook=hook)
+        return np.concatenate(logits), state
