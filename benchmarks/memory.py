@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 from cpu import SHAPES, RandomSource, save
 from safetensors.numpy import save_file
 
 from refmamba.formats.checkpoint import HUGGING_FACE
-from refmamba.run.timing import proc_status
 
 TARGET = 250  # MB, and 1.3 times the codes: the aim
 
@@ -50,10 +50,10 @@ def peak(words: list[str]) -> tuple[float, float, float]:
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         try:
-            anonymous = max(anonymous, proc_status("RssAnon", process.pid))
-            resident = max(resident, proc_status("VmRSS", process.pid))
-        except (OSError, IndexError):  # it has ended meanwhile
+            memory = psutil.Process(process.pid).memory_info()
+        except psutil.NoSuchProcess:  # it has ended meanwhile
             break
+        anonymous, resident = max(anonymous, memory.rss - memory.shared), max(resident, memory.rss)
         time.sleep(0.001)
     if process.wait():
         raise SystemExit(f"{' '.join(words)} failed")

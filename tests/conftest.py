@@ -5,6 +5,7 @@ import zlib
 import numpy as np
 import pytest
 
+from refmamba.conformance.comparison import difference
 from refmamba.spec.arith import F32Array
 from refmamba.spec.config import MambaConfig
 
@@ -25,6 +26,12 @@ class RandomSource:
         if name.endswith(("norm.weight", ".D", "norm_f.weight")):
             return rng.uniform(0.5, 1.5, shape).astype(np.float32)
         return rng.normal(0, 0.1, shape).astype(np.float32)
+
+
+def assert_bits(expected: np.ndarray, array: np.ndarray, name: str = "array") -> None:
+    """Two arrays have the same shape, dtype and bits: -0.0 is not 0.0. All NaN are one."""
+    wrong, _ = difference("bits", name, expected, array)
+    assert wrong is None, str(wrong)
 
 
 TINY = MambaConfig(d_model=24, n_layer=2, vocab_size=50, d_state=8, dt_rank=3)

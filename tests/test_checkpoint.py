@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import assert_bits
 from numpy.typing import NDArray
 
 from refmamba.errors import CheckpointError
@@ -130,7 +131,7 @@ def test_every_layout_and_type_gives_the_same_parameters(layout: str, tmp_path: 
         read = source.read(name)
         assert read.dtype == np.float32
         assert read.flags.c_contiguous
-        np.testing.assert_array_equal(read, value, err_msg=name)
+        assert_bits(value, read, name)
 
 
 def test_original_layout_pads_the_vocabulary_to_the_rows_of_the_file(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_what_is_read_cannot_be_changed(tmp_path: Path) -> None:
         source = open_float(write_hf(tmp_path / dtype, dtype=dtype))
         with pytest.raises(ValueError, match="read-only"):
             source.read("norm_f.weight")[:] = 7
-        np.testing.assert_array_equal(source.read("norm_f.weight"), parameters()["norm_f.weight"])
+        assert_bits(parameters()["norm_f.weight"], source.read("norm_f.weight"))
 
 
 def test_float32_is_read_from_the_memory_map(tmp_path: Path) -> None:
@@ -167,14 +168,14 @@ def test_head_is_tied_unless_it_differs_from_the_embedding(tmp_path: Path) -> No
     other = write_hf(tmp_path / "other", params | {"lm_head.weight": params["embedding.weight"] + 1})
     source = open_float(other)
     assert not source.config.tie_embeddings
-    np.testing.assert_array_equal(source.read("lm_head.weight"), params["embedding.weight"] + 1)
+    assert_bits(params["embedding.weight"] + 1, source.read("lm_head.weight"))
 
 
 def test_biases_are_read_where_the_config_has_them(tmp_path: Path) -> None:
     config = MambaConfig(d_model=8, n_layer=2, vocab_size=20, d_state=3, dt_rank=2, use_bias=True, use_conv_bias=False)
     source = open_float(write_hf(tmp_path / "model", parameters(config), use_bias=True, use_conv_bias=False))
     assert source.config == config
-    np.testing.assert_array_equal(source.read("layers.1.out_proj.bias"), parameters(config)["layers.1.out_proj.bias"])
+    assert_bits(parameters(config)["layers.1.out_proj.bias"], source.read("layers.1.out_proj.bias"))
 
 
 def test_transformers_folder(tmp_path: Path) -> None:
@@ -190,7 +191,7 @@ def test_transformers_folder(tmp_path: Path) -> None:
         "layers.1.conv1d.weight": layer.mixer.conv1d.weight[:, 0], "layers.1.dt_proj.bias": layer.mixer.dt_proj.bias,
         "layers.1.A_log": layer.mixer.A_log, "norm_f.weight": model.backbone.norm_f.weight,
     }.items():  # fmt: skip
-        np.testing.assert_array_equal(source.read(name), value.detach().numpy(), err_msg=name)
+        assert_bits(value.detach().numpy(), source.read(name), name)
 
 
 def test_quantizing_never_holds_the_model_in_float32(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
-from conftest import RandomSource
+from conftest import RandomSource, assert_bits
 
 from refmamba.backends.cpu import runner as cpu_runner
 from refmamba.backends.cpu.backend import Cpu
@@ -21,7 +22,9 @@ from refmamba.backends.cpu.kernels.tables import Run
 from refmamba.backends.cpu.memory import address, aligned
 from refmamba.backends.cpu.pack import pack, packed_bytes, padded_rows
 from refmamba.backends.cpu.passes import passes
+from refmamba.backends.cpu.state import State
 from refmamba.backends.cpu.threads import Threads
+from refmamba.conformance.models import ModelChecks
 from refmamba.errors import NonFiniteError
 from refmamba.spec import arith
 from refmamba.spec.codes import Codes, FixedPoint
@@ -74,9 +77,14 @@ def tokens(config: MambaConfig, length: int, seed: int = 0) -> np.ndarray:
 
 
 def equal_states(a: Any, b: Any) -> None:
-    for x, y in zip(a.arrays(), b.arrays(), strict=True):
-        assert x.dtype == y.dtype == np.float32
-        assert np.array_equal(x, y)
+    for name, x, y in zip(("conv", "ssm"), a.arrays(), b.arrays(), strict=True):
+        assert x.dtype == np.float32
+        assert_bits(x, y, name)
+
+
+def equal_lists(expected: Sequence[np.ndarray], arrays: Sequence[np.ndarray]) -> None:
+    for i, (x, y) in enumerate(zip(expected, arrays, strict=True)):
+        assert_bits(x, y, f"array {i}")
 
 
 @pytest.fixture(scope="module")
@@ -93,17 +101,31 @@ def test_bits_of_the_reference(name: str, scheme: Scheme, backend: Cpu) -> None:
     ids = tokens(config, 40)
     (a,), after_a = reference.prefill([ids], logits="all")
     (b,), after_b = ours.prefill([ids], logits="all")
-    assert np.array_equal(a, b)
+    assert_bits(a, b)
     equal_states(after_a, after_b)
     batch = [ids[:3], ids[4:5], ids[2:20]]
     rows_a, after_a = reference.prefill(batch)
     rows_b, after_b = ours.prefill(batch)
-    assert all(np.array_equal(x, y) for x, y in zip(rows_a, rows_b, strict=True))
+    equal_lists(rows_a, rows_b)
     for t in range(3):
         step_a, after_a = reference.step(ids[t : t + 3], after_a)
         step_b, after_b = ours.step(ids[t : t + 3], after_b)
-        assert np.array_equal(step_a, step_b)
+        assert_bits(step_a, step_b)
     equal_states(after_a, after_b)
+
+
+def test_a_zero_of_the_other_sign_is_found(backend: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the test above, and by what `refmamba verify` runs."""
+    arrays, scheme = State.arrays, parse_scheme("w8a8-mlp")
+
+    def flipped(self: State) -> tuple[np.ndarray, ...]:
+        return tuple(np.where(x == 0, -x, x) for x in arrays(self))
+
+    monkeypatch.setattr(State, "arrays", flipped)
+    with pytest.raises(AssertionError, match=r"conv, element .* expected 00000000 \(0\.0\), found 80000000 \(-0\.0\)"):
+        test_bits_of_the_reference("plain", scheme, backend)
+    checks = ModelChecks(backend, quantized(CONFIGS["plain"], scheme), [tokens(CONFIGS["plain"], 40)])
+    assert [str(wrong) for _, wrong in checks.run() if wrong]
 
 
 @pytest.mark.parametrize("name", ["fp32", "w4-all", "int8"])
@@ -114,15 +136,15 @@ def test_chunks_and_many_passes_change_nothing(name: str, backend: Cpu, monkeypa
     whole, state = runner.prefill(batch, logits="all")
     monkeypatch.setattr(cpu_runner, "PASS_ROWS", 7)
     pieces, other = runner.prefill(batch, logits="all")
-    assert all(np.array_equal(x, y) for x, y in zip(whole, pieces, strict=True))
+    equal_lists(whole, pieces)
     equal_states(state, other)
     lasts, _ = runner.prefill(batch)
-    assert all(np.array_equal(x[-1:], y) for x, y in zip(whole, lasts, strict=True))
+    equal_lists([x[-1:] for x in whole], lasts)
     assert [x.shape for x in runner.prefill(batch, logits="none")[0]] == [(0, config.vocab_size)] * 4
     one = runner.initial_state(1)
     for t in batch[1]:
         last, one = runner.step(np.array([t]), one)
-    assert np.array_equal(last, whole[1][-1:])
+    assert_bits(whole[1][-1:], last)
     equal_states(one, state.take([1]))
 
 
@@ -133,7 +155,7 @@ def test_rows_longer_than_a_block(rows: int, backend: Cpu) -> None:
     model = quantized(config, parse_scheme("fp32"))
     (a,), _ = Mamba(model).prefill([tokens(config, rows)], logits="all")
     (b,), _ = backend.load(model).prefill([tokens(config, rows)], logits="all")
-    assert np.array_equal(a, b)
+    assert_bits(a, b)
 
 
 class Cancelling(RandomSource):
@@ -165,7 +187,7 @@ def test_sums_of_which_float64_keeps_too_little(rows: int, backend: Cpu) -> None
 
     Mamba(model).prefill(batch, hook=look)
     backend.load(model).prefill(batch, hook=look)
-    assert np.array_equal(seen[0].view(np.int32), seen[1].view(np.int32))
+    assert_bits(*seen)
 
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 31, 33, 65, 255, 257, 5000, 50280])
@@ -174,8 +196,7 @@ def test_log_softmax_of_any_length(n: int, backend: Cpu) -> None:
     logits = (np.random.default_rng(n).normal(0, 9, (5, n))).astype(np.float32)
     logits[1] = -3
     logits[2, n // 2] = 80
-    ours = backend.operations()["log_softmax"](logits)
-    assert np.array_equal(ours.view(np.int32), log_softmax(logits).view(np.int32))
+    assert_bits(log_softmax(logits), backend.operations()["log_softmax"](logits))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -193,7 +214,7 @@ def test_any_number_of_threads(count: int) -> None:
     backend.threads = Threads(count)
     (a,), state_a = Mamba(model).prefill([tokens(config, 40)], logits="all")
     (b,), state_b = backend.load(model).prefill([tokens(config, 40)], logits="all")
-    assert np.array_equal(a, b)
+    assert_bits(a, b)
     equal_states(state_a, state_b)
 
 
@@ -204,7 +225,7 @@ def test_callers_on_several_threads(backend: Cpu) -> None:
     alone = [runner.prefill([t])[0][0] for t in texts]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda t: runner.prefill([t])[0][0], texts))
-    assert all(np.array_equal(x, y) for x, y in zip(alone, together, strict=True))
+    equal_lists(alone, together)
 
 
 def test_a_state_is_a_value(backend: Cpu) -> None:
@@ -216,10 +237,10 @@ def test_a_state_is_a_value(backend: Cpu) -> None:
     assert fork.batch == 3
     x, _ = runner.step(np.array([1, 2, 1]), fork)
     y, _ = runner.step(np.array([2, 1]), state)
-    assert np.array_equal(x[0], y[1])
-    assert np.array_equal(x[1], y[0])
-    assert np.array_equal(x[2], x[0])
-    assert all(np.array_equal(p, q) for p, q in zip(before, state.arrays(), strict=True))
+    assert_bits(x[0], y[1])
+    assert_bits(x[1], y[0])
+    assert_bits(x[2], x[0])
+    equal_lists(before, state.arrays())
 
 
 def test_hooks_show_the_references_values(backend: Cpu) -> None:
@@ -238,7 +259,7 @@ def test_hooks_show_the_references_values(backend: Cpu) -> None:
     assert {last_site(site) for site in seen[1]} == set(backend.sites or ())
     assert order[1] == [site for site in order[0] if site in seen[1]]
     for site, value in seen[1].items():
-        assert np.array_equal(value, seen[0][site]), site
+        assert_bits(seen[0][site], value, site)
 
 
 @pytest.mark.parametrize("scheme", ["fp32", "int8", "w8a8-all", "int8-static"])
@@ -269,9 +290,7 @@ def test_bits_of_the_polynomials(name: str, backend: Cpu) -> None:
     with np.errstate(all="ignore"):
         expected = getattr(arith, name)(x)
     ours = backend.operations()[name](x)
-    number = ~np.isnan(expected)
-    assert np.array_equal(np.isnan(ours), ~number)
-    assert np.array_equal(ours[number].view(np.int32), expected[number].view(np.int32))
+    assert_bits(expected, ours)
 
 
 def test_packed_layout_of_a_byte_weight() -> None:
@@ -317,7 +336,7 @@ def test_memory_is_used_again_once_nobody_holds_it(backend: Cpu) -> None:
     # A view of the first state keeps its memory, and the others take turns.
     assert address(held) not in addresses
     assert len(addresses) == 2
-    assert np.array_equal(held[0].swapaxes(2, 3).reshape(first[1][0].shape), first[1][0])
+    assert_bits(first[1][0], held[0].swapaxes(2, 3).reshape(first[1][0].shape))
 
 
 def test_a_fork_copies_nothing(backend: Cpu) -> None:
@@ -325,8 +344,7 @@ def test_a_fork_copies_nothing(backend: Cpu) -> None:
     _, state = runner.prefill([np.arange(3), np.arange(5)])
     fork = state.take([1, 0, 1])
     assert fork.ssm is state.ssm
-    for new, old in zip(fork.arrays(), state.arrays(), strict=True):
-        assert np.array_equal(new, old[[1, 0, 1]])
+    equal_lists([old[[1, 0, 1]] for old in state.arrays()], fork.arrays())
 
 
 def test_a_copied_state_is_its_own(backend: Cpu) -> None:
@@ -337,7 +355,7 @@ def test_a_copied_state_is_its_own(backend: Cpu) -> None:
     del state
     runner.prefill([np.arange(9), np.arange(2)])  # takes the memory of the first
     for one in copies:
-        assert np.array_equal(runner.step(np.array([7, 8]), one)[0], expected)
+        assert_bits(expected, runner.step(np.array([7, 8]), one)[0])
 
 
 def test_short_passes_of_forks(backend: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,8 +368,7 @@ def test_short_passes_of_forks(backend: Cpu, monkeypatch: pytest.MonkeyPatch) ->
     expected, after = reference.prefill(sequences, theirs.take([0, 0, 0]), logits="all")
     monkeypatch.setattr(cpu_runner, "PASS_ROWS", 2)
     found, state = runner.prefill(sequences, ours.take([0, 0, 0]), logits="all")
-    for a, b in zip(found, expected, strict=True):
-        assert np.array_equal(a, b)
+    equal_lists(expected, found)
     equal_states(state, after)
 
 
@@ -410,11 +427,11 @@ def test_a_loaded_model_still_gives_its_parameters(name: str, backend: Cpu) -> N
         ours = loaded.params[key]
         assert type(ours) is type(param)
         if isinstance(param, Codes) and isinstance(ours, Codes):
-            assert np.array_equal(ours.q, param.q)
-            assert np.array_equal(ours.scale, param.scale)
+            assert_bits(param.q, ours.q)
+            assert_bits(param.scale, ours.scale)
             assert (ours.q.dtype, ours.bits) == (param.q.dtype, param.bits)
         elif isinstance(param, FixedPoint) and isinstance(ours, FixedPoint):
-            assert np.array_equal(ours.q, param.q)
-            assert np.array_equal(ours.exponent, param.exponent)
+            assert_bits(param.q, ours.q)
+            assert_bits(param.exponent, ours.exponent)
         else:
-            assert np.array_equal(model.value(key), loaded.value(key))
+            assert_bits(model.value(key), loaded.value(key))

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from refmamba.run.timing import speeds, weight_bytes
 from refmamba.spec.parameters import quantize_model
 from refmamba.spec.scheme import parse_scheme
 
+ROOT = Path(__file__).resolve().parents[1]
 KEYS = {"prefill_tokens_per_second", "decode_tokens_per_second", "weight_bytes", "peak_rss_bytes",
         "read_bandwidth_bytes_per_second"}  # fmt: skip
 
@@ -38,6 +41,20 @@ def test_weight_bytes_worked_out(tiny: RandomSource) -> None:
     assert weight_bytes(quantize_model(tiny, parse_scheme("fp32"))) == 3 * one
     # A row of three codes takes two bytes.
     assert weight_bytes(quantize_model(tiny, parse_scheme("w4-all"))) == (one + 2 * 48) // 2
+
+
+def test_peak_memory_is_that_of_the_largest_moment() -> None:
+    """400 MB that were there and are gone; a parent's peak is not counted."""
+    held = np.ones(900 * 2**20 // 8)
+    del held
+    code = (
+        "import numpy as np, psutil\nfrom refmamba.run.timing import peak_rss\nbefore = peak_rss()\n"
+        "x = np.ones(400 * 2**20 // 8)\ndel x\nprint(before, peak_rss(), psutil.Process().memory_info().rss)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, peak, now = map(int, done.stdout.split())
+    assert before < 400 * 2**20 < peak < before + 500 * 2**20
+    assert now < peak - 300 * 2**20
 
 
 def test_llama_cpp_runs_the_file_we_write(tmp_path: Path, tiny: RandomSource) -> None:

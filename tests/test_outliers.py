@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import assert_bits
 
 from refmamba.commands.main import refmamba
 from refmamba.errors import DataError
@@ -55,9 +56,9 @@ def test_observe_sees_the_inputs_of_the_forward(tiny: ParameterSource) -> None:
     Mamba(model).prefill([TOKENS], hook=lambda name, value: inputs.__setitem__(name, value))
     sites = observe(Mamba(model), TOKENS)
     assert list(sites) == [f"layers.{i}.{p}" for i in range(2) for p in ("in_proj", "x_proj", "dt_proj", "out_proj")]
-    np.testing.assert_array_equal(sites["layers.1.in_proj"].maxima, np.abs(inputs["layers.1.norm"]).max(axis=0))
-    np.testing.assert_array_equal(sites["layers.0.x_proj"].maxima, np.abs(inputs["layers.0.u"]).max(axis=0))
-    np.testing.assert_array_equal(sites["layers.1.out_proj"].maxima, np.abs(inputs["layers.1.gate"]).max(axis=0))
+    assert_bits(np.abs(inputs["layers.1.norm"]).max(axis=0), sites["layers.1.in_proj"].maxima)
+    assert_bits(np.abs(inputs["layers.0.u"]).max(axis=0), sites["layers.0.x_proj"].maxima)
+    assert_bits(np.abs(inputs["layers.1.gate"]).max(axis=0), sites["layers.1.out_proj"].maxima)
 
 
 def test_recurring_channels() -> None:

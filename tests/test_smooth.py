@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from conftest import assert_bits
 
 from refmamba.backend import load_backend
 from refmamba.commands.main import refmamba
@@ -142,7 +143,7 @@ def test_calibration_sees_the_inputs_of_a_forward_with_weights_in_codes(tiny: Pa
     found = calibrate(tiny, TOKENS)
     assert set(found) == {f"layers.{i}.{layer}" for i in range(2) for layer in LINEAR_LAYERS} | {"lm_head"}
     for site, maxima in found.items():
-        np.testing.assert_array_equal(maxima, np.abs(seen[f"{site}.in"]).max(axis=0))
+        assert_bits(np.abs(seen[f"{site}.in"]).max(axis=0), maxima, site)
 
 
 def test_smoothing_undoes_a_planted_power_of_two_exactly(tiny: ParameterSource) -> None:
@@ -157,7 +158,7 @@ def test_smoothing_undoes_a_planted_power_of_two_exactly(tiny: ParameterSource) 
         Mamba(quantize_model(source, scheme, absmax)).prefill([TOKENS], logits="all")[0][0]
         for source, absmax in ((tiny, calibration), (Planted(tiny, 7), planted))
     ]
-    np.testing.assert_array_equal(logits[0], logits[1])
+    assert_bits(logits[0], logits[1])
 
 
 def test_a_scheme_file_chooses_alpha_and_layers() -> None:

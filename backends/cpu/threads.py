@@ -10,8 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refmamba.backends.cpu.memory import address
+from refmamba.errors import BackendError
 
+SUBNORMAL = float(np.int64(1 << 44).view(np.float64))  # 2^-1030, by its bits: no thread that flushes could compute it
 Job = Callable[[int, int], None]
+
+
+def check_subnormals() -> None:
+    """Raise BackendError where this thread flushes subnormal numbers to zero: the decaying state needs them.
+
+    A thread's setting is for float32 and float64 alike. What is compared is a normal number: a thread that flushes takes a
+    subnormal for a zero when it compares, too.
+    """
+    if SUBNORMAL * 0.5 * 2.0**100 != 2.0**-931:
+        raise BackendError("subnormal numbers are flushed to zero in this process, so bits would differ; switch that off")
 
 
 class Threads:
@@ -28,8 +40,12 @@ class Threads:
     def _work(self, rank: int, jobs: "queue.SimpleQueue[Any]") -> None:
         while True:
             job, table, done = jobs.get()
-            job(rank, address(table))
-            done.put(rank)
+            try:
+                check_subnormals()
+                job(rank, address(table))
+                done.put(None)
+            except BaseException as error:  # the caller's to see, and the next job's turn
+                done.put(error)
 
     def _start(self) -> None:
         self._process, self._jobs = os.getpid(), [queue.SimpleQueue() for _ in range(self.count - 1)]
@@ -37,16 +53,21 @@ class Threads:
             threading.Thread(target=self._work, args=(rank, jobs), daemon=True).start()
 
     def run(self, job: Job, table: NDArray[np.int64]) -> None:
-        """job(rank, address of table) on every thread."""
+        """job(rank, address of table) on every thread.
+
+        Raises what a job raises, when all have ended, and BackendError where a thread flushes subnormal numbers to zero.
+        """
+        check_subnormals()
         if self._process != os.getpid():  # the first call, or a forked child, which has none of its parent's threads
             self._lock = threading.Lock()
             self._start()
         with self._lock:
-            done: queue.SimpleQueue[int] = queue.SimpleQueue()
+            done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
             for jobs in self._jobs:
                 jobs.put((job, table, done))
             try:
                 job(0, address(table))
             finally:  # an interrupt too waits for the others, who still write
-                for _ in self._jobs:
-                    done.get()
+                errors = [error for _ in self._jobs if (error := done.get())]
+            if errors:
+                raise errors[0]

@@ -21,11 +21,10 @@ from refmamba.run.timing import Ours, other_programs, peak_rss, read_bandwidth, 
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the lines.")
 def command(choose: Callable[[], Any], prompt_len: int, gen_len: int, compare: bool, as_json: bool) -> None:
     """Measure tokens a second, memory, and the machine's read bandwidth."""
-    import numba
+    from refmamba.spec.jit import SETTINGS
 
-    numba_config: Any = numba.config
     loaded = choose()
-    runner, config, threads = loaded.runner, loaded.runner.config, int(numba_config.NUMBA_NUM_THREADS)
+    runner, config, threads = loaded.runner, loaded.runner.config, int(SETTINGS.NUMBA_NUM_THREADS)
     rng = np.random.default_rng(0)
     prompt, generated = rng.integers(0, config.vocab_size, prompt_len), rng.integers(0, config.vocab_size, gen_len)
     ours = Ours(runner, loaded.describe()["scheme"])

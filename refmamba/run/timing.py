@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 import numpy as np
+import psutil
 
 from refmamba.backend import Runner
 from refmamba.run.peers import LLAMA_TYPES, Apart, LlamaCpp, Peer, Transformers, installed, write_gguf
@@ -43,17 +44,13 @@ def read_bandwidth(threads: int) -> float:
         return READ_BYTES / min(seconds(lambda: list(pool.map(np.sum, parts))) for _ in range(REPEATS))
 
 
-def proc_status(field: str, pid: int | str = "self") -> int:
-    """Bytes that Linux gives as a field of a process's status. Raises OSError or IndexError where it has ended."""
-    return 1024 * int(Path(f"/proc/{pid}/status").read_text(encoding="utf-8").split(f"{field}:")[1].split()[0])
-
-
 def peak_rss() -> int:
-    """The largest resident size of this process so far, in bytes; 0 where the system does not tell (Windows)."""
-    if sys.platform == "linux":  # where getrusage begins with what the parent had
-        return proc_status("VmHWM")
+    """The largest resident size of this process so far, in bytes."""
     if sys.platform == "win32":
-        return 0
+        return int(psutil.Process().memory_info().peak_wset)
+    if sys.platform == "linux":  # for which psutil has no peak, and where getrusage begins with what the parent had
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -6,10 +6,10 @@ NumPy; the scan alone is compiled, and gives the same bits uncompiled (NUMBA_DIS
 """
 
 import numpy as np
-from numba import njit
 
 from refmamba.spec.arith import F32Array, IntArray, exp, f32, log, silu, softplus, tree_sum
 from refmamba.spec.codes import Codes, dequantize
+from refmamba.spec.jit import compiled
 
 SCAN_CHUNK = 64  # tokens discretized at a time, to bound memory; the bits do not depend on it
 
@@ -86,7 +86,7 @@ def discretize(delta: F32Array, A: F32Array, B: F32Array, u: F32Array) -> tuple[
     return A_bar, B_bar_u
 
 
-@njit(cache=True)
+@compiled
 def scan(A_bar: F32Array, B_bar_u: F32Array, C: F32Array, h: F32Array) -> tuple[F32Array, F32Array]:
     """The selective scan, eq. (21).
 

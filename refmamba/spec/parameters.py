@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from refmamba.errors import DataError
+from refmamba.errors import DataError, SchemeError
 from refmamba.spec.arith import F32Array
 from refmamba.spec.coders import (
     INPUT_CODERS,
@@ -38,6 +38,18 @@ class QuantizedModel:
     config: MambaConfig
     scheme: Scheme
     params: Mapping[str, Param]
+
+    def __post_init__(self) -> None:
+        """Raises SchemeError where a product with N-bit codes would have rows too long to be exact: eq. (11)."""
+        c = self.config
+        columns = {"in_proj": c.d_model, "x_proj": c.d_inner, "dt_proj": c.dt_rank, "out_proj": c.d_inner, "lm_head": c.d_model}
+        for site, length in columns.items():
+            coded = site in self.scheme.inputs or f"{site}.weight" in self.scheme.weights
+            if coded and length > LONGEST_ROW:
+                raise SchemeError(
+                    f"scheme {self.scheme.name}: {site} has rows of {length}, and a product with codes is exact up to "
+                    f"{LONGEST_ROW}: leave its weight and its input unquantized"
+                )
 
     def value(self, name: str) -> F32Array:
         """A parameter that is not a matrix of a product, read back to float32: eq. (9)."""

@@ -1,0 +1,35 @@
+"""numba, looked after: what the specification compiles, and the compiler's settings for a backend that compiles more."""
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from refmamba.errors import BackendError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _import_numba() -> Any:
+    """numba. Its import ends in a traceback for some values of this variable, and passes over the others with a warning."""
+    threads = os.environ.get("NUMBA_NUM_THREADS")
+    if threads is not None and not (threads.strip().isdecimal() and int(threads) > 0):
+        raise BackendError(f"NUMBA_NUM_THREADS is '{threads}', and must be a number of threads from 1: change or unset it")
+    import numba
+
+    return numba
+
+
+numba = _import_numba()
+SETTINGS = numba.config
+
+
+def compiled(function: Function) -> Function:
+    """A function that is compiled when it is first called, and kept on disk for the next process.
+
+    Where numba finds no folder that it can write, every process compiles it anew.
+    """
+    try:
+        result: Function = numba.njit(cache=True)(function)
+    except RuntimeError:
+        result = numba.njit(function)
+    return result
