@@ -152,18 +152,17 @@ def save(name: str, text: str) -> None:
 
 def bits_per_byte(names: list[str]) -> dict[str, float]:
     """Of the small model inside the package on the passage inside the package, so that speed is not bought unseen."""
-    from refmamba.backends.cpu.backend import Cpu
-    from refmamba.run.session import ModelChoice, load_model
+    from refmamba.run.session import ModelChoice, open_session
     from refmamba.spec.calibrate import passage
     from refmamba.spec.ops import log_softmax
 
     text, result = passage(), {}
     for name in names:
-        _, tokenizer, model = load_model(ModelChoice(scheme=name.removesuffix(OLDER)))
-        ids = tokenizer.encode_array(text)
-        (logits,), _ = Cpu().load(model).prefill([ids[:-1]], logits="all")
+        session = open_session(ModelChoice(scheme=name.removesuffix(OLDER)))
+        ids = session.tokenizer.encode_array(text)
+        (logits,), _ = session.runner.prefill([ids[:-1]], logits="all")
         chosen = log_softmax(logits)[np.arange(len(ids) - 1), ids[1:]]
-        size = len(tokenizer.decode(ids[1:].tolist()).encode())
+        size = len(session.tokenizer.decode(ids[1:].tolist()).encode())
         result[f"refmamba {name}"] = float(-np.sum(chosen, dtype=np.float64) / np.log(2) / size)
     return result
 

@@ -75,7 +75,8 @@ def _score(client: Any, job: Job, blocks: Sequence[Block]) -> Iterator[list[Resu
 def _inputs(job: Job) -> str:
     """A hash of the files that a job names besides the model's, which has its own. Raises DataError."""
     total = hashlib.sha256()
-    for file in (job.choice.scheme and Path(job.choice.scheme), job.choice.calibrate):
+    scheme = job.choice.scheme
+    for file in (Path(scheme) if isinstance(scheme, str) else None, job.choice.calibrate):  # a Scheme is in the job itself
         if file and file.is_absolute():  # a scheme's name is not
             try:
                 total.update(file.read_bytes() + b"\0")
@@ -116,8 +117,8 @@ def _finished(client: Any, futures: list[Any]) -> Iterator[list[Result]]:
 
 def _absolute(job: Job) -> Job:
     """The job with paths that hold in another working directory."""
-    choice = job.choice
+    choice, scheme = job.choice, job.choice.scheme
     model = str(Path(choice.model).resolve()) if Path(choice.model).is_dir() else choice.model
-    scheme = str(Path(choice.scheme).resolve()) if choice.scheme and Path(choice.scheme).is_file() else choice.scheme
+    scheme = str(Path(scheme).resolve()) if isinstance(scheme, str) and Path(scheme).is_file() else scheme
     calibrate = choice.calibrate and choice.calibrate.resolve()
     return replace(job, choice=replace(choice, model=model, scheme=scheme, calibrate=calibrate))

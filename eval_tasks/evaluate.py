@@ -9,20 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refmamba.backend import Backend, load_backend
-from refmamba.errors import DataError, SchemeError
+from refmamba.backend import Backend
+from refmamba.errors import DataError
 from refmamba.eval_tasks.load import Dataset
 from refmamba.eval_tasks.progress import Progress
 from refmamba.eval_tasks.results import Key, Result, Results
 from refmamba.eval_tasks.score import requests, score
 from refmamba.eval_tasks.task import Document
-from refmamba.formats.folder import open_checkpoint
-from refmamba.formats.hub import ModelFiles, resolve_model
-from refmamba.run.session import DEFAULT_SCHEME, Loaded, ModelChoice, load
+from refmamba.formats.hub import ModelFiles
+from refmamba.run.session import ModelChoice, Session, open_session
 from refmamba.spec import SPEC_VERSION
 from refmamba.spec.calibrate import passage
 from refmamba.spec.parameters import QuantizedModel
-from refmamba.spec.scheme import Scheme, parse_scheme
+from refmamba.spec.scheme import Scheme
 
 BLOCK = 16  # documents scored and saved together
 HASHED = ("config.json", "tokenizer_config.json", "*.safetensors", "pytorch_model*.bin", "*.index.json")
@@ -39,9 +38,12 @@ class Job:
     model_sha256: str
     spec_version: str = SPEC_VERSION
 
-    def load(self) -> Loaded:
-        """Make the model ready to run. Raises RefmambaError."""
-        return load(self.choice)
+    def open(self) -> Session:
+        """The model, which is loaded when it first runs. Raises RefmambaError, so DataError where its files are others."""
+        session = open_session(self.choice)
+        if (model_sha256(session.opened.files), SPEC_VERSION) != (self.model_sha256, self.spec_version):
+            raise DataError(f"{self.choice.model}: this process has other files of that name, or another refmamba")
+        return session
 
 
 # A block's results as they come, in any order. A call may begin with the work; it does not wait for it.
@@ -50,30 +52,26 @@ Scorer = Callable[[Job, Sequence[Block]], Iterator[list[Result]]]
 _ONE_AT_A_TIME = threading.Lock()  # a worker may have several threads, and a runner is for one
 
 
-_HELD: dict[Job, Loaded] = {}  # the last job's model
+_HELD: list[tuple[Job, Session]] = []  # the last job's model
 
 
-def loaded(job: Job) -> Loaded:
+def session_of(job: Job) -> Session:
     """The job's model, of which a process holds one at a time. Raises RefmambaError."""
-    if job not in _HELD:
-        _, found = _model_files(job.choice.model, job.choice.revision)
-        if (found, SPEC_VERSION) != (job.model_sha256, job.spec_version):
-            raise DataError(f"{job.choice.model}: this process has other files of that name, or another refmamba")
-        _HELD.clear()
-        _HELD[job] = job.load()
-    return _HELD[job]
+    if not (_HELD and _HELD[0][0] == job):
+        _HELD[:] = [(job, job.open())]
+    return _HELD[0][1]
 
 
 def score_block(job: Job, block: Block) -> list[Result]:
     """Score some documents; the model is loaded once for each process and job. Raises RefmambaError."""
     with _ONE_AT_A_TIME:
-        return score_documents(loaded(job), job.max_length, block)
+        return score_documents(session_of(job), job.max_length, block)
 
 
-def score_documents(loaded: Loaded, max_length: int, block: Block) -> list[Result]:
-    """Score some documents on a loaded model. Raises RefmambaError."""
-    wanted = [requests(document, loaded.tokenizer, max_length) for _, document in block]
-    scores = iter(score(loaded.runner, loaded.backend, [one for many in wanted for one in many]))
+def score_documents(session: Session, max_length: int, block: Block) -> list[Result]:
+    """Score some documents. Raises RefmambaError."""
+    wanted = [requests(document, session.tokenizer, max_length) for _, document in block]
+    scores = iter(score(session.runner, session.backend, [one for many in wanted for one in many]))
     return [Result(doc_id, tuple(next(scores) for _ in many)) for (doc_id, _), many in zip(block, wanted, strict=True)]
 
 
@@ -118,31 +116,26 @@ class Subject:
 
 
 @functools.lru_cache
-def _model_files(model: str, revision: str | None) -> tuple[ModelFiles, str]:
-    files, total = resolve_model(model, revision), hashlib.sha256()
+def model_sha256(files: ModelFiles) -> str:
+    """A hash of a model's files. Raises DataError."""
+    total = hashlib.sha256()
     for file in sorted({files.tokenizer, *(f for pattern in HASHED for f in files.folder.glob(pattern))}):
         try:
             with file.open("rb") as stream:
                 total.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
         except OSError as error:
             raise DataError(f"{file}: cannot be read: {error.strerror}; a model folder needs it") from error
-    return files, total.hexdigest()
+    return total.hexdigest()
 
 
 def subject(choice: ModelChoice, max_length: int) -> Subject:
     """Find out what a choice of model is without quantizing it. Raises RefmambaError."""
-    scheme = wanted = parse_scheme(choice.scheme or DEFAULT_SCHEME)
-    files, model_sha256 = _model_files(choice.model, choice.revision)
-    opened = open_checkpoint(files.folder)
-    if isinstance(opened, QuantizedModel):
-        scheme = opened.scheme
-    if choice.scheme is not None and scheme != wanted:
-        raise SchemeError(f"{choice.model} is saved as {scheme.name}; leave out {wanted.name}")
-    calibration = ""
-    if scheme.needs_calibration and not isinstance(opened, QuantizedModel):
+    session = open_session(choice)
+    opened, calibration = session.opened, ""
+    if session.scheme.needs_calibration and not isinstance(opened.checkpoint, QuantizedModel):
         text = passage().encode() if choice.calibrate is None else _bytes(choice.calibrate)
         calibration = hashlib.sha256(text).hexdigest()
-    return Subject(choice, model_sha256, scheme, calibration, load_backend(choice.backend, choice.device), max_length)
+    return Subject(choice, model_sha256(opened.files), session.scheme, calibration, session.backend, max_length)
 
 
 def _bytes(file: Path) -> bytes:

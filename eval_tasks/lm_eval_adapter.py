@@ -20,8 +20,8 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from refmamba.eval_tasks.score import MAX_LENGTH, score, token_request
-from refmamba.run.generate import LogitsHash, Sampler, generate
-from refmamba.run.session import ModelChoice, load
+from refmamba.run.generate import Generation, Sampler
+from refmamba.run.session import ModelChoice, open_session
 
 BLOCK = 64  # requests scored together, neighbours in the order of their tokens, so that they share their contexts
 NEW_TOKENS = 256  # generated where a task does not say
@@ -43,27 +43,27 @@ class RefmambaLM(TemplateLM):
         if backend in ("cpu", "reference"):
             device = None  # they have one only, and the harness says cuda:0 where its user says nothing
         file = Path(calibrate) if calibrate is not None else None
-        self._loaded = load(ModelChoice(str(pretrained), scheme, backend, device, revision, file))
+        self._session = open_session(ModelChoice(str(pretrained), scheme, backend, device, revision, file))
         self.max_length = int(max_length)
 
     @property
     def eot_token_id(self) -> int | None:
         """The token that ends a text."""
-        return self._loaded.tokenizer.eos_token_id
+        return self._session.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int | None:
         """The token that stands for an empty context."""
-        return self._loaded.tokenizer.prefix_token_id
+        return self._session.tokenizer.prefix_token_id
 
     @property
     def tokenizer_name(self) -> str:
         """For the harness's caches."""
-        return str(self._loaded.files.tokenizer)
+        return str(self._session.opened.files.tokenizer)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Tokens; a begin token is never added."""
-        return self._loaded.tokenizer.encode(string)
+        return self._session.tokenizer.encode(string)
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
         wanted = [token_request(a, b, self.max_length, f"request {i}") for i, (_, a, b) in enumerate(requests)]
@@ -72,7 +72,7 @@ class RefmambaLM(TemplateLM):
         with tqdm(total=len(order), desc="refmamba", unit="request", disable=disable_tqdm) as bar:
             for start in range(0, len(order), BLOCK):
                 block = order[start : start + BLOCK]
-                scores = score(self._loaded.runner, self._loaded.backend, [wanted[i] for i in block])
+                scores = score(self._session.runner, self._session.backend, [wanted[i] for i in block])
                 for i, one in zip(block, scores, strict=True):
                     answers[i] = (one.loglikelihood, one.greedy)
                     if requests[i][0] is not None:  # a window of a rolling request has no text of its own
@@ -103,16 +103,12 @@ class RefmambaLM(TemplateLM):
         count = int(options.get("max_gen_toks", NEW_TOKENS))
         temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
         sampler = Sampler(temperature, int(options.get("top_k", 0)), float(options.get("top_p", 1.0)), 0)
-        tokenizer, runner = self._loaded.tokenizer, self._loaded.runner
-        ids = tokenizer.encode_array(context)[-max(1, self.max_length - count) :]
-        text, stream = "", tokenizer.stream()
-        for token in generate(runner, ids, sampler, count, tokenizer.n_ids, tokenizer.eos_token_id, LogitsHash()):
-            if token == tokenizer.eos_token_id:
+        prompt = self._session.tokenizer.encode_array(context)[-max(1, self.max_length - count) :]
+        generation = Generation(self._session, prompt, sampler, count)
+        for _ in generation:
+            if any(stop and stop in generation.text for stop in stops):
                 break
-            text += stream.put(token)
-            if any(stop and stop in text for stop in stops):
-                break
-        text += stream.flush()
+        text = generation.text
         for stop in stops:
             text = text.split(stop)[0] if stop else text
         return text

@@ -232,7 +232,7 @@ def test_the_table_and_its_footnotes(tmp_path: Path) -> None:
         (["--tasks", " "], "refmamba: --tasks ' ': names nothing"),
         (["--schemes", "int8", "--bits", "4"], "give either --schemes, or --scheme"),
         (["--samples", "nowhere/s.jsonl"], "refmamba: nowhere/s.jsonl: cannot be written: there is no folder nowhere"),
-        (["--model", "."], "refmamba: tokenizer.json: cannot be read: No such file"),
+        (["--model", "."], "refmamba: config.json: no such file; a model folder has a config.json"),
         (["--model", "broken"], "refmamba: broken/config.json: not JSON"),
         (["--dask", "tcp://127.0.0.1:9"], "no dask scheduler answers at tcp://127.0.0.1:9"),
     ],

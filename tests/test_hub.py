@@ -14,7 +14,7 @@ from hub_server import HubServer, Repository
 import refmamba
 from refmamba.errors import CheckpointError, HubError
 from refmamba.formats.hub import ModelFiles, resolve_model
-from refmamba.run.session import ModelChoice, load_model
+from refmamba.run.session import ModelChoice, open_model
 
 HF = {
     "config.json": b'{"model_type": "mamba"}', "model.safetensors": b"weights of main" * 1000, "tokenizer.json": b"{}",
@@ -221,4 +221,4 @@ def test_a_broken_config_asks_the_hub_for_nothing(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("refmamba.formats.hub._download_neox_tokenizer", lambda: pytest.fail("asked the hub"))
     assert resolve_model(str(tmp_path)) == ModelFiles(tmp_path, tmp_path / "tokenizer.json")
     with pytest.raises(CheckpointError, match=r"config\.json: not JSON"):
-        load_model(ModelChoice(str(tmp_path)))
+        open_model(ModelChoice(str(tmp_path)))

@@ -541,12 +541,13 @@ def write_tiny() -> None:
 
 def write_small() -> None:
     """tests/vectors/small.json."""
-    from refmamba.run.session import ModelChoice, load_model
+    from refmamba.run.session import ModelChoice, open_model
 
     tokens = [row[:24] for row in TINY_SEQUENCES]
     hashes = {}
     for name in SCHEMES:
-        _, _, model = load_model(ModelChoice("small", name))
+        opened = open_model(ModelChoice("small", name))
+        model = opened.quantized(opened.scheme)
         hashes[name] = sha256_of(Mamba(model).prefill([np.array(row) for row in tokens], logits="all")[0])
     weights = resources.files("refmamba") / "small_model" / "model.safetensors"
     import hashlib

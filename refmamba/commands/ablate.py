@@ -2,56 +2,59 @@
 
 import json
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import click
 
-from refmamba.commands.options import MODEL_OPTIONS
-from refmamba.eval_tasks.evaluate import loaded, score_here, subject
+from refmamba.commands.options import (
+    TextFile,
+    data_option,
+    json_option,
+    limit_option,
+    model_options,
+    results_option,
+    tasks_option,
+    text_option,
+)  # fmt: skip
+from refmamba.eval_tasks.evaluate import score_here, session_of, subject
 from refmamba.eval_tasks.load import load_tasks
 from refmamba.eval_tasks.results import Results
 from refmamba.eval_tasks.score import MAX_LENGTH
-from refmamba.eval_tasks.tasks import TASKS
 from refmamba.formats.text import read_text
-from refmamba.paper.ablation import Ablation, ablate, float_checkpoint, table
+from refmamba.paper.ablation import Ablation, ablate, table
 from refmamba.paper.outliers import SIGMA, Over, report_on
-from refmamba.run.session import ModelChoice, choose_scheme
-from refmamba.spec.calibrate import passage
+from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec.scheme import LINEAR_LAYERS
 
 
 @click.command("ablate")
+@model_options()
 @click.option("--site", "sites", multiple=True, type=click.Choice([*LINEAR_LAYERS, "all"]),
               help="Where to zero; repeatable.  [default: each, and all]")  # fmt: skip
-@click.option("--text", "file", type=click.Path(path_type=Path),
-              help="Where the outliers are looked for.  [default: the package's passage]")  # fmt: skip
+@text_option("Where the outliers are looked for.")
 @click.option("--score", "scored", type=click.Path(path_type=Path), help="The text that is scored.  [default: the same]")
 @click.option("--sigma", default=SIGMA, show_default=True, type=click.FloatRange(0), help="As in `refmamba outliers`.")
 @click.option("--over", default="channels", show_default=True, type=click.Choice(get_args(Over)), help="As there.")
 @click.option("--draws", default=3, show_default=True, type=click.IntRange(0), help="Random controls of each site.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the controls.")
-@click.option("--tasks", help=f"Tasks to score: {','.join(TASKS)}, or `all` that have data.")
-@click.option("--data", multiple=True, help="As in `refmamba eval`.")
-@click.option("--limit", type=click.IntRange(1), help="Only the first N documents of each task.")
-@click.option("--results", type=click.Path(path_type=Path, dir_okay=False), default="refmamba-results.sqlite",
-              show_default=True, help="Keeps the tasks' results; a run goes on where the last one stopped.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+@tasks_option(default=None)
+@data_option
+@limit_option
+@results_option
+@json_option
 def command(
-    sites: tuple[str, ...], file: Path | None, scored: Path | None, sigma: float, over: Over, draws: int, seed: int,
-    tasks: str | None, data: tuple[str, ...], limit: int | None, results: Path, as_json: bool, scheme: str | None,
-    bits: int | None, act_bits: int | None, **model: Any,
+    choice: ModelChoice, sites: tuple[str, ...], text: TextFile, scored: Path | None, sigma: float, over: Over, draws: int,
+    seed: int, tasks: tuple[str, ...] | None, data: tuple[str, ...], limit: int | None, results: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Zero the outlier channels, and random ones beside them (table 2); fp32 unless a scheme is named."""
-    text = passage() if file is None else read_text(file)
-    scored_text = text if scored is None else read_text(scored)
-    datasets = load_tasks([] if tasks == "all" else tasks.split(","), data) if tasks else []
-    choice = ModelChoice(scheme=choose_scheme(scheme, bits, act_bits) or "fp32", **model)
-    float_checkpoint(choice)
-    who = subject(choice, MAX_LENGTH)
-    described = loaded(who.job).describe()
-    report = report_on(loaded(who.job), text, sigma, over)
+    scored_text = text.text if scored is None else read_text(scored)
+    datasets = load_tasks(tasks, data) if tasks is not None else []
+    open_model(choice, "fp32").float_checkpoint()
+    who = subject(replace(choice, scheme=choice.scheme or "fp32"), MAX_LENGTH)
+    described = session_of(who.job).describe()
+    report = report_on(session_of(who.job), text.text, sigma, over)
     with Results(results) if datasets else nullcontext() as store:
         ablation = Ablation(who, scored_text, datasets, limit, store, score_here)
         rows = list(ablate(ablation, report, sites or (*LINEAR_LAYERS, "all"), draws, seed))
@@ -59,7 +62,3 @@ def command(
         click.echo(json.dumps(described | {"sigma": sigma, "over": over, "rows": [asdict(row) for row in rows]}))
     else:
         click.echo(table(rows))
-
-
-for _option in reversed(MODEL_OPTIONS):
-    command = _option(command)

@@ -2,32 +2,34 @@
 
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
-from refmamba.commands.options import model_options
+from refmamba.commands.options import json_option, model_options
+from refmamba.run.session import ModelChoice, open_session
 from refmamba.run.timing import Ours, other_programs, peak_rss, read_bandwidth, speeds, weight_bytes
 
 
 @click.command("bench")
-@model_options
+@model_options()
 @click.option("--prompt-len", default=512, show_default=True, type=click.IntRange(1), help="Tokens of the prefill.")
 @click.option("--gen-len", default=64, show_default=True, type=click.IntRange(1), help="Tokens of the decode.")
 @click.option("--compare", is_flag=True, help="Also transformers and llama.cpp (llama-cpp-python, gguf), if installed.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the lines.")
-def command(choose: Callable[[], Any], prompt_len: int, gen_len: int, compare: bool, as_json: bool) -> None:
+@json_option
+def command(choice: ModelChoice, prompt_len: int, gen_len: int, compare: bool, as_json: bool) -> None:
     """Measure tokens a second, memory, and the machine's read bandwidth."""
     from refmamba.spec.jit import SETTINGS
 
-    loaded = choose()
-    runner, config, threads = loaded.runner, loaded.runner.config, int(SETTINGS.NUMBA_NUM_THREADS)
+    session = open_session(choice)
+    if compare:
+        session.opened.float_checkpoint()  # which the others run
+    runner, config, threads = session.runner, session.runner.config, int(SETTINGS.NUMBA_NUM_THREADS)
     rng = np.random.default_rng(0)
     prompt, generated = rng.integers(0, config.vocab_size, prompt_len), rng.integers(0, config.vocab_size, gen_len)
-    ours = Ours(runner, loaded.describe()["scheme"])
+    ours = Ours(runner, session.scheme.name)
     # Ours alone first, before another program's memory counts.
     speeds([ours], prompt[:16], generated[:4], repeats=1)
     (result,) = speeds([ours], prompt, generated)
@@ -35,13 +37,13 @@ def command(choose: Callable[[], Any], prompt_len: int, gen_len: int, compare: b
     others: list[dict[str, Any]] = []
     if compare:
         with tempfile.TemporaryDirectory() as scratch:
-            peers = other_programs(loaded.files.folder, Path(scratch), threads)
+            peers = other_programs(session.opened.files.folder, Path(scratch), threads)
             try:
                 result, *others = speeds([ours, *peers], prompt, generated)
             finally:
                 for peer in peers:
                     peer.close()
-    result |= loaded.describe() | {
+    result |= session.describe() | {
         "weight_bytes": weight_bytes(runner.model), "peak_rss_bytes": peak, "threads": threads,
         "read_bandwidth_bytes_per_second": read_bandwidth(threads), "prompt_len": prompt_len, "gen_len": gen_len,
     }  # fmt: skip

@@ -1,14 +1,15 @@
 """`refmamba logits`: the logits of every position."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
 
 from refmamba.commands.options import model_options
 from refmamba.errors import DataError
+from refmamba.formats.files import write_file
+from refmamba.run.model import Model
+from refmamba.run.session import ModelChoice, open_session
 
 
 def parse_tokens(text: str) -> list[int]:
@@ -20,18 +21,14 @@ def parse_tokens(text: str) -> list[int]:
 
 
 @click.command("logits")
-@model_options
+@model_options()
 @click.option("--text", help="A text, or")
 @click.option("--tokens", help="its tokens, 1,2,3.")
 @click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The .npy file to write.")
-def command(choose: Callable[[], Any], text: str | None, tokens: str | None, out: Path) -> None:
+def command(choice: ModelChoice, text: str | None, tokens: str | None, out: Path) -> None:
     """Write the logits of every position: float32 (length, vocabulary)."""
-    from refmamba.formats.files import write_file
-
-    if (text is None) == (tokens is None):
+    given = text if tokens is None else parse_tokens(tokens)
+    if given is None or None not in (text, tokens):
         raise DataError("give either --text or --tokens")
-    given = parse_tokens(tokens) if tokens is not None else None
-    loaded = choose()
-    ids = loaded.tokenizer.encode_array(text) if given is None else np.array(given)
-    rows, _ = loaded.runner.prefill([ids], logits="all")
-    write_file(out, lambda stream: np.save(stream, rows[0]))
+    logits = Model(open_session(choice)).logits(given)
+    write_file(out, lambda stream: np.save(stream, logits))

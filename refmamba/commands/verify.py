@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from refmamba.backend import load_backend
-from refmamba.backends import DEFAULT_BACKEND
+from refmamba.commands.options import backend_option, device_option, json_option, names_option
 from refmamba.conformance.models import SCHEMES
 from refmamba.conformance.operations import Row
 from refmamba.conformance.verify import run_checks
@@ -24,30 +24,31 @@ def table_line(row: Row) -> str:
 
 
 @click.command("verify")
-@click.option("--backend", "name", default=DEFAULT_BACKEND, show_default=True, help="reference, cpu, torch, module:Class.")
-@click.option("--device", help="cpu, cuda, cuda:1: where the backend offers it.")
 @click.option("--model", help="Check this model too: `small`, a folder, or OWNER/NAME on the hub.")
-@click.option("--schemes", default=",".join(SCHEMES), help="Schemes, with commas between.  [default: all kinds]")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of the table.")
-def command(name: str, device: str | None, model: str | None, schemes: str, as_json: bool) -> None:
+@backend_option
+@device_option
+@names_option("--schemes", default=",".join(SCHEMES), help="With commas.")
+@json_option
+def command(model: str | None, backend: str, device: str | None, schemes: tuple[str, ...], as_json: bool) -> None:
     """Compare a backend with the specification, bit by bit; exit status 1 if it differs."""
-    chosen = schemes.split(",")
-    for scheme in chosen:
+    for scheme in schemes:
         parse_scheme(scheme)
-    backend = load_backend(name, device)
-    if not backend.exact:
-        raise DataError(f"backend '{name}' does not claim the specification's bits, so there is nothing to verify")
+    implementation = load_backend(backend, device)
+    if not implementation.exact:
+        raise DataError(f"backend '{backend}' does not claim the specification's bits, so there is nothing to verify")
     rows, first = [], None
     if not as_json:
-        click.echo(f"{name} on {backend.device}, specification {SPEC_VERSION}\n{'check':<20} {'scheme':<12} cases exact")
-    for row, wrong in run_checks(backend, chosen, model):
+        click.echo(
+            f"{backend} on {implementation.device}, specification {SPEC_VERSION}\n{'check':<20} {'scheme':<12} cases exact"
+        )
+    for row, wrong in run_checks(implementation, schemes, model):
         rows.append(row)
         first = first or wrong
         if not as_json:
             click.echo(table_line(row))
     ok = first is None
     if as_json:
-        result = {"backend": name, "device": backend.device, "specification": SPEC_VERSION, "ok": ok,
+        result = {"backend": backend, "device": implementation.device, "specification": SPEC_VERSION, "ok": ok,
                   "rows": [asdict(row) for row in rows], "first_difference": asdict(first) if first else None}  # fmt: skip
         click.echo(json.dumps(result))
     elif first:

@@ -7,7 +7,6 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from refmamba.errors import DataError
 from refmamba.formats.checkpoint import Checkpoint, read_config
 from refmamba.formats.files import read_json
 from refmamba.formats.quantized import arrays, open_quantized
@@ -27,14 +26,6 @@ def open_checkpoint(folder: Path) -> ParameterSource | QuantizedModel:
     if "refmamba" in values:
         return open_quantized(folder, read_config(file, values), values["refmamba"])
     return Checkpoint(folder, read_config(file, values))
-
-
-def open_float(folder: Path, refusal: str) -> ParameterSource:
-    """The float checkpoint in a folder. Raises CheckpointError, and DataError with `refusal` where it was saved quantized."""
-    opened = open_checkpoint(folder)
-    if isinstance(opened, QuantizedModel):
-        raise DataError(refusal)
-    return opened
 
 
 def content_hash(model: ParameterSource | QuantizedModel) -> str:

@@ -12,24 +12,18 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from refmamba.backend import load_backend
 from refmamba.errors import DataError
-from refmamba.eval_tasks.evaluate import Job, Scorer, Subject, evaluate, loaded
+from refmamba.eval_tasks.evaluate import Job, Scorer, Subject, evaluate, session_of
 from refmamba.eval_tasks.load import Dataset
 from refmamba.eval_tasks.metrics import acc, mean_stderr
 from refmamba.eval_tasks.progress import Progress, progress
 from refmamba.eval_tasks.report import Outcome
 from refmamba.eval_tasks.results import Key, Results
-from refmamba.formats.folder import open_float
-from refmamba.formats.hub import ModelFiles, resolve_model
-from refmamba.formats.tokenizer import load_tokenizer
 from refmamba.paper.outliers import Report
 from refmamba.run.perplexity import text_perplexity
-from refmamba.run.session import DEFAULT_SCHEME, Loaded, ModelChoice, calibration_for
+from refmamba.run.session import Session
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.config import MambaConfig, ParameterSource
-from refmamba.spec.parameters import quantize_model
-from refmamba.spec.scheme import parse_scheme
 
 Channels = Mapping[str, IntArray]  # site (`layers.{i}.in_proj`) -> its channels
 Zeroed = tuple[tuple[str, tuple[int, ...]], ...]  # the same, hashable
@@ -68,27 +62,17 @@ def random_channels(report: Report, outliers: Channels, seed: Sequence[int]) -> 
     return drawn
 
 
-def float_checkpoint(choice: ModelChoice) -> tuple[ModelFiles, ParameterSource]:
-    """A model's files, opened. Raises RefmambaError, so DataError where it was saved quantized."""
-    files = resolve_model(choice.model, choice.revision)
-    return files, open_float(files.folder, f"{choice.model}: is saved quantized; this needs the float checkpoint")
-
-
 @dataclass(frozen=True)
 class AblatedJob(Job):
     """A job whose model lacks some channels. zeroed: (site, its channels) for each site."""
 
     zeroed: Zeroed = ()
 
-    def load(self) -> Loaded:
-        """Make the model ready to run, its columns zeroed. Raises RefmambaError."""
-        choice, (files, opened) = self.choice, float_checkpoint(self.choice)
-        source = Ablated(opened, {site: np.array(channels) for site, channels in self.zeroed})
-        scheme = parse_scheme(choice.scheme or DEFAULT_SCHEME)
-        tokenizer, backend = load_tokenizer(files, opened.config), load_backend(choice.backend, choice.device)
-        calibration = calibration_for(source, tokenizer, choice.calibrate) if scheme.needs_calibration else None
-        runner = backend.load(quantize_model(source, scheme, calibration))
-        return Loaded(choice, files, tokenizer, backend, runner)
+    def open(self) -> Session:
+        """The model, its columns zeroed. Raises RefmambaError, so DataError where it was saved quantized."""
+        session = super().open()
+        zeroed = Ablated(session.opened.float_checkpoint(), {site: np.array(channels) for site, channels in self.zeroed})
+        return replace(session, opened=replace(session.opened, checkpoint=zeroed))
 
 
 @dataclass(frozen=True)
@@ -151,7 +135,7 @@ class Ablation:
     def row(self, site: str, which: str, channels: Channels) -> Row:
         """Zero the channels and score."""
         who, zeroed = without(self.subject, channels), sum(map(len, channels.values()))
-        bits = text_perplexity(loaded(who.job), self.text).bits_per_byte
+        bits = text_perplexity(session_of(who.job), self.text).bits_per_byte
         if not self.datasets:
             return Row(site, which, zeroed, bits, {}, None)
         with progress(sum(self.count(data) for data in self.datasets)) as bars:

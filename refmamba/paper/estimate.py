@@ -11,9 +11,8 @@ import numpy as np
 from refmamba.backend import Backend
 from refmamba.eval_tasks.load import Dataset
 from refmamba.eval_tasks.tasks import TASKS
-from refmamba.formats.folder import open_checkpoint
-from refmamba.formats.hub import resolve_model
 from refmamba.paper.published import PAPER_SIZES, paper_size
+from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec.arith import F32Array
 from refmamba.spec.config import MambaConfig
 from refmamba.spec.mamba1 import Positions
@@ -47,7 +46,7 @@ def config_of(model: str) -> MambaConfig:
     if size := paper_size(model):
         d_model, n_layer = PAPER_SIZES[size]
         return MambaConfig(d_model, n_layer, vocab_size=50280)
-    return open_checkpoint(resolve_model(model).folder).config
+    return open_model(ModelChoice(model)).checkpoint.config
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import numpy as np
 
 from refmamba.backend import Runner
 from refmamba.run.perplexity import CALL
-from refmamba.run.session import Loaded
+from refmamba.run.session import Session
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.mamba1 import Mamba, Positions
 from refmamba.spec.scheme import LINEAR_LAYERS
@@ -138,6 +138,6 @@ class Report:
         return "\n".join(lines)
 
 
-def report_on(loaded: Loaded, text: str, sigma: float = SIGMA, over: Over = "channels") -> Report:
-    """The outliers of a loaded model over a text. Raises DataError, NonFiniteError."""
-    return Report(observe(loaded.runner, loaded.tokenizer.encode_array(text)), sigma, over)
+def report_on(session: Session, text: str, sigma: float = SIGMA, over: Over = "channels") -> Report:
+    """The outliers of a model over a text. Raises DataError, NonFiniteError."""
+    return Report(observe(session.runner, session.tokenizer.encode_array(text)), sigma, over)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from refmamba.eval_tasks.evaluate import Scorer, evaluate, loaded, subject
+from refmamba.eval_tasks.evaluate import Scorer, evaluate, session_of, subject
 from refmamba.eval_tasks.load import Dataset
 from refmamba.eval_tasks.progress import progress
 from refmamba.eval_tasks.report import Outcome
@@ -19,7 +19,7 @@ from refmamba.paper.plots import figure_2, plot
 from refmamba.paper.published import PAPER_SCHEMES
 from refmamba.paper.tables import ModelTables, cells, guessing
 from refmamba.run.perplexity import text_perplexity
-from refmamba.run.session import ModelChoice
+from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec import SPEC_VERSION
 from refmamba.spec.scheme import LINEAR_LAYERS
 
@@ -43,7 +43,7 @@ class Settings:
 
 def evaluate_model(choice: ModelChoice, run: Settings) -> ModelTables:
     """Every scheme on every task, the ablations and the outliers. Raises RefmambaError."""
-    _, source = ablate.float_checkpoint(choice)
+    config = open_model(choice).float_checkpoint().config
     rows, bits = {}, {}
     counts = [len(data.documents[: run.limit]) for data in run.datasets]
     for scheme in run.schemes:
@@ -53,12 +53,12 @@ def evaluate_model(choice: ModelChoice, run: Settings) -> ModelTables:
                 evaluate(who, data, run.limit, run.store, run.scorer, bars)
         outcomes = [Outcome(who, d, n, run.store.load(who.key(d))) for d, n in zip(run.datasets, counts, strict=True)]
         rows[scheme] = cells(choice.model, scheme, outcomes)
-        bits[scheme] = text_perplexity(loaded(who.job), run.text).bits_per_byte
+        bits[scheme] = text_perplexity(session_of(who.job), run.text).bits_per_byte
     who = subject(choice, MAX_LENGTH)
-    report = report_on(loaded(who.job), run.text)
+    report = report_on(session_of(who.job), run.text)
     ablation = ablate.Ablation(who, run.text, run.datasets, run.limit, run.store, run.scorer)
     ablated = list(ablate.ablate(ablation, report, run.sites, run.draws, seed=0))
-    return ModelTables(choice.model, parameters(source.config), rows, bits, ablated, report)
+    return ModelTables(choice.model, parameters(config), rows, bits, ablated, report)
 
 
 def write_all(folder: Path, found: Sequence[ModelTables], run: Settings, backend: str) -> None:

@@ -1,63 +1,104 @@
 """Text generation: one call for the prompt, then one for each token."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 
-from refmamba.backend import Runner
-from refmamba.spec.arith import IntArray
-from refmamba.spec.ops import sample
+from refmamba.errors import DataError
+from refmamba.run.session import Session
+from refmamba.spec.arith import IntArray, f32
+from refmamba.spec.ops import draws, sample
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a token is chosen from logits, eq. (26). temperature 0 takes the largest; top_k 0 and top_p 1 keep all."""
+    """How a token is chosen from logits, eq. (26). temperature 0 takes the largest; top_k 0 and top_p 1 keep all.
+
+    Raises DataError for a value out of its range.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
 
-    def stream(self) -> Callable[[], float]:
-        """The uniform draws of the seed: PCG64, one for each token."""
-        return np.random.Generator(np.random.PCG64(self.seed)).random
+    def __post_init__(self) -> None:
+        t, p = self.temperature, self.top_p
+        if not (isinstance(t, Real) and 0 <= t < math.inf and (t == 0 or f32(t) > 0)):
+            raise DataError(f"temperature is {t!r}; it is 0, or a number above it that float32 holds")
+        if not (isinstance(p, Real) and 0 < p <= 1):
+            raise DataError(f"top_p is {p!r}; it is a number above 0 and up to 1")
+        _count("top_k", self.top_k, 0)
+        _count("seed", self.seed, 0)
 
 
-class LogitsHash:
-    """SHA-256 of the float32 little-endian logits from which each token was chosen, in order, padding rows included."""
+def _count(name: str, value: int, least: int) -> None:
+    if not (isinstance(value, Integral) and value >= least):
+        raise DataError(f"{name} is {value!r}; it is a whole number from {least} on")
 
-    def __init__(self) -> None:
+
+class Generation:
+    """The text that follows a prompt, written while it is iterated, which gives a piece of text for each token.
+
+    A piece is "" where the token ends inside a character, or ends the text; what is held back at the end comes as one more.
+
+    prompt: tokens (L,), L >= 1. It ends after max_new_tokens, or with the end token. Padding rows of the head are never
+    chosen. Raises DataError; while it is written, whatever the runner raises.
+    """
+
+    def __init__(self, session: Session, prompt: IntArray, sampler: Sampler, max_new_tokens: int) -> None:
+        _count("max_new_tokens", max_new_tokens, 1)
+        self.text: str = ""  # so far
+        self.tokens: list[int] = []  # so far; the end token counts
         self._sha = hashlib.sha256()
+        self._pieces = self._write(session, prompt, sampler, max_new_tokens)
 
-    def update(self, logits: "np.ndarray[tuple[int, ...], np.dtype[np.float32]]") -> None:
-        """Add the logits (vocabulary,) of one token."""
-        self._sha.update(np.ascontiguousarray(logits, "<f4").tobytes())
-
-    def hexdigest(self) -> str:
-        """The digest so far."""
+    @property
+    def logits_sha256(self) -> str:
+        """SHA-256 of the float32 little-endian logits from which each token was chosen, in order, padding rows included."""
         return self._sha.hexdigest()
 
+    def __str__(self) -> str:
+        return self.text
 
-def generate(
-    runner: Runner, prompt: IntArray, sampler: Sampler, max_new_tokens: int, n_ids: int, eos: int | None,
-    seen: LogitsHash,
-) -> Iterator[int]:  # fmt: skip
-    """New tokens, one at a time, up to max_new_tokens or the end token, which is given too.
+    def __repr__(self) -> str:
+        return f"Generation(text={self.text!r}, tokens={self.tokens}, logits_sha256={self.logits_sha256!r})"
 
-    prompt: (L,) tokens, L >= 1. n_ids: tokens from here on are padding rows and never chosen. Every row of logits that
-    a token is chosen from goes into `seen`.
-    """
-    draw = sampler.stream()
-    rows, state = runner.prefill([prompt])
-    logits = rows[0][-1]
-    for remaining in range(max_new_tokens, 0, -1):
-        seen.update(logits)
-        uniform = draw() if sampler.temperature > 0 else 0.0
-        token = sample(logits[:n_ids], uniform, sampler.temperature, sampler.top_k, sampler.top_p)
-        yield token
-        if token == eos or remaining == 1:
-            return
-        step, state = runner.step(np.array([token]), state)
-        logits = step[0]
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def finish(self) -> "Generation":
+        """Write what is left of it."""
+        for _ in self:
+            pass
+        return self
+
+    def _write(self, session: Session, prompt: IntArray, sampler: Sampler, max_new_tokens: int) -> Iterator[str]:
+        stream, end = session.tokenizer.stream(), session.tokenizer.eos_token_id
+        for token in self._choose(session, prompt, sampler, max_new_tokens):
+            self.tokens.append(token)
+            piece = stream.put(token) if token != end else ""
+            self.text += piece
+            yield piece
+            if token == end:
+                break
+        if tail := stream.flush():
+            self.text += tail
+            yield tail
+
+    def _choose(self, session: Session, prompt: IntArray, sampler: Sampler, max_new_tokens: int) -> Iterator[int]:
+        runner, draw, n_ids = session.runner, draws(sampler.seed), session.tokenizer.n_ids
+        (rows,), state = runner.prefill([prompt])
+        logits = rows[-1]
+        for remaining in range(max_new_tokens, 0, -1):
+            self._sha.update(np.ascontiguousarray(logits, "<f4").tobytes())
+            uniform = draw() if sampler.temperature > 0 else 0.0
+            token = sample(logits[:n_ids], uniform, sampler.temperature, sampler.top_k, sampler.top_p)
+            yield token
+            if remaining > 1:
+                step, state = runner.step(np.array([token]), state)
+                logits = step[0]

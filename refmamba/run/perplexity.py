@@ -7,7 +7,7 @@ import numpy as np
 
 from refmamba.backend import Runner
 from refmamba.errors import DataError
-from refmamba.run.session import Loaded
+from refmamba.run.session import Session
 from refmamba.spec.arith import IntArray
 from refmamba.spec.ops import log_softmax
 
@@ -49,8 +49,8 @@ def perplexity(runner: Runner, tokens: IntArray, n_bytes: int) -> Perplexity:
     return Perplexity(len(tokens) - 1, nats, n_bytes)
 
 
-def text_perplexity(loaded: Loaded, text: str) -> Perplexity:
+def text_perplexity(session: Session, text: str) -> Perplexity:
     """Score a text from its first token on, given the token that begins a text. Raises DataError, NonFiniteError."""
-    tokenizer = loaded.tokenizer
+    tokenizer = session.tokenizer
     tokens = np.concatenate([tokenizer.encode_array(""), tokenizer.encode_array(text)])
-    return perplexity(loaded.runner, tokens, len(text.encode()))
+    return perplexity(session.runner, tokens, len(text.encode()))

@@ -1,19 +1,26 @@
-"""From the words of a command line to a model that is ready to run."""
+"""From words to a running model: the one way that every command, the evaluation and the Python face take.
+
+`open_model` finds and opens a model's files under a scheme; `open_session` also takes a backend that can run it. Nothing is
+read in full, calibrated or quantized before it is asked for.
+"""
 
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from refmamba.backend import Backend, Runner, load_backend
-from refmamba.errors import SchemeError
-from refmamba.formats.calibration import SUFFIX, load_calibration
+from refmamba.backend import Backend, Runner, check_support, load_backend
+from refmamba.backends import DEFAULT_BACKEND
+from refmamba.errors import DataError, SchemeError
+from refmamba.formats.calibration import SUFFIX, load_calibration, save_calibration
 from refmamba.formats.folder import open_checkpoint
 from refmamba.formats.hub import ModelFiles, resolve_model
+from refmamba.formats.quantized import save_quantized
 from refmamba.formats.text import read_text
 from refmamba.formats.tokenizer import Tokenizer, load_tokenizer
 from refmamba.spec.arith import F32Array
@@ -21,52 +28,140 @@ from refmamba.spec.calibrate import calibrate, passage
 from refmamba.spec.codes import Param
 from refmamba.spec.config import ParameterSource
 from refmamba.spec.parameters import QuantizedModel, quantize_model
-from refmamba.spec.scheme import parse_scheme
+from refmamba.spec.scheme import Scheme, parse_scheme
 
 DEFAULT_MODEL, DEFAULT_SCHEME = "small", "w8-all"
 
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model, under which scheme, on which backend: the options that every command shares."""
+    """Which model, under which scheme, on which backend, in words.
+
+    scheme: a name, a file or a Scheme; None: the one that the model was saved under, or else the caller's default.
+    calibrate: a text, or maxima in a .json; None: the passage inside the package.
+    """
 
     model: str = DEFAULT_MODEL
-    scheme: str | None = None  # None: the saved one, or the command's default
-    backend: str = "cpu"
+    scheme: str | Scheme | None = None
+    backend: str = DEFAULT_BACKEND
     device: str | None = None
     revision: str | None = None
     calibrate: Path | None = None
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """What a ModelChoice became."""
-
-    choice: ModelChoice
-    files: ModelFiles
-    tokenizer: Tokenizer
-    backend: Backend
-    runner: Runner
-
-    def describe(self) -> dict[str, Any]:
-        """What every result names."""
-        return {"model": self.choice.model, "scheme": self.runner.scheme.name, "backend": self.backend.name,
-                "device": self.backend.device}  # fmt: skip
-
-
-def choose_scheme(scheme: str | None, bits: int | None, act_bits: int | None) -> str | None:
+def choose_scheme(scheme: str | Scheme | None, bits: int | None, act_bits: int | None) -> str | Scheme | None:
     """--bits N is wN-all, --bits N --act-bits M is wNaM-all, --scheme NAME any. Raises SchemeError for a mixture."""
     if scheme is not None and (bits is not None or act_bits is not None):
         raise SchemeError("--scheme names the whole scheme; leave out --bits and --act-bits")
     if act_bits is not None and bits is None:
         raise SchemeError("--act-bits needs --bits")
-    if bits is not None and not 2 <= bits <= 8:
+    if bits is not None and bits not in range(2, 9):
         raise SchemeError(f"--bits {bits}: weights have 2 to 8 bits")
-    if act_bits is not None and not 2 <= act_bits <= 16:
+    if act_bits is not None and act_bits not in range(2, 17):
         raise SchemeError(f"--act-bits {act_bits}: activations have 2 to 16 bits")
     if bits is not None:
         return f"w{bits}-all" if act_bits is None else f"w{bits}a{act_bits}-all"
     return scheme
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A model whose files are open, under a scheme. Its tensors are read and quantized one by one, when asked for."""
+
+    choice: ModelChoice
+    files: ModelFiles
+    tokenizer: Tokenizer
+    checkpoint: ParameterSource | QuantizedModel
+    scheme: Scheme
+
+    def float_checkpoint(self) -> ParameterSource:
+        """The checkpoint, to be quantized or changed. Raises DataError for a model that was saved quantized."""
+        if isinstance(self.checkpoint, QuantizedModel):
+            saved = self.checkpoint.scheme.name
+            raise DataError(f"{self.choice.model}: is saved quantized, as {saved}; this needs the float checkpoint")
+        return self.checkpoint
+
+    @cached_property
+    def calibration(self) -> Mapping[str, F32Array]:
+        """Absolute maxima of each linear layer's input channels, (K,) float32 a site. Raises RefmambaError."""
+        file = self.choice.calibrate
+        if file is not None and file.suffix == SUFFIX:
+            return load_calibration(file)
+        text = passage() if file is None else read_text(file)
+        print(f"calibrating on {file or 'the passage inside the package'}", file=sys.stderr)
+        return calibrate(self.float_checkpoint(), self.tokenizer.encode_array(text))
+
+    def quantized(self, scheme: Scheme) -> QuantizedModel:
+        """The model under a scheme. Raises DataError where it was saved under another one, or calibration lacks a site."""
+        if isinstance(self.checkpoint, QuantizedModel) and self.checkpoint.scheme == scheme:
+            return self.checkpoint
+        return quantize_model(self.float_checkpoint(), scheme, self.calibration if scheme.needs_calibration else None)
+
+
+def open_model(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> Opened:
+    """Find and open a model's files. Raises RefmambaError, so SchemeError where it was saved under another scheme."""
+    named = choice.scheme if isinstance(choice.scheme, Scheme | None) else parse_scheme(choice.scheme)
+    files = resolve_model(choice.model, choice.revision)
+    checkpoint = open_checkpoint(files.folder)
+    tokenizer = load_tokenizer(files, checkpoint.config)
+    saved = checkpoint.scheme if isinstance(checkpoint, QuantizedModel) else None
+    if saved is not None and named is not None and named != saved:
+        raise SchemeError(f"{choice.model} is saved as {saved.name}; leave out the scheme {named.name}")
+    return Opened(choice, files, tokenizer, checkpoint, named or saved or parse_scheme(default_scheme))
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """An opened model on a backend, under the model's scheme or, by `dataclasses.replace`, under another one.
+
+    Raises BackendError where the backend cannot run the scheme.
+    """
+
+    opened: Opened
+    backend: Backend
+    scheme: Scheme
+
+    def __post_init__(self) -> None:
+        """Refuse before anything is calibrated or quantized."""
+        check_support(self.backend, self.scheme)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.opened.tokenizer
+
+    @cached_property
+    def runner(self) -> Runner:
+        """The model, quantized and loaded, with a bar on a terminal's stderr meanwhile. Raises RefmambaError."""
+        with progress(self.opened.quantized(self.scheme)) as model:
+            return self.backend.load(model)
+
+    def describe(self) -> dict[str, Any]:
+        """What every result names."""
+        return {"model": self.opened.choice.model, "scheme": self.scheme.name, "backend": self.backend.name,
+                "device": self.backend.device}  # fmt: skip
+
+
+def open_session(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> Session:
+    """Everything that is needed to run the model, which `Session.runner` then does. Raises RefmambaError."""
+    backend = load_backend(choice.backend, choice.device)  # first: a name that is wrong is told before any download
+    opened = open_model(choice, default_scheme)
+    return Session(opened, backend, opened.scheme)
+
+
+def quantize_folder(choice: ModelChoice, folder: Path, calibration_file: Path | None = None) -> Opened:
+    """Save a model quantized in a new folder; with a calibration file, also the maxima of its calibration.
+
+    Raises RefmambaError, so SchemeError where no scheme is named.
+    """
+    if choice.scheme is None:
+        raise SchemeError("name what to save the model as: --scheme NAME, or --bits N")
+    opened = open_model(choice)
+    if calibration_file is not None:
+        save_calibration(opened.calibration, calibration_file)
+    with progress(opened.quantized(opened.scheme)) as model:
+        save_quantized(model, folder, opened.files.tokenizer)
+    return opened
 
 
 class _Counted(Mapping[str, Param]):
@@ -98,32 +193,8 @@ def progress(model: QuantizedModel) -> Iterator[QuantizedModel]:
         yield replace(model, params=_Counted(model.params, bar))
 
 
-def calibration_for(source: ParameterSource, tokenizer: Tokenizer, file: Path | None) -> Mapping[str, F32Array]:
-    """Absolute maxima from a text, from a saved .json, or (None) from the passage inside the package."""
-    if file is not None and file.suffix == SUFFIX:
-        return load_calibration(file)
-    text = passage() if file is None else read_text(file)
-    print(f"calibrating on {file or 'the passage inside the package'}", file=sys.stderr)
-    return calibrate(source, tokenizer.encode_array(text))
-
-
-def load_model(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> tuple[ModelFiles, Tokenizer, QuantizedModel]:
-    """Find the model's files, read its tokenizer, and quantize it unless it was saved quantized. Raises RefmambaError."""
-    scheme = parse_scheme(choice.scheme or default_scheme)
-    files = resolve_model(choice.model, choice.revision)
-    opened = open_checkpoint(files.folder)
-    tokenizer = load_tokenizer(files, opened.config)
-    if isinstance(opened, QuantizedModel):
-        if choice.scheme is not None and scheme != opened.scheme:
-            raise SchemeError(f"{choice.model} is saved as {opened.scheme.name}; leave out --scheme {scheme.name}")
-        return files, tokenizer, opened
-    calibration = calibration_for(opened, tokenizer, choice.calibrate) if scheme.needs_calibration else None
-    return files, tokenizer, quantize_model(opened, scheme, calibration)
-
-
-def load(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> Loaded:
-    """Everything that a command needs to run the model. Raises RefmambaError."""
-    backend = load_backend(choice.backend, choice.device)
-    files, tokenizer, model = load_model(choice, default_scheme)
-    with progress(model) as counted:
-        return Loaded(choice, files, tokenizer, backend, backend.load(counted))
+# TO GO with its last caller, refmamba.conformance.verify, which can do these two lines itself.
+def load_model(choice: ModelChoice) -> tuple[ModelFiles, Tokenizer, QuantizedModel]:
+    """An opened model's files, its tokenizer, and the model under its scheme."""
+    opened = open_model(choice)
+    return opened.files, opened.tokenizer, opened.quantized(opened.scheme)

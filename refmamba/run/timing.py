@@ -13,6 +13,7 @@ import psutil
 
 from refmamba.backend import Runner
 from refmamba.run.peers import LLAMA_TYPES, Apart, LlamaCpp, Peer, Transformers, installed, write_gguf
+from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec.arith import IntArray
 from refmamba.spec.config import ParameterSource
 from refmamba.spec.parameters import QuantizedModel, kind_of, linear_sites, parameter_coder
@@ -111,27 +112,24 @@ def speeds(
     ]  # fmt: skip
 
 
+def float_weights(folder: Path) -> ParameterSource:
+    """A folder's own weights, in a process of another program."""
+    return open_model(ModelChoice(str(folder))).float_checkpoint()
+
+
 def transformers_of(folder: Path, threads: int) -> Peer:
     """transformers with a folder's weights."""
-    return Transformers(float_checkpoint(folder), threads)
+    return Transformers(float_weights(folder), threads)
 
 
 def llama_cpp_of(folder: Path, file: Path, kind: str, threads: int) -> Peer:
     """llama.cpp with a folder's weights, through a file that is written first."""
-    write_gguf(float_checkpoint(folder), file, kind)
+    write_gguf(float_weights(folder), file, kind)
     return LlamaCpp(file, kind, threads)
 
 
-def float_checkpoint(folder: Path) -> ParameterSource:
-    """A folder's own weights. Raises DataError for a quantized one."""
-    from refmamba.formats.folder import open_float
-
-    return open_float(folder, f"{folder}: --compare needs the model's own weights, and these are codes")
-
-
 def other_programs(folder: Path, scratch: Path, threads: int) -> list[Apart]:
-    """What is installed of transformers and llama.cpp, with a folder's weights. Raises DataError for a quantized folder."""
-    float_checkpoint(folder)
+    """What is installed of transformers and llama.cpp, with the weights of a folder that holds a float checkpoint."""
     peers = []
     if installed("transformers") and installed("torch"):
         peers.append(Apart(Transformers.name, transformers_of, folder, threads))

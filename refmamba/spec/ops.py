@@ -5,6 +5,8 @@ Each function has the same paragraphs: its shapes, what it computes, what it giv
 NumPy; the scan alone is compiled, and gives the same bits uncompiled (NUMBA_DISABLE_JIT=1).
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from refmamba.spec.arith import F32Array, IntArray, exp, f32, log, silu, softplus, tree_sum
@@ -175,3 +177,13 @@ def sample(logits: F32Array, draw: float, temperature: float = 1.0, top_k: int =
     if top_p < 1:
         running = running[: int(np.searchsorted(running, top_p * running[-1])) + 1]
     return int(order[np.searchsorted(running, draw * running[-1], side="right")])
+
+
+def draws(seed: int) -> Callable[[], float]:
+    """The uniform draws of a seed, eq. (26): each call gives the next one, and sampling takes one for each token.
+
+    # SHAPES   seed from 0 on -> a function without arguments
+    # COMPUTE  PCG64, seeded and read as NumPy's Generator does
+    # OUTPUT   its calls give float64 in [0, 1)
+    """
+    return np.random.Generator(np.random.PCG64(seed)).random

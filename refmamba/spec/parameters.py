@@ -18,7 +18,7 @@ from refmamba.spec.coders import (
     Unquantized,
     UnquantizedMatrix,
 )
-from refmamba.spec.codes import Codes, FixedPoint, Param, dequantize
+from refmamba.spec.codes import LONGEST_ROW, Codes, FixedPoint, Param, dequantize
 from refmamba.spec.config import MambaConfig, ParameterSource
 from refmamba.spec.linear import Linear
 from refmamba.spec.scheme import LINEAR_LAYERS, LINEAR_WEIGHTS, Scheme
