@@ -11,7 +11,7 @@ The exact value is float64's, whose own error is below 2^-28 of these units; the
 import sys
 from collections.abc import Callable
 
-import mpmath  # type: ignore[import-untyped]
+import mpmath
 import numpy as np
 from numpy.typing import NDArray
 

@@ -7,7 +7,6 @@ own models only; there, this module registers the model and runs the same comman
 
     python -m refmamba.eval_tasks.lm_eval_adapter --model refmamba --model_args pretrained=small,scheme=int8 --tasks arc_easy
 """
-# mypy: disable-error-code="import-not-found, import-untyped, misc, no-untyped-call, untyped-decorator, unused-ignore"
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +26,8 @@ BLOCK = 64  # requests scored together, neighbours in the order of their tokens,
 NEW_TOKENS = 256  # generated where a task does not say
 
 
-@register_model("refmamba")
-class RefmambaLM(TemplateLM):
+@register_model("refmamba")  # type: ignore[untyped-decorator, unused-ignore]
+class RefmambaLM(TemplateLM):  # type: ignore[misc, unused-ignore]
     """A model of refmamba. Arguments: pretrained, scheme, backend, device, revision, calibrate, max_length.
 
     batch_size and max_batch_size come from the harness and change nothing. Another argument is a TypeError.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import exact
-import mpmath  # type: ignore[import-untyped]
+import mpmath
 import numpy as np
 
 from refmamba.conformance.models import SCHEMES, sha256_of
