@@ -16,7 +16,7 @@ from refmamba.spec.calibrate import WEIGHTS_ONLY
 from refmamba.spec.config import ParameterSource
 from refmamba.spec.mamba1 import Mamba
 from refmamba.spec.parameters import quantize_model
-from refmamba.spec.scheme import parse_scheme
+from refmamba.spec.scheme import LINEAR_LAYERS, parse_scheme
 
 TOKENS = np.random.default_rng(1).integers(0, 50, 30)
 
@@ -66,6 +66,15 @@ def test_recurring_channels() -> None:
                      "layers.0.x_proj": site(high)}, 6.0, "channels")  # fmt: skip
     assert report.recurring("in_proj") == {49: 2}
     assert report.recurring("x_proj") == {}
+
+
+def test_figure_1_names_the_outliers(tmp_path: Path) -> None:
+    """On a logarithmic axis: a channel of zeros is left out without a warning."""
+    sites = {f"layers.{i}.{layer}": site([0.0] + [1.0] * 48 + [100.0]) for i in range(2) for layer in LINEAR_LAYERS}
+    plot(Report(sites, 6.0, "channels"), "title", tmp_path / "figure1.svg")
+    drawn = (tmp_path / "figure1.svg").read_text("utf-8")
+    assert drawn.count("<!-- 49 -->") == len(sites)
+    assert "<!-- 48 -->" not in drawn
 
 
 def test_command_prints_json_and_writes_plots(tmp_path: Path) -> None:
