@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from refmamba.commands.main import refmamba
 from refmamba.errors import DataError
-from refmamba.paper.outliers import Report, Site, observe
+from refmamba.paper.outliers import Report, SiteStatistics, observe
 from refmamba.paper.plots import plot
 from refmamba.spec.calibrate import WEIGHTS_ONLY
 from refmamba.spec.config import ParameterSource
@@ -21,8 +21,8 @@ from refmamba.spec.scheme import LINEAR_LAYERS, parse_scheme
 TOKENS = np.random.default_rng(1).integers(0, 50, 30)
 
 
-def site(maxima: list[float]) -> Site:
-    return Site(np.array(maxima, np.float32))
+def site(maxima: list[float]) -> SiteStatistics:
+    return SiteStatistics(np.array(maxima, np.float32))
 
 
 def test_threshold_by_hand() -> None:
@@ -42,8 +42,8 @@ def test_no_channel_of_few_is_beyond_six_deviations() -> None:
 def test_values_are_taken_over_channels_and_tokens() -> None:
     """1, -1, 1, -1 and 5, -5: mean 0, mean square 9, so the band of one deviation is +-3."""
     one = site([0.0, 0.0])
-    one.see(np.array([[1, 5], [-1, -5]], np.float32))
-    one.see(np.array([[1, 1], [-1, -1]], np.float32))
+    one.add(np.array([[1, 5], [-1, -5]], np.float32))
+    one.add(np.array([[1, 1], [-1, -1]], np.float32))
     assert one.threshold(1.0, "values") == pytest.approx(np.sqrt((2 * 25 + 6) / 8))
     assert one.outliers(1.0, "values").tolist() == [1]
     assert one.maxima.tolist() == [1.0, 5.0]
