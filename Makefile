@@ -1,9 +1,23 @@
-.PHONY: check lint types test
+.PHONY: check lint types test quick vectors bench
 check: lint types test
 lint:
 	ruff check .
 	ruff format --check .
 types:
 	mypy
+# All tests, or those whose names match: make test T=rms_norm
 test:
-	python -m pytest -q
+	python -m pytest -q -k "$(T)"
+# Under a minute once the kernels are compiled: the specification, every backend on its vectors, files, scoring.
+QUICK = arith spec_document vectors imports conformance verify planted_faults \
+	checkpoint tokenizer perplexity smooth eval_data eval_score eval_golden eval_results
+quick: lint types
+	python -m pytest -q -x -k "not another_environment" $(QUICK:%=tests/test_%.py)
+# The test vectors again, in place. The same bytes with the versions that their sources name; otherwise the list is of what changed.
+vectors:
+	python tools/make_vectors.py operations tiny small
+	git status --short tests/vectors
+# Speed on this machine, beside whatever else is installed, into benchmarks/results.
+bench:
+	python benchmarks/cpu.py
+	python benchmarks/length.py

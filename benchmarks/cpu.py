@@ -1,13 +1,15 @@
-"""Ours beside transformers and llama.cpp on a CPU: `python benchmarks/cpu.py` writes benchmarks/results/cpu.{json,md,png}.
+"""refmamba beside transformers and llama.cpp on a CPU: `python benchmarks/cpu.py` writes benchmarks/results/cpu.{json,md,png}.
 
-Models of the 130m and 370m shapes with random weights. Every contender has a process of its own, so that its memory is its
-own; they take turns in every round, so that a slow moment of the machine hits all alike; the fastest round counts.
+Models of the 130m and 370m shapes with random weights. A peer that is not installed is left out. Every contender has a process
+of its own, so that its memory is its own; they take turns in every round, so that a slow moment of the machine hits all alike;
+the fastest round counts.
 """
 
 import argparse
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -21,16 +23,17 @@ from typing import Any
 import numpy as np
 
 from refmamba.formats.files import write_text
-from refmamba.run.peers import LLAMA_TYPES, LlamaCpp, Peer, Transformers, write_gguf
+from refmamba.run.peers import LLAMA_TYPES, LlamaCpp, Peer, Transformers, installed, write_gguf
 from refmamba.run.timing import Ours, peak_rss, read_bandwidth, seconds, weight_bytes
 from refmamba.spec.arith import F32Array
 from refmamba.spec.config import MambaConfig
 
 SHAPES = {"130m": MambaConfig(768, 24, 50280), "370m": MambaConfig(1024, 48, 50280)}
 OLDER = " without VNNI"  # the same kernels, compiled for a processor of 2013 with AVX2
-SCHEMES = ("int8", "w8-all", "w4-all", "w8a8-all", "fp32", "int8" + OLDER)
+OUR_SCHEMES = ("int8", "w8-all", "w4-all", "w8a8-all", "fp32", "int8" + OLDER)
 HASWELL = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+popcnt"}
-PEERS = ("transformers", *LLAMA_TYPES)
+PEERS = [*(["transformers"] if installed("transformers") else []),
+         *(LLAMA_TYPES if installed("gguf") and installed("llama_cpp") else [])]  # fmt: skip
 ROUNDS, WARM_UP = 4, 4
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -54,7 +57,7 @@ class RandomSource:
 
 
 def contender(name: str, config: MambaConfig, folder: Path, threads: int) -> tuple[Peer, int]:
-    """One of SCHEMES or PEERS, loaded, and the bytes of its weights that a token reads (0: not known)."""
+    """One of OUR_SCHEMES or PEERS, loaded, and the bytes of its weights that a token reads."""
     source = RandomSource(config)
     if name == "transformers":
         return Transformers(source, threads), 4 * sum(int(np.prod(s)) for s in config.shapes().values())
@@ -97,8 +100,8 @@ def measure(shape: str, threads: int, prompt_len: int, gen_len: int, names: list
         processes, results = [], []
         for name in names:
             command = [sys.executable, __file__, "--worker", name, "--shapes", shape, *arguments]
-            own = environment | (HASWELL if name.endswith(OLDER) else {})
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=own)
+            variables = environment | (HASWELL if name.endswith(OLDER) else {})
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables)
             assert process.stdin
             assert process.stdout
             ready = process.stdout.readline()
@@ -117,30 +120,30 @@ def measure(shape: str, threads: int, prompt_len: int, gen_len: int, names: list
                     process.stdin.write("\n")
                     process.stdin.flush()
                     line = process.stdout.readline()
-                if not line:  # what is not whole is left out below
+                if not line:  # a contender that did not finish is left out below
                     result["prefill"] = float("nan")
                     continue
-                found = json.loads(line)
-                result.update({k: max(found[k], result[k]) for k in ("prefill", "decode")})
-                result["peak_rss_bytes"] = found["peak_rss_bytes"]
+                measured = json.loads(line)
+                result.update({k: max(measured[k], result[k]) for k in ("prefill", "decode")})
+                result["peak_rss_bytes"] = measured["peak_rss_bytes"]
         for process in processes:
             process.communicate()
-    return [result for result in results if result["prefill"] == result["prefill"]]
+    return [result for result in results if not math.isnan(result["prefill"])]
 
 
 def machine() -> str:
-    """The processor and the programs, for the table's head."""
+    """The processor and the versions of the programs, for the table's head."""
     cpu = platform.processor() or platform.machine()
     if sys.platform == "linux":
         info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
         flags = info.split("flags")[1].splitlines()[0].split()
         cpu = info.split("model name")[1].splitlines()[0].strip("\t :")
         cpu += f" ({', '.join(f for f in ('avx2', 'avx512f', 'avx512_vnni', 'amx_int8') if f in flags)})"
-    found = []
+    versions = []
     for package in ("numba", "torch", "transformers", "llama_cpp_python", "lm_eval"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{package} {importlib.metadata.version(package)}")
-    return f"{cpu}; {', '.join(found)}"
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+    return f"{cpu}; {', '.join(versions)}"
 
 
 def save(name: str, text: str) -> None:
@@ -151,7 +154,7 @@ def save(name: str, text: str) -> None:
 
 
 def bits_per_byte(names: list[str]) -> dict[str, float]:
-    """Of the small model inside the package on the passage inside the package, so that speed is not bought unseen."""
+    """Bits per byte of the small model on the passage, both inside the package: what each scheme pays for its speed."""
     from refmamba.run.session import ModelChoice, open_session
     from refmamba.spec.calibrate import passage
     from refmamba.spec.ops import log_softmax
@@ -204,26 +207,26 @@ def main() -> None:
     """The whole comparison, or with --worker one contender's process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--names", nargs="+", default=[*SCHEMES, *PEERS], help="contenders: schemes of ours, and peers")
+    parser.add_argument("--names", nargs="+", default=[*OUR_SCHEMES, *PEERS], help="contenders: our schemes, and peers")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--prompt-len", type=int, default=512)
     parser.add_argument("--gen-len", type=int, default=64)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.worker:
-        work(given.worker, given.shapes[0], given.folder, given.threads, given.prompt_len, given.gen_len)
+    options = parser.parse_args()
+    if options.worker:
+        work(options.worker, options.shapes[0], options.folder, options.threads, options.prompt_len, options.gen_len)
         return
-    bandwidth = read_bandwidth(given.threads)
-    quality = bits_per_byte([n for n in given.names if n not in PEERS])
-    shapes = {s: measure(s, given.threads, given.prompt_len, given.gen_len, given.names) for s in given.shapes}
-    # The faster of two reads: the sum, and our own matrix-vector products.
-    own = [r["decode"] * r["weight_bytes"] for results in shapes.values() for r in results if r["name"].startswith("refmamba")]
-    bandwidth = max([bandwidth, *own])
-    head = (f"{given.threads} threads, prefill of {given.prompt_len} tokens, decode of {given.gen_len}; memory reads "
+    bandwidth = read_bandwidth(options.threads)
+    quality = bits_per_byte([n for n in options.names if n not in PEERS])
+    shapes = {s: measure(s, options.threads, options.prompt_len, options.gen_len, options.names) for s in options.shapes}
+    # The faster of two reads: a sum over memory, and our own matrix-vector products.
+    refmambas = [r for results in shapes.values() for r in results if r["name"].startswith("refmamba")]
+    bandwidth = max([bandwidth, *(r["decode"] * r["weight_bytes"] for r in refmambas)])
+    head = (f"{options.threads} threads, prefill of {options.prompt_len} tokens, decode of {options.gen_len}; memory reads "
             f"{bandwidth / 1e9:.1f} GB/s; {time.strftime('%Y-%m-%d')}. {machine()}.\n\n")  # fmt: skip
     text = head + "\n".join(table(s, results, bandwidth, quality) for s, results in shapes.items())
-    values = {"machine": machine(), "threads": given.threads, "prompt_len": given.prompt_len, "gen_len": given.gen_len,
+    values = {"machine": machine(), "threads": options.threads, "prompt_len": options.prompt_len, "gen_len": options.gen_len,
               "read_bandwidth_bytes_per_second": bandwidth, "bits_per_byte": quality, "shapes": shapes}  # fmt: skip
     save("cpu.md", text)
     write_text(RESULTS / "cpu.json", json.dumps(values, indent=1) + "\n")

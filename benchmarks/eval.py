@@ -7,7 +7,6 @@ HellaSwag's first 40, LAMBADA's first 60. Each contestant has a process of its o
 starts; the clock covers encoding and scoring. They take turns, task by task, so that a machine's good and bad moments
 meet all of them; the best round of each counts. Needs the extras `torch`, `lm_eval`, and transformers.
 """
-# mypy: disable-error-code="import-not-found, import-untyped, no-untyped-call, unused-ignore"
 
 import argparse
 import json
@@ -42,7 +41,7 @@ Answer = tuple[float, list[list[float]]]  # seconds, and each document's log-lik
 
 
 def with_refmamba(model: str, data: list[str], scheme: str) -> Callable[[str], Answer]:
-    """What scores a task."""
+    """What scores a task with refmamba: a function from the task's name to its Answer."""
     from refmamba.eval_tasks.evaluate import BLOCK, score_block, subject
     from refmamba.eval_tasks.load import load_tasks
     from refmamba.run.session import ModelChoice
@@ -54,15 +53,15 @@ def with_refmamba(model: str, data: list[str], scheme: str) -> Callable[[str], A
         documents.sort(key=lambda item: len(item[1].contexts[0]) + sum(map(len, item[1].continuations)), reverse=True)
         score_block(job, documents[-1:])  # the model is loaded, the kernels are compiled
         started = time.perf_counter()
-        results = [r for i in range(0, len(documents), BLOCK) for r in score_block(job, documents[i : i + BLOCK])]
+        blocks = [r for i in range(0, len(documents), BLOCK) for r in score_block(job, documents[i : i + BLOCK])]
         seconds = time.perf_counter() - started
-        return seconds, [[s.loglikelihood for s in r.scores] for r in sorted(results, key=lambda r: r.doc_id)]
+        return seconds, [[s.loglikelihood for s in r.scores] for r in sorted(blocks, key=lambda r: r.doc_id)]
 
     return run
 
 
 def with_harness(model: str, data: list[str]) -> Callable[[str], Answer]:
-    """The same by the harness's Hugging Face model, given the same contexts and continuations."""
+    """What scores a task with the harness's Hugging Face model, given the same contexts and continuations."""
     import torch
     import transformers
     from lm_eval.api.instance import Instance
@@ -92,9 +91,9 @@ def with_harness(model: str, data: list[str]) -> Callable[[str], Answer]:
 
 def contest(model: str, data: list[str], rounds: int) -> dict[str, dict[str, Any]]:
     """Every contestant's best seconds a task, and its log-likelihoods."""
-    processes, found = {}, {name: dict[str, Any]() for name in CONTESTANTS}
+    processes, results = {}, {name: dict[str, Any]() for name in CONTESTANTS}
     for name in CONTESTANTS:
-        words = [sys.executable, __file__, "--one", name, "--model", model, *(f"--data={word}" for word in data)]
+        words = [sys.executable, __file__, "--contestant", name, "--model", model, *(f"--data={word}" for word in data)]
         processes[name] = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     for task in [task for _ in range(rounds) for task in LIMITS]:
         for name, process in processes.items():
@@ -107,29 +106,29 @@ def contest(model: str, data: list[str], rounds: int) -> dict[str, dict[str, Any
                     raise SystemExit(f"{name} has stopped")
             seconds, values = json.loads(line)
             print(f"{name} {task}: {LIMITS[task] / seconds:.2f} documents/s", file=sys.stderr)
-            best = min(seconds, found[name].get(task, {"seconds": seconds})["seconds"])
-            found[name][task] = {"seconds": best, "values": values}
+            best = min(seconds, results[name].get(task, {"seconds": seconds})["seconds"])
+            results[name][task] = {"seconds": best, "values": values}
     for process in processes.values():
         process.communicate()
-    return found
+    return results
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown: documents/s, the factor over the harness, and the largest difference of a log-likelihood in full precision.
 
     Random weights are no model to say what quantization costs on, so `int8` has no difference here.
     """
     lines = ["| | " + " | ".join(f"{task}, documents/s" for task in LIMITS) + " | all | largest difference |"]
     lines.append("|---" * (len(LIMITS) + 3) + "|")
-    for name in found:
+    for name in results:
         cells, largest = [], 0.0
         for task, count in LIMITS.items():
-            base, mine = found["lm_eval"][task], found[name][task]
-            cells.append(f"{count / mine['seconds']:.2f} ({base['seconds'] / mine['seconds']:.1f} x)")
-            for one, other in zip(mine["values"], base["values"], strict=True):
-                largest = max(largest, *(abs(a - b) for a, b in zip(one, other, strict=True)))
-        whole = [sum(found[who][task]["seconds"] for task in LIMITS) for who in ("lm_eval", name)]
-        cells.append(f"{whole[0] / whole[1]:.1f} x")
+            base, row = results["lm_eval"][task], results[name][task]
+            cells.append(f"{count / row['seconds']:.2f} ({base['seconds'] / row['seconds']:.1f} x)")
+            for document in zip(row["values"], base["values"], strict=True):
+                largest = max(largest, *(abs(a - b) for a, b in zip(*document, strict=True)))
+        base_seconds, seconds = (sum(results[key][task]["seconds"] for task in LIMITS) for key in ("lm_eval", name))
+        cells.append(f"{base_seconds / seconds:.1f} x")
         difference = f"{largest:.2g}" if name == "fp32" else ""
         lines.append(f"| {TITLES[name]} | " + " | ".join(cells) + f" | {difference} |")
     return "\n".join(lines)
@@ -142,24 +141,25 @@ def main() -> None:
     parser.add_argument("--data", action="append", required=True, help="as refmamba eval takes it")
     parser.add_argument("--out", type=Path, help="write the table here too")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--one", choices=CONTESTANTS, help=argparse.SUPPRESS)  # this process is a contestant
+    parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)  # this process is one
     parser.add_argument("--model", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.one:
-        harness = given.one == "lm_eval"
-        run = with_harness(given.model, given.data) if harness else with_refmamba(given.model, given.data, given.one)
+    options = parser.parse_args()
+    if options.contestant:
+        harness = options.contestant == "lm_eval"
+        model, data = options.model, options.data
+        run = with_harness(model, data) if harness else with_refmamba(model, data, options.contestant)
         for line in sys.stdin:
             print(json.dumps(run(line.strip())), flush=True)
         return
-    if given.tokenizer is None:
+    if options.tokenizer is None:
         parser.error("--tokenizer is needed")
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), given.tokenizer)
-        found = contest(folder, given.data, given.rounds)
-    text = f"{os.cpu_count()} cores, {machine()}; the best of {given.rounds} rounds\n\n{table(found)}\n"
+        write_model(Path(folder), options.tokenizer)
+        results = contest(folder, options.data, options.rounds)
+    text = f"{os.cpu_count()} cores, {machine()}; the best of {options.rounds} rounds\n\n{table(results)}\n"
     print(text)
-    if given.out:
-        given.out.write_text(text, encoding="utf-8")
+    if options.out:
+        options.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

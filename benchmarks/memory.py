@@ -1,7 +1,7 @@
 """Peak memory of `refmamba generate`: `python benchmarks/memory.py --tokenizer 20B_tokenizer.json` writes results/memory.md.
 
 A float32 checkpoint of random weights, and the same saved by `refmamba quantize`; each is run as a user runs it, in a new
-process whose anonymous memory (what the system cannot drop and read again from a file) is looked at every millisecond.
+process whose anonymous memory (what the system cannot drop and read again from a file) is read every millisecond.
 Linux only.
 """
 
@@ -34,11 +34,11 @@ def write_checkpoint(folder: Path, tokenizer: Path, shape: str) -> None:
     for name in source.config.shapes():
         x = source.read(name)
         layer = name.removeprefix("layers.").partition(".")[0]
-        there = {"embedding.weight": "backbone.embeddings.weight", "norm_f.weight": "backbone.norm_f.weight"}.get(name)
-        if there is None:
-            rest = name.removeprefix(f"layers.{layer}.")
-            there = f"backbone.layers.{layer}." + (rest if rest.startswith("norm.") else f"mixer.{rest}")
-        tensors[there] = x[:, None] if name.endswith("conv1d.weight") else x
+        stored = {"embedding.weight": "backbone.embeddings.weight", "norm_f.weight": "backbone.norm_f.weight"}.get(name)
+        if stored is None:
+            inner = name.removeprefix(f"layers.{layer}.")
+            stored = f"backbone.layers.{layer}." + (inner if inner.startswith("norm.") else f"mixer.{inner}")
+        tensors[stored] = x[:, None] if name.endswith("conv1d.weight") else x
     save_file(tensors, folder / "model.safetensors")
     shutil.copy(tokenizer, folder / "tokenizer.json")
 
@@ -65,16 +65,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True, help="the GPT-NeoX tokenizer's file")
     parser.add_argument("--shape", default="130m", choices=list(SHAPES))
-    given = parser.parse_args()
+    options = parser.parse_args()
     refmamba = [sys.executable, "-m", "refmamba"]
-    config = SHAPES[given.shape]
+    config = SHAPES[options.shape]
     matrices = [s for n, s in config.shapes().items() if n.endswith(("proj.weight", "embedding.weight"))]
     codes = sum(int(np.prod(s)) for s in matrices) / 1e6
-    lines = [f"`w8-all`, {given.shape} shape: {codes:.0f} MB of codes; the aim is {1.3 * codes + TARGET:.0f} MB anonymous.", "",
+    aim = f"the aim is {1.3 * codes + TARGET:.0f} MB anonymous."
+    lines = [f"`w8-all`, {options.shape} shape: {codes:.0f} MB of codes; {aim}", "",
              "| | anonymous, MB | with mapped files, MB | whole command, s |", "| --- | ---: | ---: | ---: |"]  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         plain, saved = Path(scratch) / "float", Path(scratch) / "saved"
-        write_checkpoint(plain, given.tokenizer, given.shape)
+        write_checkpoint(plain, options.tokenizer, options.shape)
         subprocess.run([*refmamba, "quantize", plain, saved, "--scheme", "w8-all"], check=True, stdout=subprocess.DEVNULL)
         for title, folder, scheme in (
             ("float32 checkpoint", plain, ["--scheme", "w8-all"]),

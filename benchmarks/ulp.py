@@ -11,7 +11,7 @@ The exact value is float64's, whose own error is below 2^-28 of these units; the
 import sys
 from collections.abc import Callable
 
-import mpmath  # type: ignore[import-untyped]
+import mpmath
 import numpy as np
 from numpy.typing import NDArray
 
@@ -44,7 +44,7 @@ FUNCTIONS: dict[str, tuple[Callable[[arith.F32Array], arith.F32Array], Callable[
 def measure(name: str) -> str:
     """One function over all its float32 inputs: a line of the table."""
     function, exact, in_mpmath, low, high = FUNCTIONS[name]
-    worst, at, steps, wrong, count = 0.0, np.float32(0), 0, 0, 0
+    worst, worst_x, steps, misrounded, count = 0.0, np.float32(0), 0, 0, 0
     with np.errstate(all="ignore"):
         for start in range(0, 1 << 32, CHUNK):
             x = np.arange(start, start + CHUNK, dtype=np.int64).astype(np.uint32).view(np.float32)
@@ -59,15 +59,17 @@ def measure(name: str) -> str:
             apart = np.abs(y.view(np.int32).astype(np.int64) - nearest.view(np.int32))
             apart[(y == 0) & (nearest == 0)] = 0
             if error.max() > worst:
-                worst, at = float(error.max()), x[error.argmax()]
-            steps, wrong, count = max(steps, int(apart.max())), wrong + int((apart > 0).sum()), count + len(x)
+                worst, worst_x = float(error.max()), x[error.argmax()]
+            steps, misrounded = max(steps, int(apart.max())), misrounded + int((apart > 0).sum())
+            count += len(x)
     mpmath.mp.prec = 120
-    scope = {"exp": mpmath.exp, "log": mpmath.log, "log1p": mpmath.log1p, "x": mpmath.mpf(float(at))}
+    scope = {"exp": mpmath.exp, "log": mpmath.log, "log1p": mpmath.log1p, "x": mpmath.mpf(float(worst_x))}
     value = eval(in_mpmath, scope)
     unit = mpmath.mpf(2) ** (max(mpmath.frexp(value)[1], -125) - 24)
-    again = abs(mpmath.mpf(float(function(np.array([at]))[0])) - value) / unit
-    return (f"{name}: {count} inputs, {low} to {high}: at most {worst:.4f} ulp (mpmath: {float(again):.4f}) "
-            f"at {float(at).hex()}; at most {steps} from the correctly rounded, {wrong / count:.4%} are not it")  # fmt: skip
+    in_ulp = abs(mpmath.mpf(float(function(np.array([worst_x]))[0])) - value) / unit
+    return (f"{name}: {count} inputs, {low} to {high}: at most {worst:.4f} ulp (mpmath: {float(in_ulp):.4f}) "
+            f"at {float(worst_x).hex()}; at most {steps} from the correctly rounded, "
+            f"{misrounded / count:.4%} are not it")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 from xml.parsers import expat
 
 from refmamba.errors import DataError
-from refmamba.eval_tasks.task import Row
+from refmamba.eval_tasks.task import DataRow
 
 LABELS_SUFFIX = "-labels.lst"
 
@@ -29,8 +29,8 @@ def lines(file: Path) -> Iterator[tuple[str, str]]:
         yield where, text
 
 
-def read_jsonl(file: Path) -> Iterator[Row]:
-    """One JSON object a line."""
+def read_jsonl(file: Path) -> Iterator[DataRow]:
+    """The rows of a file with one JSON object a line. Raises DataError."""
     for where, text in lines(file):
         try:
             values = json.loads(text)
@@ -39,26 +39,29 @@ def read_jsonl(file: Path) -> Iterator[Row]:
             raise DataError(f"{where}: broken JSON at column {error.colno}: {error.msg}") from None
         except UnicodeEncodeError:
             raise DataError(f"{where}: half of a surrogate pair, \\ud800 to \\udfff, which is no character") from None
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        except (ValueError, RecursionError) as error:  # thousands of digits, or of nested brackets
             raise DataError(f"{where}: broken JSON: {str(error).partition(':')[0]}") from None
         if not isinstance(values, dict):
             raise DataError(f"{where}: not a JSON object")
-        yield Row(values, where)
+        yield DataRow(values, where)
 
 
-def read_tsv(file: Path) -> Iterator[Row]:
-    """GLUE's tables: a line of names, then rows; tabs between, quotes mean nothing."""
+def read_tsv(file: Path) -> Iterator[DataRow]:
+    """The rows of GLUE's tables: tabs between fields, names in the first line, no quoting. Raises DataError."""
     rows = lines(file)
     names = next(rows)[1].split("\t")
     for where, text in rows:
         values = text.split("\t")
         if len(values) != len(names):
             raise DataError(f"{where}: {len(values)} fields, and the first line names {len(names)}")
-        yield Row(dict(zip(names, values, strict=True)), where)
+        yield DataRow(dict(zip(names, values, strict=True)), where)
 
 
-def read_xml(file: Path) -> Iterator[Row]:
-    """The original COPA: <item asks-for= most-plausible-alternative=> with <p>, <a1> and <a2>, as SuperGLUE's fields."""
+def read_xml(file: Path) -> Iterator[DataRow]:
+    """The original COPA: <item asks-for= most-plausible-alternative=> with <p>, <a1> and <a2>, as SuperGLUE's fields.
+
+    Raises DataError.
+    """
     rows, parser, inside = [], expat.ParserCreate(), list[str]()
     names = {"p": "premise", "a1": "choice1", "a2": "choice2"}
 
@@ -68,7 +71,7 @@ def read_xml(file: Path) -> Iterator[Row]:
             values: dict[str, Any] = {"question": attributes.get("asks-for", "")}
             plausible = attributes.get("most-plausible-alternative", "")
             values["label"] = {"1": 0, "2": 1}.get(plausible, f"most-plausible-alternative={plausible}")
-            rows.append(Row(values, f"{file}:{parser.CurrentLineNumber}"))
+            rows.append(DataRow(values, f"{file}:{parser.CurrentLineNumber}"))
         elif tag in names and rows:
             rows[-1].values[names[tag]] = ""  # type: ignore[index]
 
@@ -86,8 +89,8 @@ def read_xml(file: Path) -> Iterator[Row]:
     yield from rows
 
 
-def read_parquet(file: Path) -> Iterator[Row]:
-    """The hub's files; a row's place is its number, from 1."""
+def read_parquet(file: Path) -> Iterator[DataRow]:
+    """The rows of the hub's files; a row's place is its number, from 1. Raises DataError."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -97,15 +100,15 @@ def read_parquet(file: Path) -> Iterator[Row]:
     except (ArrowException, OSError) as error:
         raise DataError(f"{file}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
     for number, values in enumerate(rows, 1):
-        yield Row(values, f"{file}:{number}")
+        yield DataRow(values, f"{file}:{number}")
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path], Iterator[DataRow]]] = {
     ".jsonl": read_jsonl, ".json": read_jsonl, ".tsv": read_tsv, ".xml": read_xml, ".parquet": read_parquet,
 }  # fmt: skip
 
 
-def read_rows(file: Path, labels: str | None = None) -> list[Row]:
+def read_rows(file: Path, labels: str | None = None) -> list[DataRow]:
     """All rows of a file; `labels` names the field that a file of labels beside it may hold. Raises DataError."""
     if file.is_dir():
         raise DataError(f"{file}: is a folder; give the file, or --data {file} for what is in it")
@@ -119,11 +122,11 @@ def read_rows(file: Path, labels: str | None = None) -> list[Row]:
     beside = file.with_name(file.stem + LABELS_SUFFIX)
     if not beside.is_file():
         raise DataError(f"{rows[0].where}: no field '{labels}', and no {beside.name} beside the file")
-    found = [text.strip() for _, text in lines(beside)]
-    if len(found) != len(rows):
-        raise DataError(f"{beside}:{min(len(found), len(rows)) + 1}: {len(found)} labels for the {len(rows)} rows of {file}")
-    both = zip(rows, found, strict=True)
-    return [Row({**row.values, labels: text}, f"{row.where} (label in {beside.name})") for row, text in both]
+    values = [text.strip() for _, text in lines(beside)]
+    if len(values) != len(rows):
+        raise DataError(f"{beside}:{min(len(values), len(rows)) + 1}: {len(values)} labels for the {len(rows)} rows of {file}")
+    labelled = zip(rows, values, strict=True)
+    return [DataRow({**row.values, labels: text}, f"{row.where} (label in {beside.name})") for row, text in labelled]
 
 
 def _read(file: Path) -> bytes:

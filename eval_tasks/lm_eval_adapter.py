@@ -7,7 +7,6 @@ own models only; there, this module registers the model and runs the same comman
 
     python -m refmamba.eval_tasks.lm_eval_adapter --model refmamba --model_args pretrained=small,scheme=int8 --tasks arc_easy
 """
-# mypy: disable-error-code="import-not-found, import-untyped, misc, no-untyped-call, untyped-decorator, unused-ignore"
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +22,12 @@ from refmamba.eval_tasks.score import MAX_LENGTH, score, token_request
 from refmamba.run.generate import Generation, Sampler
 from refmamba.run.session import ModelChoice, open_session
 
-BLOCK = 64  # requests scored together, neighbours in the order of their tokens, so that they share their contexts
+REQUESTS_AT_ONCE = 64  # requests scored together, neighbours in the order of their tokens, so that they share their contexts
 NEW_TOKENS = 256  # generated where a task does not say
 
 
 @register_model("refmamba")
-class RefmambaLM(TemplateLM):
+class RefmambaLM(TemplateLM):  # type: ignore[misc]
     """A model of refmamba. Arguments: pretrained, scheme, backend, device, revision, calibrate, max_length.
 
     batch_size and max_batch_size come from the harness and change nothing. Another argument is a TypeError.
@@ -41,7 +40,7 @@ class RefmambaLM(TemplateLM):
     ) -> None:  # fmt: skip
         super().__init__()
         if backend in ("cpu", "reference"):
-            device = None  # they have one only, and the harness says cuda:0 where its user says nothing
+            device = None  # they run on the CPU, and the harness asks for cuda:0 unless its user names a device
         file = Path(calibrate) if calibrate is not None else None
         self._session = open_session(ModelChoice(str(pretrained), scheme, backend, device, revision, file))
         self.max_length = int(max_length)
@@ -58,23 +57,23 @@ class RefmambaLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's caches."""
+        """The name under which the harness caches what this tokenizer encodes."""
         return str(self._session.opened.files.tokenizer)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Tokens; a begin token is never added."""
+        """Tokens of a text; a begin token is never added."""
         return self._session.tokenizer.encode(string)
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
-        wanted = [token_request(a, b, self.max_length, f"request {i}") for i, (_, a, b) in enumerate(requests)]
-        order = sorted(range(len(wanted)), key=lambda i: wanted[i].tokens)
+        pending = [token_request(a, b, self.max_length, f"request {i}") for i, (_, a, b) in enumerate(requests)]
+        order = sorted(range(len(pending)), key=lambda i: pending[i].tokens)
         answers: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(order), desc="refmamba", unit="request", disable=disable_tqdm) as bar:
-            for start in range(0, len(order), BLOCK):
-                block = order[start : start + BLOCK]
-                scores = score(self._session.runner, self._session.backend, [wanted[i] for i in block])
-                for i, one in zip(block, scores, strict=True):
-                    answers[i] = (one.loglikelihood, one.greedy)
+            for start in range(0, len(order), REQUESTS_AT_ONCE):
+                block = order[start : start + REQUESTS_AT_ONCE]
+                scores = score(self._session.runner, self._session.backend, [pending[i] for i in block])
+                for i, answer in zip(block, scores, strict=True):
+                    answers[i] = (answer.loglikelihood, answer.greedy)
                     if requests[i][0] is not None:  # a window of a rolling request has no text of its own
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
                 bar.update(len(block))

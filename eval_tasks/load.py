@@ -14,13 +14,16 @@ from refmamba.eval_tasks.formats import READERS, read_rows
 from refmamba.eval_tasks.task import Document, HubFile, Task
 from refmamba.eval_tasks.tasks import TASKS
 
-SAMPLE, HUB = "sample", "hub"  # what --data takes besides folders and TASK=FILE
+SAMPLE, HUB = "sample", "hub"  # words that --data takes besides folders and TASK=FILE
 SAMPLE_NOTE = "20 rows written for this package: a sample, not the benchmark"
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A task's documents in the order of the file; doc_id is the place, from 0. note: what a reader must be told."""
+    """A task's documents in the order of the file; doc_id is a document's index.
+
+    source: where they came from. note: what a reader of results must be told about them.
+    """
 
     task: Task
     documents: tuple[Document, ...]
@@ -41,7 +44,7 @@ def load_file(task: Task, file: Path) -> Dataset:
 
 
 def load_sample(task: Task) -> Dataset:
-    """The rows inside the package."""
+    """A task's sample rows inside the package."""
     with resources.as_file(resources.files("refmamba.eval_tasks.samples")) as folder:
         documents = load_file(task, folder / f"{task.name}.jsonl").documents
     return Dataset(task, documents, SAMPLE, SAMPLE_NOTE)
@@ -61,9 +64,9 @@ def load_hub(task: Task) -> Dataset:
 
 
 def check_hub(task: Task, file: Path, pinned: HubFile) -> Dataset:
-    """A fetched file, if it is the one that was pinned. Raises DataError.
+    """The documents of a fetched file, if it is the one that was pinned. Raises DataError.
 
-    Where its hash was not known, the hub says it for the pinned revision: the client's cache keeps a large file under it.
+    Where no hash is pinned, the one that the hub gave for the revision counts: the client's cache names large files by it.
     """
     blob = file.resolve().name
     expected = pinned.sha256 or (blob if re.fullmatch("[0-9a-f]{64}", blob) else None)
@@ -85,15 +88,15 @@ def find(task: Task, folder: Path) -> Path | None:
 
     Raises DataError where several have.
     """
-    found, own_name = [], folder.resolve().name  # that of `.` says nothing
+    matches, own_name = [], folder.resolve().name  # resolved, since the name of `.` says nothing
     for file in sorted([*folder.glob("*"), *folder.glob("*/*"), *folder.glob("*/*/*")]):
         path, name = (_words(text) for text in ("/".join([own_name, *file.relative_to(folder).parts]), file.name))
         split = any(word.startswith(task.split) for word in name)
         if file.suffix.lower() in READERS and {task.name, task.also} & set(path) and split:
-            found.append(file)
-    if len(found) > 1:
-        raise DataError(f"{folder}: {task.name} could be {' or '.join(map(str, found))}; say which: --data {task.name}=FILE")
-    return found[0] if found else None
+            matches.append(file)
+    if len(matches) > 1:
+        raise DataError(f"{folder}: {task.name} could be {' or '.join(map(str, matches))}; say which: --data {task.name}=FILE")
+    return matches[0] if matches else None
 
 
 def load_tasks(names: Sequence[str], data: Iterable[str]) -> list[Dataset]:

@@ -23,14 +23,14 @@ class Metric:
 
 
 def acc(document: Document, result: Result) -> float:
-    """1.0 where the right choice is the likeliest (ties: the first), or the only one's every token was."""
+    """1.0 where the right choice is the likeliest (of equal ones the first); a single choice, where each token was."""
     if len(result.scores) == 1:
         return float(result.scores[0].greedy)
     return float(np.argmax([s.loglikelihood for s in result.scores]) == document.gold)
 
 
 def acc_norm(document: Document, result: Result) -> float:
-    """The same after dividing by the choice's length in characters, its delimiter excluded; an empty one never wins."""
+    """Like acc, each log-likelihood divided by its choice's characters without the delimiter; an empty choice never wins."""
     lengths = [len(text) - 1 for text in document.continuations]
     values = [s.loglikelihood / n if n else -math.inf for s, n in zip(result.scores, lengths, strict=True)]
     return float(np.argmax(values) == document.gold)
@@ -46,7 +46,7 @@ def mean_stderr(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(spread / (n - 1)) / math.sqrt(n) if n > 1 else math.nan
 
 
-def perplexity(loglikelihoods: Sequence[float]) -> tuple[float, float]:
+def bootstrapped_perplexity(loglikelihoods: Sequence[float]) -> tuple[float, float]:
     """exp(-mean), and the standard deviation of the same over RESAMPLES bootstrap samples, seeded; may be infinite."""
     values, rng = np.array(loglikelihoods), np.random.default_rng(0)
     with np.errstate(over="ignore", invalid="ignore"):  # a model that is worse than 10^-308 a document
@@ -57,11 +57,11 @@ def perplexity(loglikelihoods: Sequence[float]) -> tuple[float, float]:
 
 def metrics(task: Task, documents: Sequence[Document], results: Sequence[Result]) -> list[Metric]:
     """A task's metrics over these documents (at least one) and their results."""
-    found = []
+    values = []
     for name in task.metrics:
         if name == "perplexity":
-            value, stderr = perplexity([r.scores[0].loglikelihood for r in results])
+            value, stderr = bootstrapped_perplexity([r.scores[0].loglikelihood for r in results])
         else:
             value, stderr = mean_stderr([PER_DOCUMENT[name](d, r) for d, r in zip(documents, results, strict=True)])
-        found.append(Metric(name, value, stderr))
-    return found
+        values.append(Metric(name, value, stderr))
+    return values

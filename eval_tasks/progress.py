@@ -11,36 +11,39 @@ LOG_SECONDS = 10.0  # between two lines where stderr is a file
 
 
 class Progress:
-    """The bar of all tasks, and that of the task at hand."""
+    """Two bars: one for all tasks, one for the task that is being scored."""
 
     def __init__(self, total: int) -> None:
         self._all, self._task = _bar(total, "all", 0), _bar(0, "", 1)
 
     def start(self, name: str, total: int) -> None:
-        """The next task."""
+        """Begin the bar of the next task, of `total` documents."""
         self._task.close()
         self._task = _bar(total, name, 1)
 
     def found(self, documents: int) -> None:
-        """These were finished before: done, but not part of the speed."""
+        """Count documents that an earlier run had finished: they are done, but no part of the speed."""
         for bar in (self._all, self._task):
             if not bar.disable:
                 bar.initial += documents
             bar.update(documents)
 
     def saved(self, documents: int) -> None:
-        """These are finished now."""
+        """Count documents that this run has finished."""
         for bar in (self._all, self._task):
             bar.update(documents)
 
     def close(self) -> None:
-        """Leave the bar of all on the screen."""
+        """End both bars; the bar of all tasks stays on the screen."""
         self._task.close()
         self._all.close()
 
 
 def _bar(total: int, name: str, position: int) -> "tqdm[Any]":
-    """Position 0 is the bar of all; where stderr is a file it is the only one, and slow. A bar without a name is hidden."""
+    """A bar on stderr. Position 0 is the bar of all tasks: in a file it is the only one, and it is written rarely.
+
+    A bar without a name is hidden.
+    """
     terminal = sys.stderr.isatty() and name != ""
     return tqdm(total=total, desc=name, unit="doc", position=position, leave=position == 0, maxinterval=0,
                 mininterval=0.1 if terminal else LOG_SECONDS, disable=position > 0 and not terminal)  # fmt: skip
@@ -48,7 +51,7 @@ def _bar(total: int, name: str, position: int) -> "tqdm[Any]":
 
 @contextmanager
 def progress(total: int) -> Iterator[Progress]:
-    """The bars while documents are scored."""
+    """The bars, shown while documents are scored and closed after them."""
     bars = Progress(total)
     try:
         yield bars

@@ -1,4 +1,4 @@
-"""Results for people and programs: a Markdown table, the harness's JSON layout, and one line a document."""
+"""Results for people and programs: a Markdown table, the harness's JSON layout, and a line of JSON for each document."""
 
 import json
 import math
@@ -22,20 +22,20 @@ WHOLE_SEQUENCE = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """A task under a scheme, as far as it is finished. wanted: documents asked for."""
+    """A task under a scheme, as far as it is finished. requested: how many documents, from the first on, were asked for."""
 
     subject: Subject
     data: Dataset
-    wanted: int
+    requested: int
     results: dict[int, Result]
 
     @property
     def finished(self) -> list[Result]:
-        """Those that are there, of those asked for, in order."""
-        return [self.results[i] for i in range(self.wanted) if i in self.results]
+        """The results of the requested documents that are finished, in order."""
+        return [self.results[i] for i in range(self.requested) if i in self.results]
 
     def metrics(self) -> list[Metric]:
-        """None where nothing is finished."""
+        """The task's metrics over what is finished; an empty list where nothing is."""
         finished = self.finished
         return metrics(self.data.task, [self.data.documents[r.doc_id] for r in finished], finished) if finished else []
 
@@ -43,15 +43,17 @@ class Outcome:
 def table(outcomes: Sequence[Outcome]) -> str:
     """A Markdown table that is aligned on a terminal too."""
     rows = [COLUMNS]
-    for one in outcomes:
-        count = f"{len(one.finished)}" + (f" of {one.wanted}" if len(one.finished) < one.wanted else "")
-        task = one.data.task
-        name = f"{task.name} ({SAMPLE})" if one.data.source == SAMPLE else task.name
-        if not one.finished:
-            rows.append((one.subject.scheme.name, name, str(task.version), count, "", "", ""))
-        for metric in one.metrics():
+    for outcome in outcomes:
+        count = f"{len(outcome.finished)}" + (f" of {outcome.requested}" if len(outcome.finished) < outcome.requested else "")
+        task = outcome.data.task
+        name = f"{task.name} ({SAMPLE})" if outcome.data.source == SAMPLE else task.name
+        if not outcome.finished:
+            rows.append((outcome.subject.scheme.name, name, str(task.version), count, "", "", ""))
+        for metric in outcome.metrics():
             stderr = f"{metric.stderr:.4f}" if math.isfinite(metric.stderr) else ""
-            rows.append((one.subject.scheme.name, name, str(task.version), count, metric.name, f"{metric.value:.4f}", stderr))
+            rows.append(
+                (outcome.subject.scheme.name, name, str(task.version), count, metric.name, f"{metric.value:.4f}", stderr)
+            )
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
@@ -59,45 +61,47 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 def text(outcomes: Sequence[Outcome]) -> str:
     """The table, and under it everything that its numbers depend on."""
-    subjects = list({id(one.subject): one.subject for one in outcomes}.values())
+    subjects = list({id(outcome.subject): outcome.subject for outcome in outcomes}.values())
     first = subjects[0]
     lines = [table(outcomes), ""]
     lines.append(f"model {first.choice.model}, SHA-256 {first.model_sha256[:16]}; specification {SPEC_VERSION}")
     exact = "exact" if first.backend.exact else "not exact"
     lines.append(f"backend {first.backend.name} ({exact}) on {first.backend.device}; max_length {first.max_length}")
-    for data in {one.data.task.name: one.data for one in outcomes}.values():
+    for data in {outcome.data.task.name: outcome.data for outcome in outcomes}.values():
         note = f": {data.note}" if data.note else ""
         lines.append(f"data of {data.task.name}: {data.source}, SHA-256 {data.sha256[:16]}{note}")
-    for one in subjects:
-        lines.append(one.scheme.table() + (f"\n  calibration SHA-256 {one.calibration[:16]}" if one.calibration else ""))
-        lines += [f"  {WHOLE_SEQUENCE}"] if one.scheme.whole_sequence else []
+    for subject in subjects:
+        lines.append(
+            subject.scheme.table() + (f"\n  calibration SHA-256 {subject.calibration[:16]}" if subject.calibration else "")
+        )
+        lines += [f"  {WHOLE_SEQUENCE}"] if subject.scheme.whole_sequence else []
     return "\n".join(lines)
 
 
 def harness(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """One scheme's outcomes in the layout of lm-evaluation-harness's results; what is no number is "N/A"."""
+    """One scheme's outcomes in the layout of lm-evaluation-harness's results, where "N/A" stands for NaN and infinity."""
     results: dict[str, dict[str, Any]] = {}
-    for one in outcomes:
-        entry: dict[str, Any] = {"alias": one.data.task.name, "sample_len": len(one.finished)}
-        for metric in one.metrics():
+    for outcome in outcomes:
+        entry: dict[str, Any] = {"alias": outcome.data.task.name, "sample_len": len(outcome.finished)}
+        for metric in outcome.metrics():
             entry[f"{metric.name},none"] = metric.value if math.isfinite(metric.value) else "N/A"
             entry[f"{metric.name}_stderr,none"] = metric.stderr if math.isfinite(metric.stderr) else "N/A"
-        results[one.data.task.name] = entry
-    tasks = {one.data.task.name: one for one in outcomes}
+        results[outcome.data.task.name] = entry
+    tasks = {outcome.data.task.name: outcome for outcome in outcomes}
     return {
         "results": results,
-        "versions": {name: one.data.task.version for name, one in tasks.items()},
+        "versions": {name: outcome.data.task.version for name, outcome in tasks.items()},
         "n-shot": dict.fromkeys(tasks, 0),
-        "higher_is_better": {name: {m: HIGHER_IS_BETTER[m] for m in one.data.task.metrics} for name, one in tasks.items()},
-        "n-samples": {
-            name: {"original": len(one.data.documents), "effective": len(one.finished)} for name, one in tasks.items()
-        },
+        "higher_is_better": {name: {m: HIGHER_IS_BETTER[m] for m in outcome.data.task.metrics}
+                             for name, outcome in tasks.items()},
+        "n-samples": {name: {"original": len(outcome.data.documents), "effective": len(outcome.finished)}
+                      for name, outcome in tasks.items()},
         "config": {
             **outcomes[0].subject.describe(), "refmamba_version": __version__,
-            "documents_asked_for": {name: one.wanted for name, one in tasks.items()},
+            "documents_asked_for": {name: outcome.requested for name, outcome in tasks.items()},
             "whole_sequence": WHOLE_SEQUENCE if outcomes[0].subject.scheme.whole_sequence else None,
-            "data": {name: {"sha256": one.data.sha256, "source": one.data.source, "note": one.data.note}
-                     for name, one in tasks.items()},
+            "data": {name: {"sha256": outcome.data.sha256, "source": outcome.data.source, "note": outcome.data.note}
+                     for name, outcome in tasks.items()},
         },
     }  # fmt: skip
 
@@ -105,23 +109,23 @@ def harness(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 def as_json(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """One scheme: the harness's layout; several: {"schemes": {name: that}}."""
     schemes: dict[str, list[Outcome]] = {}
-    for one in outcomes:
-        schemes.setdefault(one.subject.scheme.name, []).append(one)
-    every = {name: harness(some) for name, some in schemes.items()}
-    return next(iter(every.values())) if len(every) == 1 else {"schemes": every}
+    for outcome in outcomes:
+        schemes.setdefault(outcome.subject.scheme.name, []).append(outcome)
+    layouts = {name: harness(under) for name, under in schemes.items()}
+    return next(iter(layouts.values())) if len(layouts) == 1 else {"schemes": layouts}
 
 
 def samples(outcomes: Sequence[Outcome]) -> str:
-    """JSON lines, one a finished document: contexts[i] + continuations[i] is what loglikelihoods[i] belongs to."""
+    """JSON lines, one for each finished document: contexts[i] + continuations[i] is what loglikelihoods[i] belongs to."""
     lines = []
-    for one in outcomes:
-        for result in one.finished:
-            document = one.data.documents[result.doc_id]
+    for outcome in outcomes:
+        for result in outcome.finished:
+            document = outcome.data.documents[result.doc_id]
             sample = {
-                "task": one.data.task.name, "doc_id": result.doc_id, "scheme": one.subject.scheme.name,
+                "task": outcome.data.task.name, "doc_id": result.doc_id, "scheme": outcome.subject.scheme.name,
                 "contexts": document.contexts, "continuations": document.continuations, "gold": document.gold,
                 "loglikelihoods": [s.loglikelihood for s in result.scores], "greedy": [s.greedy for s in result.scores],
-            } | {m: PER_DOCUMENT[m](document, result) for m in one.data.task.metrics if m in PER_DOCUMENT}  # fmt: skip
-            names = one.subject.describe() | {"data_sha256": one.data.sha256, "data_note": one.data.note}
+            } | {m: PER_DOCUMENT[m](document, result) for m in outcome.data.task.metrics if m in PER_DOCUMENT}  # fmt: skip
+            names = outcome.subject.describe() | {"data_sha256": outcome.data.sha256, "data_note": outcome.data.note}
             lines.append(json.dumps(sample | names, ensure_ascii=False) + "\n")
     return "".join(lines)

@@ -58,7 +58,7 @@ class Result:
 
 
 class Results:
-    """The file, open. Raises DataError where it is no results file, or stays locked."""
+    """An open results file. Raises DataError where the file is something else, or stays locked."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -106,7 +106,7 @@ class Results:
         self._database.close()
 
     def load(self, key: Key) -> dict[int, Result]:
-        """What is finished, by doc_id. Raises DataError where the file cannot be read."""
+        """The finished results under a key, by doc_id. Raises DataError where the file cannot be read."""
         query = "SELECT doc_id, loglikelihoods, greedy FROM result JOIN run ON run.id = run WHERE key = ?"
         try:
             rows = self._database.execute(query, [_text(key)]).fetchall()
@@ -117,7 +117,7 @@ class Results:
         }
 
     def save(self, key: Key, block: Iterable[Result]) -> None:
-        """Write a block, whole or not at all. Raises DataError where the file cannot be written."""
+        """Write a block of results, whole or not at all. Raises DataError where the file cannot be written."""
         rows = [
             (_text(key), r.doc_id, json.dumps([s.loglikelihood for s in r.scores]), json.dumps([s.greedy for s in r.scores]))
             for r in block

@@ -57,8 +57,8 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
         prefix, tokens = tokenizer.encode_array("").tolist(), tokenizer.encode(continuation)
         return (tokens[:1], tokens[1:]) if tokens[:1] == prefix else (prefix, tokens)
     stripped = context.rstrip()
-    whole, before = tokenizer.encode(context + continuation), tokenizer.encode(stripped)
-    return before, whole[len(before) :]
+    joined, before = tokenizer.encode(context + continuation), tokenizer.encode(stripped)
+    return before, joined[len(before) :]
 
 
 def request(tokenizer: Tokenizer, context: str, continuation: str, max_length: int, where: str) -> Request:
@@ -84,30 +84,30 @@ def requests(document: Document, tokenizer: Tokenizer, max_length: int) -> list[
 
 @dataclass
 class _Node:
-    """Tokens that some requests share, after the parent's. wanted: (offset, request, place among its scored tokens)."""
+    """Tokens that some requests share, after the parent's. targets: (offset, request, place among its scored tokens)."""
 
     tokens: IntArray
     where: str
-    wanted: list[tuple[int, int, int]]
+    targets: list[tuple[int, int, int]]
     children: list["_Node"]
 
     @property
     def inside(self) -> bool:
         """Whether logits are wanted before the last token."""
-        return any(offset < len(self.tokens) - 1 for offset, _, _ in self.wanted)
+        return any(offset < len(self.tokens) - 1 for offset, _, _ in self.targets)
 
 
-def _tree(wanted: Sequence[Request]) -> list[_Node]:
+def _tree(requested: Sequence[Request]) -> list[_Node]:
     """The roots of the requests' tree. A sequence's last token is only scored, never run."""
 
     def grow(group: list[int], start: int, agreed: int) -> list[_Node]:
         """Nodes from `start` on for requests that agree before `agreed`, and are sorted by their tokens."""
-        nodes, group = [], [i for i in group if len(wanted[i].tokens) - 1 > start]
-        for _, members in itertools.groupby(group, key=lambda i: wanted[i].tokens[agreed]):
+        nodes, group = [], [i for i in group if len(requested[i].tokens) - 1 > start]
+        for _, members in itertools.groupby(group, key=lambda i: requested[i].tokens[agreed]):
             branch = list(members)
-            low, high = wanted[branch[0]].tokens, wanted[branch[-1]].tokens  # all share what these two share
+            low, high = requested[branch[0]].tokens, requested[branch[-1]].tokens  # all share what these two share
             # a node also ends where a context does, so that no logits are computed inside one, and where a sequence does
-            ends = {len(wanted[i].tokens) - part for i in branch for part in (1, wanted[i].scored)}
+            ends = {len(requested[i].tokens) - part for i in branch for part in (1, requested[i].scored)}
             end = agreed + 1
             while end not in ends and low[end] == high[end]:
                 end += 1
@@ -116,12 +116,12 @@ def _tree(wanted: Sequence[Request]) -> list[_Node]:
                 continue
             scored = []
             for i in branch:
-                first = len(wanted[i].tokens) - wanted[i].scored
+                first = len(requested[i].tokens) - requested[i].scored
                 scored += [(place - 1 - start, i, place - first) for place in range(max(start + 1, first), end + 1)]
-            nodes.append(_Node(np.array(low[start:end], np.int64), wanted[branch[0]].where, scored, grow(branch, end, end)))
+            nodes.append(_Node(np.array(low[start:end], np.int64), requested[branch[0]].where, scored, grow(branch, end, end)))
         return nodes
 
-    return grow(sorted(range(len(wanted)), key=lambda i: wanted[i].tokens), 0, 0)
+    return grow(sorted(range(len(requested)), key=lambda i: requested[i].tokens), 0, 0)
 
 
 def _batches(nodes: list[tuple[int, _Node]]) -> Iterator[list[tuple[int, _Node]]]:
@@ -134,35 +134,35 @@ def _batches(nodes: list[tuple[int, _Node]]) -> Iterator[list[tuple[int, _Node]]
         nodes = nodes[count:]
 
 
-def score(runner: Runner, backend: Backend, wanted: Sequence[Request]) -> list[Score]:
+def score(runner: Runner, backend: Backend, requested: Sequence[Request]) -> list[Score]:
     """The score of each request, in order. Raises NonFiniteError, with the request's place, for a NaN or an infinity."""
     offered = backend.operations().get("log_softmax")
     log_softmax, at_once = (offered, SOFTMAX_ROWS) if offered else (ops.log_softmax, 1)  # one row of NumPy stays in the cache
-    values = [np.zeros(request.scored, np.float32) for request in wanted]
-    greedy = [True] * len(wanted)
+    values = [np.zeros(request.scored, np.float32) for request in requested]
+    greedy = [True] * len(requested)
 
     def read(logits: F32Array, rows: Sequence[tuple[int, int, int]]) -> None:
         """Put the scores of (row of the logits, request, place) where they belong: eq. (25)."""
         for part, group in itertools.groupby(sorted(rows), key=lambda item: item[0] // at_once):
-            some = logits[part * at_once : (part + 1) * at_once]
-            logs, best = log_softmax(some), np.argmax(some, axis=-1)
+            part_logits = logits[part * at_once : (part + 1) * at_once]
+            logs, best = log_softmax(part_logits), np.argmax(part_logits, axis=-1)
             for row, i, place in group:
-                target = wanted[i].tokens[len(wanted[i].tokens) - wanted[i].scored + place]
+                target = requested[i].tokens[len(requested[i].tokens) - requested[i].scored + place]
                 values[i][place] = logs[row % at_once, target]
                 greedy[i] &= bool(best[row % at_once] == target)
                 if not np.isfinite(values[i][place]):
-                    raise NonFiniteError(f"{wanted[i].where}: the model gives a NaN or an infinity for this document")
+                    raise NonFiniteError(f"{requested[i].where}: the model gives a NaN or an infinity for this document")
 
     if runner.scheme.whole_sequence:
-        for i, one in enumerate(wanted):
+        for i, request in enumerate(requested):
             try:
-                tokens = np.array(one.tokens[:-1], np.int64)
-                (logits,), _ = runner.prefill([tokens], logits="last" if one.scored == 1 else "all")
+                tokens = np.array(request.tokens[:-1], np.int64)
+                (logits,), _ = runner.prefill([tokens], logits="last" if request.scored == 1 else "all")
             except NonFiniteError as error:
-                raise NonFiniteError(f"{one.where}: {error}") from error
-            read(logits[-one.scored :], [(place, i, place) for place in range(one.scored)])
+                raise NonFiniteError(f"{request.where}: {error}") from error
+            read(logits[-request.scored :], [(place, i, place) for place in range(request.scored)])
     else:
-        _walk(runner, [(0, node) for node in _tree(wanted)], None, read)
+        _walk(runner, [(0, node) for node in _tree(requested)], None, read)
     return [Score(float(np.sum(v, dtype=np.float64)), g) for v, g in zip(values, greedy, strict=True)]
 
 
@@ -171,21 +171,21 @@ Read = Callable[[F32Array, Sequence[tuple[int, int, int]]], None]
 
 def _walk(runner: Runner, nodes: Sequence[tuple[int, _Node]], state: Any | None, read: Read) -> None:
     """Run nodes, each from the state of its index (None: from the first token), then what follows them."""
-    every = [(index, node) for index, node in nodes if node.inside or len(node.tokens) == 1]
-    others = [(index, node) for index, node in nodes if not (node.inside or len(node.tokens) == 1)]
-    for some, inside in ((others, False), (every, True)):
-        for batch in _batches(some):
-            mode: Positions = "all" if inside else "last" if any(node.wanted for _, node in batch) else "none"
+    inner = [(index, node) for index, node in nodes if node.inside or len(node.tokens) == 1]
+    outer = [(index, node) for index, node in nodes if not (node.inside or len(node.tokens) == 1)]
+    for group, inside in ((outer, False), (inner, True)):
+        for batch in _batches(group):
+            mode: Positions = "all" if inside else "last" if any(node.targets for _, node in batch) else "none"
             before = state if state is None else state.take([index for index, _ in batch])
             try:
                 logits, after = runner.prefill([node.tokens for _, node in batch], before, logits=mode)
             except NonFiniteError as error:
                 if len(batch) == 1:
                     raise NonFiniteError(f"{batch[0][1].where}: {error}") from error
-                for one in batch:  # one of them is the cause: find it
-                    _walk(runner, [one], state, read)
+                for single in batch:  # one node of the batch is the cause: find it
+                    _walk(runner, [single], state, read)
                 continue
             for (_, node), rows in zip(batch, logits, strict=True):
                 shift = len(node.tokens) - len(rows)  # 0, or all but one where only the last row is there
-                read(rows, [(offset - shift, i, place) for offset, i, place in node.wanted])
+                read(rows, [(offset - shift, i, place) for offset, i, place in node.targets])
             _walk(runner, [(i, child) for i, (_, node) in enumerate(batch) for child in node.children], after, read)

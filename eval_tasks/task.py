@@ -8,14 +8,17 @@ from refmamba.errors import DataError
 
 
 @dataclass(frozen=True)
-class Row:
-    """One raw row of a data file, and where it stands (`file:line`), which every error names."""
+class DataRow:
+    """One raw row of a data file, and where it stands (`file:line`), which every error names.
+
+    Each method reads a field and raises DataError, with that place, where it is missing or not what it should be.
+    """
 
     values: Mapping[str, Any]
     where: str
 
     def text(self, *names: str) -> str:
-        """The first of these fields that is there, a text that is not empty. Raises DataError."""
+        """The text of the first of these fields that the row has; it must not be empty."""
         name = next((name for name in names if name in self.values), names[0])
         value = self.maybe_empty(name)
         if not value:
@@ -23,21 +26,21 @@ class Row:
         return value
 
     def maybe_empty(self, name: str) -> str:
-        """A text that may be empty. Raises DataError."""
+        """A text that may be empty."""
         value = self._field(name)
         if not isinstance(value, str):
             raise DataError(f"{self.where}: field '{name}' is {_short(value)}; it must be a text")
         return value
 
     def texts(self, name: str, count: int) -> tuple[str, ...]:
-        """A list of `count` texts. Raises DataError."""
+        """A list of `count` texts."""
         value = self._field(name)
         if not isinstance(value, list) or len(value) != count or not all(isinstance(v, str) for v in value):
             raise DataError(f"{self.where}: field '{name}' is {_short(value)}; it must be a list of {count} texts")
         return tuple(value)
 
     def label(self, name: str, labels: Mapping[str, int]) -> int:
-        """The index of the right choice; a number may stand as a number or as a text. Raises DataError."""
+        """The index of the right choice, by its label; a numeric label may be a JSON number or a text."""
         value = self._field(name)
         if isinstance(value, bool) or not isinstance(value, int | str) or str(value) not in labels:
             raise DataError(f"{self.where}: label '{name}' is {_short(value)}; it must be one of {', '.join(labels)}")
@@ -45,8 +48,8 @@ class Row:
 
     def _field(self, name: str) -> Any:
         if name not in self.values:
-            there = ", ".join(map(str, self.values)) or "nothing"
-            raise DataError(f"{self.where}: no field '{name}' (it has {there}); is this another task's file?")
+            names = ", ".join(map(str, self.values)) or "nothing"
+            raise DataError(f"{self.where}: no field '{name}' (it has {names}); is this another task's file?")
         return self.values[name]
 
 
@@ -57,9 +60,9 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Document:
-    """One question: contexts[i] + continuations[i] is what choice i is scored as; `gold` is the right one.
+    """One question: choice i is scored as contexts[i] + continuations[i], and `gold` is the index of the right choice.
 
-    Continuations hold their delimiter: what is scored is exactly context + continuation. LAMBADA has one choice.
+    A continuation begins with its delimiter, so that nothing is put between the two. LAMBADA has one choice.
     """
 
     where: str
@@ -68,16 +71,16 @@ class Document:
     gold: int
 
 
-def choices(row: Row, context: str, texts: tuple[str, ...], gold: int) -> Document:
+def choices(row: DataRow, context: str, texts: tuple[str, ...], gold: int) -> Document:
     """A multiple-choice document: one context; the delimiter, a space, before every choice."""
     return Document(row.where, (context,) * len(texts), tuple(" " + text for text in texts), gold)
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """The file of a data set on the hub that lm-evaluation-harness scores, as it was when this was written.
+    """The file of a data set on the hub that lm-evaluation-harness scores, pinned to a revision.
 
-    sha256: of the file, where a public record of it was found; None where what the hub says for the revision must do.
+    sha256: of the file, where a public record of it is known; None where the hash that the hub gives for the revision is used.
     """
 
     repo: str
@@ -89,14 +92,15 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Task:
-    """One task. `split`: the words of which one stands in its file's name; `version`: the harness's, of its task text.
+    """One task: how a row becomes a document, which metrics are taken, and where its data are.
 
-    `also`: what a folder of the task may be called besides `name`.
-    `labels`: the field whose values may stand in a file of their own, `{stem}-labels.lst`, beside the rows.
+    split: words that begin a word of the data file's name, for finding it in a folder. also: another name for the task's
+    folder. labels: the field whose values may lie in a file of their own, `{stem}-labels.lst`, beside the rows. version: that
+    of the harness's task, whose results these are to equal.
     """
 
     name: str
-    document: Callable[[Row], Document]
+    document: Callable[[DataRow], Document]
     metrics: tuple[str, ...]
     hub: HubFile
     split: tuple[str, ...] = ("val", "dev")

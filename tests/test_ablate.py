@@ -18,7 +18,7 @@ from refmamba.eval_tasks.results import Result, Results
 from refmamba.eval_tasks.score import Score
 from refmamba.eval_tasks.tasks import TASKS
 from refmamba.paper.ablation import Ablated, Ablation, Row, random_channels, table, without
-from refmamba.paper.outliers import Report, Site
+from refmamba.paper.outliers import Report, SiteStatistics
 from refmamba.run.session import ModelChoice
 from refmamba.spec.config import ParameterSource
 from refmamba.spec.mamba1 import Mamba
@@ -57,7 +57,7 @@ def test_other_weights_stay(tiny: ParameterSource) -> None:
 
 
 def test_controls_are_as_many_other_channels() -> None:
-    report = Report({"layers.0.in_proj": Site(np.arange(10, dtype=np.float32))}, 1.0, "channels")
+    report = Report({"layers.0.in_proj": SiteStatistics(np.arange(10, dtype=np.float32))}, 1.0, "channels")
     outliers = report.channels
     assert outliers["layers.0.in_proj"].tolist() == [8, 9]  # mean 4.5, deviation 2.87
     draws = [random_channels(report, outliers, (0, draw))["layers.0.in_proj"].tolist() for draw in range(20)]

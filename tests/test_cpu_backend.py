@@ -161,12 +161,13 @@ def test_rows_longer_than_a_block(rows: int, backend: Cpu) -> None:
 class Cancelling(RandomSource):
     """Every output of in_proj is 300 products of 2^51 to 2^52, the same with the other sign, and a rest of about 2^30."""
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> arith.F32Array:
         rng = np.random.default_rng(3)
         if name == "layers.0.in_proj.weight":
             codes = rng.integers(2**21, 2**22, (2400, 300))
             rest = rng.integers(-1, 2, codes.shape) * (np.arange(300) < 4)
-            return np.ldexp(np.concatenate([codes, rest - codes], axis=1), -22).astype(np.float32)
+            weight: arith.F32Array = np.ldexp(np.concatenate([codes, rest - codes], axis=1), -22).astype(np.float32)
+            return weight
         if name == "embedding.weight":
             return np.tile(rng.uniform(0.5, 1, (50, 300)).astype(np.float32), 2)
         return np.ones(600, np.float32) if name == "layers.0.norm.weight" else super().read(name)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -41,12 +41,12 @@ def heed_interrupts() -> None:
 
 
 def start(
-    folder: Path, *words: str, group: bool = False, stderr: int = subprocess.PIPE, **variables: str
+    folder: Path, *words: str, group: bool = False, stderr: int = subprocess.PIPE, variables: Mapping[str, str] | None = None
 ) -> "subprocess.Popen[str]":
     """The command, in a folder of its own, with a results file there."""
     command = [sys.executable, "-m", "refmamba", "eval", "--results", "r.sqlite", *words]
     root = str(Path(__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": root, "PYTHONWARNINGS": "default"} | variables
+    environment = os.environ | {"PYTHONPATH": root, "PYTHONWARNINGS": "default"} | dict(variables or {})
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, encoding="utf-8",
         start_new_session=group, preexec_fn=heed_interrupts if os.name == "posix" else None,
@@ -54,7 +54,7 @@ def start(
 
 
 def run(folder: Path, *words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
-    process = start(folder, *words, **variables)
+    process = start(folder, *words, variables=variables)
     out, err = process.communicate(timeout=4 * WAIT)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 

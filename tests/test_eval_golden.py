@@ -11,7 +11,7 @@ from eval_model import write_model
 
 from refmamba.backend import load_backend
 from refmamba.eval_tasks.load import load_sample
-from refmamba.eval_tasks.metrics import PER_DOCUMENT, metrics, perplexity
+from refmamba.eval_tasks.metrics import PER_DOCUMENT, bootstrapped_perplexity, metrics
 from refmamba.eval_tasks.results import Result
 from refmamba.eval_tasks.score import Score, request, requests, score
 from refmamba.eval_tasks.task import Document
@@ -93,8 +93,8 @@ def test_the_edges_hold_a_greedy_hit_and_a_miss() -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_a_perplexity_that_no_float_holds_is_infinite() -> None:
-    assert perplexity([-800.0, -700.0])[0] == math.inf
-    assert perplexity([-2.0, -4.0])[0] == pytest.approx(20.085536923187668)  # e^3
+    assert bootstrapped_perplexity([-800.0, -700.0])[0] == math.inf
+    assert bootstrapped_perplexity([-2.0, -4.0])[0] == pytest.approx(20.085536923187668)  # e^3
 
 
 def test_acc_norm_leaves_the_delimiter_out() -> None:

@@ -11,19 +11,19 @@ from conftest import assert_bits
 
 from refmamba.commands.main import refmamba
 from refmamba.errors import DataError
-from refmamba.paper.outliers import Report, Site, observe
+from refmamba.paper.outliers import Report, SiteStatistics, observe
 from refmamba.paper.plots import plot
 from refmamba.spec.calibrate import WEIGHTS_ONLY
 from refmamba.spec.config import ParameterSource
 from refmamba.spec.mamba1 import Mamba
 from refmamba.spec.parameters import quantize_model
-from refmamba.spec.scheme import parse_scheme
+from refmamba.spec.scheme import LINEAR_LAYERS, parse_scheme
 
 TOKENS = np.random.default_rng(1).integers(0, 50, 30)
 
 
-def site(maxima: list[float]) -> Site:
-    return Site(np.array(maxima, np.float32))
+def site(maxima: list[float]) -> SiteStatistics:
+    return SiteStatistics(np.array(maxima, np.float32))
 
 
 def test_threshold_by_hand() -> None:
@@ -43,8 +43,8 @@ def test_no_channel_of_few_is_beyond_six_deviations() -> None:
 def test_values_are_taken_over_channels_and_tokens() -> None:
     """1, -1, 1, -1 and 5, -5: mean 0, mean square 9, so the band of one deviation is +-3."""
     one = site([0.0, 0.0])
-    one.see(np.float32([[1, 5], [-1, -5]]))
-    one.see(np.float32([[1, 1], [-1, -1]]))
+    one.add(np.array([[1, 5], [-1, -5]], np.float32))
+    one.add(np.array([[1, 1], [-1, -1]], np.float32))
     assert one.threshold(1.0, "values") == pytest.approx(np.sqrt((2 * 25 + 6) / 8))
     assert one.outliers(1.0, "values").tolist() == [1]
     assert one.maxima.tolist() == [1.0, 5.0]
@@ -67,6 +67,15 @@ def test_recurring_channels() -> None:
                      "layers.0.x_proj": site(high)}, 6.0, "channels")  # fmt: skip
     assert report.recurring("in_proj") == {49: 2}
     assert report.recurring("x_proj") == {}
+
+
+def test_figure_1_names_the_outliers(tmp_path: Path) -> None:
+    """On a logarithmic axis: a channel of zeros is left out without a warning."""
+    sites = {f"layers.{i}.{layer}": site([0.0] + [1.0] * 48 + [100.0]) for i in range(2) for layer in LINEAR_LAYERS}
+    plot(Report(sites, 6.0, "channels"), "title", tmp_path / "figure1.svg")
+    drawn = (tmp_path / "figure1.svg").read_text("utf-8")
+    assert drawn.count("<!-- 49 -->") == len(sites)
+    assert "<!-- 48 -->" not in drawn
 
 
 def test_command_prints_json_and_writes_plots(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from refmamba.paper import estimate
 from refmamba.paper.ablation import Row
 from refmamba.paper.estimate import Work, config_of, duration, parameters, plan, work_of, work_on_hub
 from refmamba.paper.outliers import Report
+from refmamba.paper.plots import figure_2
 from refmamba.paper.published import PAPER_TASKS, paper_size
-from refmamba.paper.tables import Cell, ModelTables, cells, guessing, table_1
+from refmamba.paper.tables import Cell, ModelTables, cells, guessing, paired_difference, table_1
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,8 @@ def test_only_published_cells_are_filled_in() -> None:
     assert {name: cell.paper for name, cell in w8.items()} == {
         "lambada": 64.43, "hellaswag": 44.91, "hellaswag acc_norm": None, "average": None}  # fmt: skip
     assert baseline["lambada"].difference == pytest.approx(35.05)
+    assert baseline["lambada"].answers == (1.0, 1.0)  # greedy, so right
+    assert baseline["hellaswag acc_norm"].answers == ()  # the average is that of acc alone
     for model, scheme in (("state-spaces/mamba-130m", "fp32"), ("state-spaces/mamba-1.4b", "int8")):
         assert all(cell.paper is None for cell in cells(model, scheme, outcomes).values())
 
@@ -121,6 +124,30 @@ def test_the_loss_stands_beside_the_papers() -> None:
     tables = {model: ModelTables(model, 1, {}, {}, rows, Report({}, 6.0, "channels")) for model in ("mamba-130m", "small")}
     assert tables["mamba-130m"].loss == Cell(15.0, 2.0, 12.61)
     assert tables["small"].loss == Cell(15.0, 2.0, None)
+
+
+def test_the_paired_difference_by_hand() -> None:
+    """copa: 0 1 0 0, so 0.25 with the error sqrt(0.75 / 3) / 2 = 0.25; rte: -1, 0, so -0.5 with sqrt(0.5) / sqrt(2) = 0.5."""
+    row = {"copa": Cell(75.0, 0.0, None, (1.0, 1.0, 0.0, 1.0)), "rte": Cell(50.0, 0.0, None, (0.0, 1.0))}
+    baseline = {"copa": Cell(50.0, 0.0, None, (1.0, 0.0, 0.0, 1.0)), "rte": Cell(100.0, 0.0, None, (1.0, 1.0))}
+    averages = {"average": Cell(0.0, 0.0, None)}
+    difference, stderr = paired_difference(row | averages, baseline | averages)
+    assert difference == pytest.approx(-12.5)
+    assert stderr == pytest.approx(100 * (0.25**2 + 0.5**2) ** 0.5 / 2)
+
+
+def test_figure_2_has_the_schemes_along_its_axis_and_a_mark_for_each_model(tmp_path: Path) -> None:
+    row = {"copa": Cell(50.0, 0.0, None, (1.0, 0.0)), "average": Cell(50.0, 0.0, None)}
+    rows, bits = dict.fromkeys(("fp32", "w8-all", "int8"), row), {"fp32": 1.5, "w8-all": 1.4999, "int8": 1.7}
+    models = [
+        ModelTables(name, size, rows, bits, [], Report({}, 6.0, "channels")) for name, size in (("large", 9), ("tiny", 4))
+    ]
+    figure_2(models, 50.0, tmp_path / "figure2.svg")
+    drawn = (tmp_path / "figure2.svg").read_text("utf-8")
+    for text in ("w8-all", "int8", "tiny; under fp32 50.0 % are right, 1.5000 bits per byte"):
+        assert f"<!-- {text} -->" in drawn
+    assert drawn.index("<!-- tiny;") < drawn.index("<!-- large;")
+    assert "<!-- fp32 -->" not in drawn
 
 
 def test_guessing_counts_nothing_where_there_are_no_choices() -> None:

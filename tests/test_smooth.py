@@ -51,7 +51,7 @@ lodging under our roof.
     ],
 )
 def test_exponents_by_hand(alpha: float, activation: float, weight: float, k: int) -> None:
-    assert exponents(np.float32([activation]), np.float32([weight]), alpha).tolist() == [k]
+    assert exponents(np.array([activation], np.float32), np.array([weight], np.float32), alpha).tolist() == [k]
 
 
 def smoothed_fp32(source: ParameterSource, alpha: Mapping[str, float]) -> QuantizedModel:
@@ -73,7 +73,7 @@ def test_smoothing_leaves_the_function(tiny: ParameterSource, alpha: dict[str, f
 
 def read(model: QuantizedModel, name: str) -> F32Array:
     param = model.params[name]
-    return param if isinstance(param, np.ndarray) else np.float32(param.q)
+    return param if isinstance(param, np.ndarray) else param.q.astype(np.float32)
 
 
 @dataclass(frozen=True)

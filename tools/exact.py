@@ -7,11 +7,11 @@ rounded to float32, half to even, by `rounded`. Slow, and plain enough to be che
 import math
 from fractions import Fraction
 
-Row = list[float]
+Floats = list[float]
 
 
 def rounded(x: Fraction, like: float = 0.0) -> float:
-    """To float32, half to even. Beyond the largest: infinity. A result of zero has the sign of `like`."""
+    """x rounded to float32, half to even; infinity beyond the largest float32. A result of zero has the sign of `like`."""
     if x == 0:
         return math.copysign(0.0, like)
     e = x.numerator.bit_length() - x.denominator.bit_length()
@@ -26,13 +26,13 @@ def rounded(x: Fraction, like: float = 0.0) -> float:
     return math.copysign(float(y), x)
 
 
-def _usual(*values: float) -> bool:
+def _finite(*values: float) -> bool:
     return all(math.isfinite(v) for v in values)
 
 
 def add(a: float, b: float) -> float:
     """a + b."""
-    return rounded(Fraction(a) + Fraction(b), a + b) if _usual(a, b) else a + b
+    return rounded(Fraction(a) + Fraction(b), a + b) if _finite(a, b) else a + b
 
 
 def sub(a: float, b: float) -> float:
@@ -43,17 +43,17 @@ def sub(a: float, b: float) -> float:
 def mul(a: float, b: float) -> float:
     """a * b."""
     sign = math.copysign(1, a) * math.copysign(1, b)
-    return rounded(Fraction(a) * Fraction(b), sign) if _usual(a, b) else a * b
+    return rounded(Fraction(a) * Fraction(b), sign) if _finite(a, b) else a * b
 
 
 def div(a: float, b: float) -> float:
     """a / b, b not zero."""
     sign = math.copysign(1, a) * math.copysign(1, b)
-    return rounded(Fraction(a) / Fraction(b), sign) if _usual(a, b) else a / b
+    return rounded(Fraction(a) / Fraction(b), sign) if _finite(a, b) else a / b
 
 
 def sqrt(a: float) -> float:
-    """The square root, a positive: 60 more bits than float32 has, and a sticky one, before it is rounded."""
+    """The square root of a positive number, from far more bits than float32 has and a sticky bit, rounded once."""
     x = Fraction(a)
     shift = 400
     root = math.isqrt(int(x * 2**shift))
@@ -118,7 +118,7 @@ def silu(x: float) -> float:
     return div(x, add(1.0, exp(-x)))
 
 
-def tree(x: Row) -> float:
+def tree(x: Floats) -> float:
     """Eq. (6)."""
     width = 1
     while width < len(x):
@@ -130,7 +130,7 @@ def tree(x: Row) -> float:
     return x[0]
 
 
-def absmax(x: Row) -> float:
+def absmax(x: Floats) -> float:
     """Eq. (7): the maximum."""
     m = max(abs(v) for v in x)
     return m if Fraction(m) >= Fraction(1, 2**100) else 0.0
@@ -147,7 +147,7 @@ def quantize(x: float, s: float, bits: int) -> int:
     return round(max(min(Fraction(mul(x, s)), Fraction(largest)), Fraction(-largest)))
 
 
-def fixed_point(x: Row, magnitude_bits: int) -> tuple[list[int], int]:
+def fixed_point(x: Floats, magnitude_bits: int) -> tuple[list[int], int]:
     """Eq. (10), one row."""
     m = absmax(x)
     if not m:
@@ -156,13 +156,13 @@ def fixed_point(x: Row, magnitude_bits: int) -> tuple[list[int], int]:
     return [round(Fraction(v) * Fraction(2) ** exponent) for v in x], exponent
 
 
-def rms_norm(x: Row, weight: Row, eps: float) -> Row:
+def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """Eq. (16), one token."""
     root = sqrt(add(div(tree([mul(v, v) for v in x]), float(len(x))), f32(eps)))
     return [mul(div(v, root), w) for v, w in zip(x, weight, strict=True)]
 
 
-def conv1d(x: Row, state: Row, taps: Row, bias: float | None) -> tuple[Row, Row]:
+def conv1d(x: Floats, state: Floats, taps: Floats, bias: float | None) -> tuple[Floats, Floats]:
     """Eq. (17), one channel."""
     padded, out = state + x, []
     for t in range(len(x)):
@@ -173,7 +173,7 @@ def conv1d(x: Row, state: Row, taps: Row, bias: float | None) -> tuple[Row, Row]
     return out, padded[len(x) :]
 
 
-def scan(u: Row, delta: Row, A: Row, B: list[Row], C: list[Row], D: float, h: Row) -> tuple[Row, Row]:
+def scan(u: Floats, delta: Floats, A: Floats, B: list[Floats], C: list[Floats], D: float, h: Floats) -> tuple[Floats, Floats]:
     """Eq. (20, 21, 22), one channel."""
     out = []
     for t in range(len(u)):
@@ -183,7 +183,7 @@ def scan(u: Row, delta: Row, A: Row, B: list[Row], C: list[Row], D: float, h: Ro
     return out, h
 
 
-def log_softmax(x: Row) -> Row:
+def log_softmax(x: Floats) -> Floats:
     """Eq. (25), one row."""
     shifted = [sub(v, max(x)) for v in x]
     total = log(tree([exp(v) for v in shifted]))

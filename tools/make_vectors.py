@@ -5,6 +5,7 @@ tiny:       the tiny generated model, and the SHA-256 of its logits under each s
 small:      the SHA-256 of the logits of the small model inside the package, to be written again when it is retrained.
 """
 
+import hashlib
 import json
 import platform
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import exact
-import mpmath  # type: ignore[import-untyped]
+import mpmath
 import numpy as np
 
 from refmamba.conformance.models import SCHEMES, sha256_of
@@ -41,14 +42,14 @@ vectors: dict[str, list[dict[str, Any]]] = {}
 
 
 def array(x: Any) -> F32Array:
-    """float32; a Python float that is none is rounded once."""
+    """A float32 array; a Python float is rounded once."""
     return np.array(x, np.float32)
 
 
 def add(
     operation: str, name: str, source: str, arguments: list[Any], result: Any, comment: str, compare: str = "exact"
 ) -> None:
-    """One vector."""
+    """Add a vector to those of its operation."""
     vectors.setdefault(operation, []).append({
         "name": name, "source": source, "comment": comment, "compare": compare,
         "arguments": [encode(a) for a in arguments], "result": encode(result),
@@ -56,19 +57,19 @@ def add(
 
 
 def raises(operation: str, name: str, arguments: list[Any], comment: str) -> None:
-    """A vector whose result is a NonFiniteError."""
+    """Add a vector whose result is a NonFiniteError."""
     add(operation, name, HAND, arguments, None, comment)
     vectors[operation][-1]["result"] = {"raises": "NonFiniteError"}
 
 
-def each(f: Callable[..., float], *xs: F32Array) -> F32Array:
+def elementwise(f: Callable[..., float], *xs: F32Array) -> F32Array:
     """A scalar function of exact.py over arrays."""
     values = [f(*(float(v) for v in row)) for row in zip(*(x.ravel() for x in xs), strict=True)]
     return array(values).reshape(xs[0].shape)
 
 
 def generator(seed: int) -> np.random.Generator:
-    """The inputs' source."""
+    """The random numbers of the inputs."""
     return np.random.Generator(np.random.PCG64(seed))
 
 
@@ -84,7 +85,7 @@ def near(*points: float) -> F32Array:
 
 
 def functions() -> None:
-    """exp, log, log1p, softplus, silu, tree_sum."""
+    """Vectors of exp, log, log1p, softplus, silu, tree_sum."""
     r, inf, nan = generator(1), np.inf, np.nan
     tiny = [2.0**-149, 2.0**-126, -(2.0**-149), -(2.0**-130)]
     specials = array([0.0, -0.0, *tiny, 1.0, -1.0, 128.0, -128.0, inf, -inf, nan])
@@ -102,10 +103,17 @@ def functions() -> None:
                  r.uniform(-88, 90, 100).astype(np.float32), 3),
     }  # fmt: skip
     mpmath.mp.prec = 120
-    for name, (f, true, edges, usual, ulp) in cases.items():
-        add(name, "edges", FRACTIONS, [edges], each(f, edges), "specials, thresholds and their neighbours")
-        add(name, "usual", FRACTIONS, [usual], each(f, usual), "a library's function or a fused multiply-add differs here")
-        add(name, "accuracy", MPMATH, [usual], array([float(true(mpmath.mpf(float(x)))) for x in usual]),
+    for name, (f, true, edges, ordinary, ulp) in cases.items():
+        add(name, "edges", FRACTIONS, [edges], elementwise(f, edges), "specials, thresholds and their neighbours")
+        add(
+            name,
+            "usual",
+            FRACTIONS,
+            [ordinary],
+            elementwise(f, ordinary),
+            "a library's function or a fused multiply-add differs here",
+        )
+        add(name, "accuracy", MPMATH, [ordinary], array([float(true(mpmath.mpf(float(x)))) for x in ordinary]),
             "the correctly rounded value, within the SPEC's bound", f"ulp:{ulp}")  # fmt: skip
     add(
         "exp",
@@ -128,7 +136,7 @@ def functions() -> None:
 
 
 def codes() -> None:
-    """absmax, scale_of, quantize, code, code_static, fixed_point, pack4, unpack4."""
+    """Vectors of absmax, scale_of, quantize, code, code_static, fixed_point, pack4, unpack4."""
     r, below = generator(2), float(np.nextafter(np.float32(2.0**-100), np.float32(0)))
     x = array([[1, -3, 2], [0, -0.0, 0], [below, -below, 0], [2.0**-100, 0, 0]])
     add("absmax", "per tensor", HAND, [x, "site"], array(3), "the largest magnitude is a negative value's")
@@ -141,7 +149,7 @@ def codes() -> None:
         raises("code_static", name, [array([[1, bad]]), array(1), 8, "site"], "no codes")
     m = np.concatenate([array([0, 2.0**-100, 1, 3, 127, 3.4e38]), np.abs(normal(r, 4))])
     for bits in WIDTHS:
-        add("scale_of", f"{bits} bits", FRACTIONS, [m, bits], each(lambda v, b=bits: exact.scale(v, b), m),
+        add("scale_of", f"{bits} bits", FRACTIONS, [m, bits], elementwise(lambda v, b=bits: exact.scale(v, b), m),
             "divided once; 1 where the maximum is zero")  # fmt: skip
         largest = 2 ** (bits - 1) - 1
         ties = array([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 0.49999997, 1e9, -1e9, -0.0, largest - 0.5, largest + 0.5, largest])
@@ -165,24 +173,24 @@ def codes() -> None:
                       for row, s in zip(rows, scale.tolist(), strict=True)], kind)  # fmt: skip
         add("code", f"{bits} bits, per row", FRACTIONS, [rows, bits, "site", "per_row"], Codes(q, scale, bits),
             "a row of zeros and one of subnormals have scale 1 and no other code than 0")  # fmt: skip
-        whole = normal(r, 3, 5)
-        s = exact.scale(exact.absmax(whole.ravel().tolist()), bits)
-        q = np.array([[exact.quantize(v, s, bits) for v in row] for row in whole.tolist()], kind)
+        matrix = normal(r, 3, 5)
+        s = exact.scale(exact.absmax(matrix.ravel().tolist()), bits)
+        q = np.array([[exact.quantize(v, s, bits) for v in row] for row in matrix.tolist()], kind)
         add(
             "code",
             f"{bits} bits, per tensor",
             FRACTIONS,
-            [whole, bits, "site", "per_tensor"],
+            [matrix, bits, "site", "per_tensor"],
             Codes(q, array(s), bits),
             "one scale",
         )
         s = exact.scale(1.25, bits)
-        q = np.array([[exact.quantize(v, s, bits) for v in row] for row in whole.tolist()], kind)
+        q = np.array([[exact.quantize(v, s, bits) for v in row] for row in matrix.tolist()], kind)
         add(
             "code_static",
             f"{bits} bits",
             FRACTIONS,
-            [whole, array(1.25), bits, "site"],
+            [matrix, array(1.25), bits, "site"],
             Codes(q, array(s), bits),
             "larger values saturate",
         )
@@ -208,14 +216,14 @@ def codes() -> None:
     packed = np.array([[0xF1, 0x07], [0x08, 0x09]], np.uint8)
     add("pack4", "odd columns", HAND, [q4], packed, "the even column in the low half, a half of zero at the end")
     add("unpack4", "odd columns", HAND, [packed, 3], q4, "the inverse, signs kept")
-    every = np.arange(-8, 8, dtype=np.int8)[None]
+    all_codes = np.arange(-8, 8, dtype=np.int8)[None]
     packed = np.array([[0x98, 0xBA, 0xDC, 0xFE, 0x10, 0x32, 0x54, 0x76]], np.uint8)
-    add("pack4", "every code", HAND, [every], packed, "all sixteen")
-    add("unpack4", "every code", HAND, [packed, 16], every, "all sixteen")
+    add("pack4", "every code", HAND, [all_codes], packed, "all sixteen")
+    add("unpack4", "every code", HAND, [packed, 16], all_codes, "all sixteen")
 
 
 def products() -> None:
-    """integer_product and rescale."""
+    """Vectors of integer_product and rescale."""
     r = generator(3)
 
     def codes_of(bits: int, rows: int, k: int, scale: Any = 1.0) -> Codes:
@@ -231,7 +239,7 @@ def products() -> None:
         return np.array(rows, np.float64)
 
     def split(x: FixedPoint, w: FixedPoint) -> Any:
-        def one(p: list[int], q: list[int]) -> float:
+        def in_blocks(p: list[int], q: list[int]) -> float:
             total = 0.0
             for start in range(0, len(p), 4096):
                 lo = [(v + 2048) % 4096 - 2048 for v in q[start : start + 4096]]
@@ -241,11 +249,11 @@ def products() -> None:
                 total += float(high * 4096 + low)
             return total
 
-        return np.array([[one(p, q) for q in w.q.tolist()] for p in x.q.tolist()], np.float64)
+        return np.array([[in_blocks(p, q) for q in w.q.tolist()] for p in x.q.tolist()], np.float64)
 
     def product(name: str, x: Any, w: Any, comment: str) -> None:
-        both = isinstance(x, FixedPoint) and isinstance(w, FixedPoint)
-        add("integer_product", name, FRACTIONS, [x, w], split(x, w) if both else integer(x, w), comment, "value")
+        fixed_by_fixed = isinstance(x, FixedPoint) and isinstance(w, FixedPoint)
+        add("integer_product", name, FRACTIONS, [x, w], split(x, w) if fixed_by_fixed else integer(x, w), comment, "value")
 
     for k in (1, 3, 48, 97):
         product(f"8 by 8 bits, K = {k}", codes_of(8, 2, k), codes_of(8, 3, k), "any length; 48 is the largest dt_rank")
@@ -280,11 +288,11 @@ def products() -> None:
         out = np.empty(acc.shape, np.float32)
         for i in range(acc.shape[0]):
             for j in range(acc.shape[1]):
-                e = sum(int(c.exponent[at]) for c, at in ((x, i), (w, j)) if isinstance(c, FixedPoint))
+                e = sum(int(c.exponent[row]) for c, row in ((x, i), (w, j)) if isinstance(c, FixedPoint))
                 y = exact.rounded(Fraction(float(acc[i, j])) / Fraction(2) ** e)
                 scales = [
-                    float(c.scale if c.scale.ndim == 0 else c.scale[at, 0])
-                    for c, at in ((x, i), (w, j))
+                    float(c.scale if c.scale.ndim == 0 else c.scale[row, 0])
+                    for c, row in ((x, i), (w, j))
                     if isinstance(c, Codes)
                 ]
                 if scales:
@@ -294,17 +302,17 @@ def products() -> None:
 
     acc = r.integers(-(2**52), 2**52, (2, 3)).astype(np.float64)
     small = np.array([[2**24 + 1, 2**24 + 3, -(2**25) - 2], [0, 1, -1]], np.float64)
-    one, row, column = array(37.43), array([[3.7], [0.11]]), array([[12.7], [0.9], [55.5]])
+    single, of_tokens, of_rows = array(37.43), array([[3.7], [0.11]]), array([[12.7], [0.9], [55.5]])
     e2, e3 = np.array([29, -98], np.int32), np.array([21, 126, 3], np.int32)
     q2, q3 = np.zeros((2, 1), np.int32), np.zeros((3, 1), np.int32)
     b2, b3 = q2.astype(np.int8), q3.astype(np.int8)
     sides: dict[str, tuple[Any, Any]] = {
         "fixed, fixed": (FixedPoint(q2, e2), FixedPoint(q3, e3)),
-        "fixed, one scale": (FixedPoint(q2, e2), Codes(b3, one, 8)),
-        "fixed, a scale a row": (FixedPoint(q2, e2), Codes(b3, column, 8)),
-        "one scale, one scale": (Codes(b2, array(0.3), 8), Codes(b3, one, 8)),
-        "a scale a token, a scale a row": (Codes(b2, row, 8), Codes(b3, column, 8)),
-        "one scale, fixed": (Codes(b2, one, 8), FixedPoint(q3, e3)),
+        "fixed, one scale": (FixedPoint(q2, e2), Codes(b3, single, 8)),
+        "fixed, a scale a row": (FixedPoint(q2, e2), Codes(b3, of_rows, 8)),
+        "one scale, one scale": (Codes(b2, array(0.3), 8), Codes(b3, single, 8)),
+        "a scale a token, a scale a row": (Codes(b2, of_tokens, 8), Codes(b3, of_rows, 8)),
+        "one scale, fixed": (Codes(b2, single, 8), FixedPoint(q3, e3)),
     }
     for name, (x, w) in sides.items():
         for size, a in (("large", acc), ("small", small)):
@@ -325,7 +333,7 @@ def products() -> None:
 
 
 def block() -> None:
-    """The operations of a block and of the head."""
+    """Vectors of the operations of a block and of the head."""
     r = generator(4)
     table = normal(r, 5, 3)
     tokens = np.array([4, 0, 4], np.int64)
@@ -391,7 +399,7 @@ def block() -> None:
     )
     add("step_size", "usual", FRACTIONS, [dt, bias_row], result, "the bias once, before softplus")
     A_log = normal(r, 4, 5)
-    add("state_matrix", "usual", FRACTIONS, [A_log], each(lambda v: -exact.exp(v), A_log), "-exp(A_log)")
+    add("state_matrix", "usual", FRACTIONS, [A_log], elementwise(lambda v: -exact.exp(v), A_log), "-exp(A_log)")
     add("state_matrix", "by hand", HAND, [array([[0, -0.0, -100]])], array([[-1, -1, -0.0]]), "-e^0 = -1")
     for length, e, n in ((1, 3, 16), (5, 2, 6), (3, 2, 1)):
         delta, A, B, C, u = (
@@ -406,7 +414,7 @@ def block() -> None:
                 for t in range(length)
             ]
         )
-        du = each(exact.mul, delta, u)
+        du = elementwise(exact.mul, delta, u)
         Bu = array([[[exact.mul(float(du[t, c]), float(B[t, s])) for s in range(n)] for c in range(e)] for t in range(length)])
         add(
             "discretize",
@@ -425,7 +433,7 @@ def block() -> None:
         "decay", np.zeros((5, 1), np.float32), slow, array([[-1, -1.0625]]), ones, ones, array([1]), array([[1, -(2.0**10)]])
     )
     y, z = normal(r, 3, 5), normal(r, 3, 5) * array(6)
-    add("gate", "usual", FRACTIONS, [y, z], each(lambda a, b: exact.mul(a, exact.silu(b)), y, z), "y silu(z)")
+    add("gate", "usual", FRACTIONS, [y, z], elementwise(lambda a, b: exact.mul(a, exact.silu(b)), y, z), "y silu(z)")
     add("gate", "by hand", HAND, [array([[3, 2]]), array([[0, 100]])], array([[0, 200]]), "silu(0) = 0, silu(100) = 100")
     logits = normal(r, 3, 50) * array(5)
     add(
@@ -456,7 +464,7 @@ def block() -> None:
 def scan_case(
     name: str, u: F32Array, delta: F32Array, A: F32Array, B: F32Array, C: F32Array, D: F32Array, h: F32Array
 ) -> None:  # fmt: skip
-    """One selective_scan vector."""
+    """Add a vector of selective_scan."""
     channels = [
         exact.scan(u[:, c].tolist(), delta[:, c].tolist(), A[c].tolist(), B.tolist(), C.tolist(), float(D[c]), h[c].tolist())
         for c in range(len(A))
@@ -473,7 +481,7 @@ def scan_case(
 
 
 def write_operations() -> None:
-    """tests/vectors/operations."""
+    """Write tests/vectors/operations."""
     functions()
     codes()
     products()
@@ -487,7 +495,7 @@ def write_operations() -> None:
 
 
 def write_tiny() -> None:
-    """tests/vectors/tiny: the model, its calibration, and what comes out."""
+    """Write tests/vectors/tiny: the model, its calibration, and what comes out."""
     import torch
     import transformers
     from safetensors.numpy import save_file
@@ -526,21 +534,21 @@ def write_tiny() -> None:
         logits, _ = runner.prefill([np.array(s) for s in TINY_SEQUENCES], logits="all")
         hashes[name] = sha256_of(logits)
     torch.set_default_dtype(torch.float64)
-    theirs_model: Any = transformers.MambaForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    theirs_model.eval()
+    peer: Any = transformers.MambaForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    peer.eval()
     with torch.no_grad():
-        logits64 = theirs_model(torch.tensor([TINY_SEQUENCES[0]]), use_cache=False).logits[0, -8:].double().numpy()
-    theirs = {
+        logits64 = peer(torch.tensor([TINY_SEQUENCES[0]]), use_cache=False).logits[0, -8:].double().numpy()
+    from_transformers = {
         "source": f"independent:transformers {transformers.__version__}, float64", "compare": "close:1e-5", "sequence": 0,
         "result": encode(logits64),
     }  # fmt: skip
     frozen = {"source": "spec", "compare": "exact", "schemes": hashes}
-    expected = {"format": 1, "sequences": TINY_SEQUENCES, "logits_sha256": frozen, "fp32_last_8": theirs}
+    expected = {"format": 1, "sequences": TINY_SEQUENCES, "logits_sha256": frozen, "fp32_last_8": from_transformers}
     (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
 
 
 def write_small() -> None:
-    """tests/vectors/small.json."""
+    """Write tests/vectors/small.json."""
     from refmamba.run.session import ModelChoice, open_model
 
     tokens = [row[:24] for row in TINY_SEQUENCES]
@@ -550,8 +558,6 @@ def write_small() -> None:
         model = opened.quantized(opened.scheme)
         hashes[name] = sha256_of(Mamba(model).prefill([np.array(row) for row in tokens], logits="all")[0])
     weights = resources.files("refmamba") / "small_model" / "model.safetensors"
-    import hashlib
-
     value = {"format": 1, "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(), "sequences": tokens,
              "logits_sha256": {"source": "spec", "compare": "exact", "schemes": hashes}}  # fmt: skip
     (FOLDER / "small.json").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
@@ -559,5 +565,5 @@ def write_small() -> None:
 
 if __name__ == "__main__":
     parts = {"operations": write_operations, "tiny": write_tiny, "small": write_small}
-    for chosen in sys.argv[1:] or ["operations", "tiny"]:
-        parts[chosen]()
+    for part in sys.argv[1:] or ["operations", "tiny"]:
+        parts[part]()

@@ -34,9 +34,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor, nn
 
 EOS = "<|endoftext|>"
-STATE = 16  # d_state: one 512-bit register of float32, fixed at compile time so that the inner loops vectorise
-BLOCK = 8  # channels that one pass of the scan takes through time
-TAPS = 4  # d_conv
+D_STATE = 16  # one 512-bit register of float32, fixed at compile time so that the inner loops vectorise
+SCAN_CHANNELS = 8  # channels that one pass of the scan takes through time
+D_CONV = 4  # taps of the convolution
 
 # ----------------------------------------------------------------------------------------------------------- the text
 
@@ -63,13 +63,13 @@ def detokenize(text: str) -> str:
     return "\n\n".join(" ".join(p) for p in paragraphs if p)
 
 
-def refill(block: str) -> str:
+def refill(paragraph: str) -> str:
     """A prose paragraph wrapped to WIDTH columns; verse, contents and other indented matter as it is."""
-    lines = block.split("\n")
+    lines = paragraph.split("\n")
     prose = len(lines) == 1 or (not any(line.startswith("  ") for line in lines[1:]) and min(map(len, lines[:-1])) >= 45)
     if not prose:
         return "\n".join(line.rstrip() for line in lines)
-    return textwrap.fill(" ".join(block.split()), WIDTH, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(" ".join(paragraph.split()), WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def clean(raw: str) -> str:
@@ -173,7 +173,7 @@ def _sigmoid(x):  # type: ignore[no-untyped-def]
 
 @jit
 def conv_forward(x, w, bias, out):  # type: ignore[no-untyped-def]
-    """out[t] = silu(bias + sum_k w[k] x[t+k]), x padded in front by TAPS-1 rows."""
+    """out[t] = silu(bias + sum_k w[k] x[t+k]), x padded in front by D_CONV-1 rows."""
     batch, length, width = out.shape
     for b in numba.prange(batch):
         for t in range(length):
@@ -185,40 +185,40 @@ def conv_forward(x, w, bias, out):  # type: ignore[no-untyped-def]
 
 @jit
 def conv_backward(x, w, bias, gout, gx, gw):  # type: ignore[no-untyped-def]
-    """gx (rows of the padding included) and gw[b]: TAPS rows for the taps, one for the bias."""
+    """gx (rows of the padding included) and gw[b]: D_CONV rows for the taps, one for the bias."""
     batch, length, width = gout.shape
     for b in numba.prange(batch):
-        g = np.zeros((length + 2 * TAPS - 2, width), np.float32)  # gradient before silu, zeros on both sides
+        g = np.zeros((length + 2 * D_CONV - 2, width), np.float32)  # gradient before silu, zeros on both sides
         for t in range(length):
             for d in range(width):
                 p = bias[d] + w[0, d] * x[b, t, d] + w[1, d] * x[b, t + 1, d]
                 p += w[2, d] * x[b, t + 2, d] + w[3, d] * x[b, t + 3, d]
                 s = _sigmoid(p)
-                g[t + TAPS - 1, d] = gout[b, t, d] * s * (_1 + p * (_1 - s))
-        for t in range(length + TAPS - 1):
+                g[t + D_CONV - 1, d] = gout[b, t, d] * s * (_1 + p * (_1 - s))
+        for t in range(length + D_CONV - 1):
             for d in range(width):
                 acc = w[0, d] * g[t + 3, d] + w[1, d] * g[t + 2, d]
                 gx[b, t, d] = acc + w[2, d] * g[t + 1, d] + w[3, d] * g[t, d]
         for t in range(length):
-            for k in range(TAPS):
+            for k in range(D_CONV):
                 for d in range(width):
-                    gw[b, k, d] += g[t + TAPS - 1, d] * x[b, t + k, d]
+                    gw[b, k, d] += g[t + D_CONV - 1, d] * x[b, t + k, d]
             for d in range(width):
-                gw[b, TAPS, d] += g[t + TAPS - 1, d]
+                gw[b, D_CONV, d] += g[t + D_CONV - 1, d]
 
 
 @jit
 def scan_forward(u, delta, a, bm, cm, skip, h, y):  # type: ignore[no-untyped-def]
-    """h = exp(delta a) h + delta u B, y = C.h + skip u; h (batch, width, STATE) is updated in place."""
+    """h = exp(delta a) h + delta u B, y = C.h + skip u; h (batch, width, D_STATE) is updated in place."""
     batch, length, width = u.shape
     for b in numba.prange(batch):
-        for d0 in range(0, width, BLOCK):
+        for d0 in range(0, width, SCAN_CHANNELS):
             for t in range(length):
-                for d in range(d0, d0 + BLOCK):
+                for d in range(d0, d0 + SCAN_CHANNELS):
                     dl = delta[b, t, d]
                     du = dl * u[b, t, d]
                     acc = _0
-                    for n in range(STATE):
+                    for n in range(D_STATE):
                         hn = _exp(dl * a[d, n]) * h[b, d, n] + du * bm[b, t, n]
                         h[b, d, n] = hn
                         acc += hn * cm[b, t, n]
@@ -227,35 +227,35 @@ def scan_forward(u, delta, a, bm, cm, skip, h, y):  # type: ignore[no-untyped-de
 
 @jit
 def scan_backward(u, delta, a, bm, cm, skip, h0, gy, gu, gdelta, ga, gbm, gcm, gskip):  # type: ignore[no-untyped-def]
-    """Gradients of scan_forward; the states are recomputed, BLOCK channels at a time. ga, gskip: one row a sequence."""
+    """Gradients of scan_forward; the states are recomputed, SCAN_CHANNELS channels at a time. ga, gskip: one row a sequence."""
     batch, length, width = u.shape
     for b in numba.prange(batch):
-        hs = np.empty((length + 1, BLOCK, STATE), np.float32)
-        decay = np.empty((length, BLOCK, STATE), np.float32)
-        g = np.empty((BLOCK, STATE), np.float32)
-        for d0 in range(0, width, BLOCK):
-            for i in range(BLOCK):
-                for n in range(STATE):
+        hs = np.empty((length + 1, SCAN_CHANNELS, D_STATE), np.float32)
+        decay = np.empty((length, SCAN_CHANNELS, D_STATE), np.float32)
+        g = np.empty((SCAN_CHANNELS, D_STATE), np.float32)
+        for d0 in range(0, width, SCAN_CHANNELS):
+            for i in range(SCAN_CHANNELS):
+                for n in range(D_STATE):
                     hs[0, i, n] = h0[b, d0 + i, n]
                     g[i, n] = _0
             for t in range(length):
-                for i in range(BLOCK):
+                for i in range(SCAN_CHANNELS):
                     dl = delta[b, t, d0 + i]
                     du = dl * u[b, t, d0 + i]
-                    for n in range(STATE):
+                    for n in range(D_STATE):
                         e = _exp(dl * a[d0 + i, n])
                         decay[t, i, n] = e
                         hs[t + 1, i, n] = e * hs[t, i, n] + du * bm[b, t, n]
             for t in range(length - 1, -1, -1):
-                for i in range(BLOCK):
+                for i in range(SCAN_CHANNELS):
                     d = d0 + i
                     dl, x, dy = delta[b, t, d], u[b, t, d], gy[b, t, d]
                     du = dl * x
                     s1 = _0
                     s2 = _0
-                    for n in range(STATE):
+                    for n in range(D_STATE):
                         gcm[b, t, n] += dy * hs[t + 1, i, n]
-                    for n in range(STATE):
+                    for n in range(D_STATE):
                         gn = g[i, n] + dy * cm[b, t, n]
                         e = gn * decay[t, i, n]
                         g[i, n] = e
@@ -274,18 +274,18 @@ class ConvSilu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         w = weight.detach()[:, 0].t().contiguous()
         ctx.save_for_backward(x, w, bias)
-        out = x.new_empty(x.shape[0], x.shape[1] - TAPS + 1, x.shape[2])
+        out = x.new_empty(x.shape[0], x.shape[1] - D_CONV + 1, x.shape[2])
         conv_forward(x.numpy(), w.numpy(), bias.detach().numpy(), out.numpy())
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, w, bias = ctx.saved_tensors
-        gx, gw = torch.empty_like(x), x.new_zeros(x.shape[0], TAPS + 1, x.shape[2])
+        gx, gw = torch.empty_like(x), x.new_zeros(x.shape[0], D_CONV + 1, x.shape[2])
         gout = grads[0].contiguous().numpy()
         conv_backward(x.numpy(), w.numpy(), bias.detach().numpy(), gout, gx.numpy(), gw.numpy())
         total = gw.sum(0)
-        return gx, total[:TAPS].t().unsqueeze(1).contiguous(), total[TAPS]
+        return gx, total[:D_CONV].t().unsqueeze(1).contiguous(), total[D_CONV]
 
 
 class SelectiveScan(torch.autograd.Function):
@@ -315,7 +315,7 @@ selective_scan: Any = SelectiveScan.apply
 
 # ---------------------------------------------------------------------------------------------------------- the model
 
-State = list[tuple[Tensor, Tensor]]  # for each layer: the last TAPS-1 inputs of the convolution, and h
+States = list[tuple[Tensor, Tensor]]  # for each layer: the last D_CONV-1 inputs of the convolution, and h
 
 
 class RMSNorm(nn.Module):
@@ -334,11 +334,11 @@ class Mixer(nn.Module):
         super().__init__()
         self.d_inner, self.dt_rank = d_inner, dt_rank
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
-        self.conv1d = nn.Conv1d(d_inner, d_inner, TAPS, groups=d_inner)
-        self.x_proj = nn.Linear(d_inner, dt_rank + 2 * STATE, bias=False)
+        self.conv1d = nn.Conv1d(d_inner, d_inner, D_CONV, groups=d_inner)
+        self.x_proj = nn.Linear(d_inner, dt_rank + 2 * D_STATE, bias=False)
         self.dt_proj = nn.Linear(dt_rank, d_inner)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
-        self.A_log = nn.Parameter(torch.arange(1.0, STATE + 1).log().repeat(d_inner, 1))
+        self.A_log = nn.Parameter(torch.arange(1.0, D_STATE + 1).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
         with torch.no_grad():
             self.out_proj.weight /= math.sqrt(n_layer)
@@ -350,10 +350,10 @@ class Mixer(nn.Module):
         u, z = self.in_proj(x).split(self.d_inner, -1)
         window = torch.cat([state[0], u.float()], 1)
         u = conv_silu(window, self.conv1d.weight, self.conv1d.bias)
-        dt, b, c = self.x_proj(u).split([self.dt_rank, STATE, STATE], -1)
+        dt, b, c = self.x_proj(u).split([self.dt_rank, D_STATE, D_STATE], -1)
         delta = F.softplus(F.linear(dt, self.dt_proj.weight).float() + self.dt_proj.bias)
         y, h = selective_scan(u, delta, -torch.exp(self.A_log), b.float(), c.float(), self.D, state[1])
-        return self.out_proj(y * F.silu(z)), (window[:, 1 - TAPS :].detach(), h)
+        return self.out_proj(y * F.silu(z)), (window[:, 1 - D_CONV :].detach(), h)
 
 
 class Layer(nn.Module):
@@ -379,13 +379,13 @@ class Mamba(nn.Module):
         self.backbone = Backbone(vocab_size, d_model, n_layer, self.d_inner, self.dt_rank)
         nn.init.normal_(self.backbone.embeddings.weight, std=0.02)
 
-    def new_state(self, batch: int) -> State:
+    def new_state(self, batch: int) -> States:
         width = self.d_inner
-        return [(torch.zeros(batch, TAPS - 1, width), torch.zeros(batch, width, STATE)) for _ in self.backbone.layers]
+        return [(torch.zeros(batch, D_CONV - 1, width), torch.zeros(batch, width, D_STATE)) for _ in self.backbone.layers]
 
-    def forward(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+    def forward(self, tokens: Tensor, state: States) -> tuple[Tensor, States]:
         x = self.backbone.embeddings(tokens)
-        new: State = []
+        new: States = []
         for layer, before in zip(self.backbone.layers, state, strict=True):
             y, after = layer.mixer(layer.norm(x), before)  # type: ignore[operator]
             x = x + F.dropout(y.float(), self.dropout, self.training)
@@ -453,15 +453,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model: Mamba, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    matrices, decayed, rest = [], [], []
+    matrices, decayed, undecayed = [], [], []
     for name, p in model.named_parameters():
         if name.endswith(("in_proj.weight", "out_proj.weight", "x_proj.weight")):
             matrices.append(p)
         elif name.endswith(("embeddings.weight", "dt_proj.weight")):
             decayed.append(p)
         else:
-            rest.append(p)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+            undecayed.append(p)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     built = [
         Muon(matrices, lr=lr, weight_decay=weight_decay),
         torch.optim.AdamW(groups, lr=lr * 0.15, betas=(0.9, 0.98), eps=1e-10),
@@ -567,7 +567,7 @@ def config(model: Mamba, dtype: str) -> dict[str, Any]:
     return {
         "architectures": ["MambaForCausalLM"],
         "bos_token_id": 0,
-        "conv_kernel": TAPS,
+        "conv_kernel": D_CONV,
         "dtype": dtype,
         "eos_token_id": 0,
         "expand": 2,
@@ -581,7 +581,7 @@ def config(model: Mamba, dtype: str) -> dict[str, Any]:
         "pad_token_id": 0,
         "rescale_prenorm_residual": False,
         "residual_in_fp32": True,
-        "state_size": STATE,
+        "state_size": D_STATE,
         "tie_word_embeddings": True,
         "time_step_floor": 0.0001,
         "time_step_init_scheme": "random",

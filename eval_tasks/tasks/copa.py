@@ -8,12 +8,12 @@ The metric     acc: the likelier choice
 """
 
 from refmamba.errors import DataError
-from refmamba.eval_tasks.task import Document, HubFile, Row, Task, choices
+from refmamba.eval_tasks.task import DataRow, Document, HubFile, Task, choices
 
 CONNECTORS = {"cause": "because", "effect": "therefore"}
 
 
-def document(row: Row) -> Document:
+def document(row: DataRow) -> Document:
     """The premise without its full stop and a connector, and two choices."""
     question = row.text("question")
     if question not in CONNECTORS:

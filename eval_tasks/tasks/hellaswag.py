@@ -8,7 +8,7 @@ The metrics    acc: the likeliest ending; acc_norm: the likeliest for its length
 
 import re
 
-from refmamba.eval_tasks.task import Document, HubFile, Row, Task, choices
+from refmamba.eval_tasks.task import DataRow, Document, HubFile, Task, choices
 
 LABELS = {str(i): i for i in range(4)}
 
@@ -19,7 +19,7 @@ def clean(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def document(row: Row) -> Document:
+def document(row: DataRow) -> Document:
     """The activity and the beginning, and four endings."""
     beginning = f"{row.maybe_empty('ctx_a')} {row.maybe_empty('ctx_b').capitalize()}"
     context = clean(f"{row.text('activity_label')}: {beginning}")

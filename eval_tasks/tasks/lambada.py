@@ -5,10 +5,10 @@ The prompt     context: all but the last piece of the text, split on single spac
 The metrics    acc: every token of the continuation is the likeliest; perplexity: exp(-mean log-likelihood)
 """
 
-from refmamba.eval_tasks.task import Document, HubFile, Row, Task
+from refmamba.eval_tasks.task import DataRow, Document, HubFile, Task
 
 
-def document(row: Row) -> Document:
+def document(row: DataRow) -> Document:
     """The passage without its last piece, and a space and that piece."""
     *before, last = row.text("text").split(" ")
     return Document(row.where, (" ".join(before),), (" " + last,), 0)

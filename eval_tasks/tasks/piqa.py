@@ -6,10 +6,10 @@ The prompt     context: "Question: To dry wet boots,\nAnswer:"; continuations: "
 The metrics    acc: the likelier solution; acc_norm: the likelier for its length in characters
 """
 
-from refmamba.eval_tasks.task import Document, HubFile, Row, Task, choices
+from refmamba.eval_tasks.task import DataRow, Document, HubFile, Task, choices
 
 
-def document(row: Row) -> Document:
+def document(row: DataRow) -> Document:
     """The goal as a question, and two solutions."""
     solutions = (row.maybe_empty("sol1"), row.maybe_empty("sol2"))
     return choices(row, f"Question: {row.text('goal')}\nAnswer:", solutions, row.label("label", {"0": 0, "1": 1}))

@@ -7,12 +7,12 @@ The prompt     context: "Ann sold her boat in May.\nQuestion: Ann owned a boat. 
 The metric     acc: the likelier answer
 """
 
-from refmamba.eval_tasks.task import Document, HubFile, Row, Task, choices
+from refmamba.eval_tasks.task import DataRow, Document, HubFile, Task, choices
 
 LABELS = {"entailment": 0, "not_entailment": 1, "0": 0, "1": 1}
 
 
-def document(row: Row) -> Document:
+def document(row: DataRow) -> Document:
     """The two texts as a question, and two answers."""
     first, second = row.text("premise", "sentence1"), row.text("hypothesis", "sentence2")
     context = f"{first}\nQuestion: {second} True or False?\nAnswer:"

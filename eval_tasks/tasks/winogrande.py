@@ -7,10 +7,10 @@ The metric     acc: the context after which the continuation is likelier
 """
 
 from refmamba.errors import DataError
-from refmamba.eval_tasks.task import Document, HubFile, Row, Task
+from refmamba.eval_tasks.task import DataRow, Document, HubFile, Task
 
 
-def document(row: Row) -> Document:
+def document(row: DataRow) -> Document:
     """The sentence up to the gap with each option in it, and what follows the gap."""
     before, gap, after = row.text("sentence").partition("_")
     if not gap:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from refmamba.errors import CheckpointError
-from refmamba.formats.weights import BFLOAT16, FLOAT16, FLOAT32, checked, file_shape, no_others, open_weights
+from refmamba.formats.weights import BFLOAT16, FLOAT16, FLOAT32, checked, file_shape, open_weights, refuse_others
 from refmamba.spec.arith import F32Array
 from refmamba.spec.config import MambaConfig
 
@@ -66,10 +66,10 @@ class Checkpoint:
         self.config = config
         for name, shape in self.config.shapes().items():
             checked(folder, self._tensors, name, file_shape(name, shape), FLOAT32, FLOAT16, BFLOAT16)
-        no_others(self._tensors, self.config.shapes())
+        refuse_others(self._tensors, self.config.shapes())
 
     def read(self, name: str) -> F32Array:
-        """One parameter, float32, read-only: a view of the memory map where the file holds that type. Nothing is kept."""
+        """One parameter, float32 and read-only; where the file holds float32, a view of its memory map. Nothing is cached."""
         array = self._tensors[name].array
         if array.dtype == BFLOAT16:  # the upper half of a float32
             array = (array.astype(np.uint32) << 16).view(np.float32)
@@ -99,14 +99,14 @@ def _fields(file: Path, values: dict[str, Any], fields: Fields, only: Only) -> d
     for key, implemented in only.items():
         if values.get(key, implemented[0]) not in implemented:
             raise CheckpointError(f"{file}: {key} is {values[key]!r}; only Mamba-1 with RMS norms is implemented")
-    found = {}
+    arguments = {}
     for field, (key, kind, default) in fields.items():
         value = values.get(key, default)
         if value is None:
             raise CheckpointError(f"{file}: {key} is missing; this is not the config.json of a Mamba, or not all of it")
         if field == "dt_rank" and value == "auto":
-            value = 0  # MambaConfig's word for it
+            value = 0  # what MambaConfig takes for `auto`
         if type(value) is not kind:
             raise CheckpointError(f"{file}: {key} is {value!r}; it must be of type {kind.__name__}")
-        found[field] = value
-    return found
+        arguments[field] = value
+    return arguments

@@ -1,4 +1,4 @@
-"""Files that are never half written: beside the target first, then renamed."""
+"""Files that are never half written: the content goes to a file beside the target, which is then renamed."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from refmamba.errors import CheckpointError, DataError
 
 
 def write_file(file: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file beside `file`, then rename it. Raises DataError where that cannot be written."""
+    """Let `write` fill a file beside `file`, then rename that to `file`. Raises DataError where it cannot be written."""
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         try:
@@ -29,6 +29,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a model's file. Raises CheckpointError."""
     try:
         values = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:

@@ -18,7 +18,7 @@ def open_checkpoint(folder: Path) -> ParameterSource | QuantizedModel:
     """The model in a folder: a QuantizedModel where `save_quantized` wrote it, else a float checkpoint.
 
     Raises CheckpointError, which names the file and says what to do, for a file that is missing, truncated or not what it
-    should be, for a model that is not a Mamba of the first kind, and for a tensor that is missing, superfluous, or of
+    should be, for a model that is not a Mamba-1, and for a tensor that is missing, superfluous, or of
     another shape or type.
     """
     file = folder / "config.json"

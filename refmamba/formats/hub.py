@@ -22,7 +22,7 @@ TORCH = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.b
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where a model lies. tokenizer: its tokenizer.json, which a broken folder may lack."""
+    """Where a model's files are. tokenizer: the path of its tokenizer.json, which a broken folder may lack."""
 
     folder: Path
     tokenizer: Path
@@ -50,7 +50,7 @@ def resolve_model(name: str, revision: str | None = None) -> ModelFiles:
 def _original_layout(folder: Path) -> bool:
     try:
         values = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):  # what is wrong with it the checkpoint's reader says
+    except (OSError, ValueError):  # the checkpoint's reader will say what is wrong with it
         return False
     return isinstance(values, dict) and "model_type" not in values
 
@@ -97,6 +97,6 @@ def _hub_errors(what: str, revision: str | None) -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    """The first line of what went wrong, below the client's own words where it wrapped it."""
+    """The first line of the error's text, or of its cause's where the client wrapped another error."""
     cause = error.__cause__ or error
     return next(iter(str(cause).strip().splitlines()), type(cause).__name__)

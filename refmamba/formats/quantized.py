@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from refmamba.errors import CheckpointError, SchemeError
 from refmamba.formats.checkpoint import HUGGING_FACE
 from refmamba.formats.files import read_json
-from refmamba.formats.weights import FLOAT32, INT8, INT32, UINT8, checked, no_others, open_safetensors
+from refmamba.formats.weights import FLOAT32, INT8, INT32, UINT8, checked, open_safetensors, refuse_others
 from refmamba.spec import SPEC_VERSION
 from refmamba.spec.coders import UnquantizedMatrix
 from refmamba.spec.codes import Codes, FixedPoint, Param, pack4, unpack4
@@ -33,10 +33,10 @@ from refmamba.spec.scheme import scheme_from_json
 def save_quantized(model: QuantizedModel, folder: Path, tokenizer: Path) -> None:
     """Save a model, and its tokenizer.json with what lies beside that, in a new folder: whole or not at all.
 
-    Raises CheckpointError for a folder that is there and not empty, or cannot be written.
+    Raises CheckpointError for a folder that exists and is not empty, or that cannot be written.
     """
     config = {key: getattr(model.config, field) for field, (key, _, _) in HUGGING_FACE.items()}
-    if tokenizer.with_name("config.json").is_file():  # names the end token where tokenizer_config.json does not
+    if tokenizer.with_name("config.json").is_file():  # it names the end token where tokenizer_config.json does not
         source = read_json(tokenizer.with_name("config.json"))
         config |= {key: source[key] for key in ("bos_token_id", "eos_token_id") if key in source}
     saved = {"spec_version": SPEC_VERSION, "scheme": model.scheme.to_json()}
@@ -51,7 +51,7 @@ def save_quantized(model: QuantizedModel, folder: Path, tokenizer: Path) -> None
         text = json.dumps({"model_type": "refmamba", **config, "refmamba": saved}, indent=2)
         (aside / "config.json").write_text(text + "\n", "utf-8")
         save_file(dict(arrays(model)), aside / "model.safetensors")
-        shutil.copymode(aside / "config.json", aside / "model.safetensors")  # the library lets only its owner read it
+        shutil.copymode(aside / "config.json", aside / "model.safetensors")  # the library makes it readable by its owner only
         aside.replace(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be written: {error}") from error
@@ -60,7 +60,7 @@ def save_quantized(model: QuantizedModel, folder: Path, tokenizer: Path) -> None
 
 
 def arrays(model: QuantizedModel) -> Iterator[tuple[str, NDArray[Any]]]:
-    """What is saved of a model, by name."""
+    """The arrays that are saved of a model, by name."""
     for name in sorted(model.params):
         if name == "lm_head.weight" and model.config.tie_embeddings:
             continue
@@ -76,7 +76,7 @@ def arrays(model: QuantizedModel) -> Iterator[tuple[str, NDArray[Any]]]:
 
 
 def open_quantized(folder: Path, config: MambaConfig, saved: Any) -> QuantizedModel:
-    """What `save_quantized` wrote. Codes of more than 4 bits stay in the memory map."""
+    """Read what `save_quantized` wrote. Codes of more than 4 bits stay in the memory map. Raises CheckpointError."""
     if not isinstance(saved, dict) or saved.get("spec_version") != SPEC_VERSION:
         raise CheckpointError(f"{folder}: not saved under specification {SPEC_VERSION}; quantize the model again")
     try:
@@ -112,5 +112,5 @@ def open_quantized(folder: Path, config: MambaConfig, saved: Any) -> QuantizedMo
             params["lm_head.weight"] = embedding
     for name, (shape, dtype) in site_values(config, scheme).items():
         params[name] = take(name, shape, np.dtype(dtype))
-    no_others(tensors, taken)
+    refuse_others(tensors, taken)
     return QuantizedModel(config, scheme, params)

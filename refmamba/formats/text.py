@@ -1,4 +1,4 @@
-"""Texts of the user."""
+"""Text files of the user."""
 
 from pathlib import Path
 

@@ -22,21 +22,21 @@ class Stream:
     def __init__(self, tokenizer: HubTokenizer) -> None:
         self._tokenizer, self._decoder = tokenizer, DecodeStream(skip_special_tokens=False)
         self._tokens: list[int] = []
-        self._given = 0  # characters
+        self._returned = 0  # characters
 
     def put(self, token: int) -> str:
         """The text that this token completes; empty while a character is unfinished."""
         self._tokens.append(token)
         piece: str = self._decoder.step(self._tokenizer, token) or ""
-        self._given += len(piece)
+        self._returned += len(piece)
         return piece
 
     def flush(self) -> str:
-        """What was held back: all pieces together are `Tokenizer.decode` of all tokens."""
+        """The text that was held back: all pieces together are `Tokenizer.decode` of all tokens."""
         text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=False)
-        rest = text[self._given :]
-        self._given = len(text)
-        return rest
+        tail = text[self._returned :]
+        self._returned = len(text)
+        return tail
 
 
 class Tokenizer:
@@ -111,7 +111,7 @@ def load_tokenizer(files: ModelFiles, config: MambaConfig) -> Tokenizer:
 
 
 def _json_object(file: Path) -> dict[str, Any]:
-    """What a JSON file that need not be there holds."""
+    """The object in a JSON file; empty where there is no such file, or no object in it."""
     try:
         values = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     except (OSError, ValueError) as error:

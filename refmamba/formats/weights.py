@@ -14,7 +14,7 @@ from refmamba.formats.files import read_json
 
 # The types that are read, by their names in safetensors. NumPy has no bfloat16: its 16 bits are carried as an unsigned
 # integer.
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "|i1", "U8": "|u1", "I32": "<i4"}
+SAFETENSORS_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "|i1", "U8": "|u1", "I32": "<i4"}
 
 
 FLOAT32, FLOAT16, BFLOAT16 = np.dtype("<f4"), np.dtype("<f2"), np.dtype("<u2")
@@ -77,10 +77,10 @@ def open_safetensors(file: Path) -> dict[str, Stored]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise CheckpointError(f"{file}: tensor {name} is {entry['dtype']}; only {', '.join(DTYPES)} are read")
+        if entry["dtype"] not in SAFETENSORS_TYPES:
+            raise CheckpointError(f"{file}: tensor {name} is {entry['dtype']}; only {', '.join(SAFETENSORS_TYPES)} are read")
         first, last = entry["data_offsets"]
-        array = np.asarray(data[start + first : start + last]).view(DTYPES[entry["dtype"]])
+        array = np.asarray(data[start + first : start + last]).view(SAFETENSORS_TYPES[entry["dtype"]])
         tensors[name] = Stored(file, array.reshape(entry["shape"]))
     return tensors
 
@@ -98,14 +98,14 @@ def _open_torch(file: Path) -> dict[str, Stored]:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         views = {key: t.view(torch.uint16) if t.dtype == torch.bfloat16 else t for key, t in tensors.items()}
         return {key: Stored(file, t.detach().numpy()) for key, t in views.items()}
-    except Exception as error:  # what torch and its unpickler raise for a broken file is no closed list
+    except Exception as error:  # torch and its unpickler raise anything for a broken file
         raise CheckpointError(
             f"{file}: truncated, or not plain tensors as torch 1.6 and later save them; download it again"
         ) from error
 
 
 def checked(where: Path, tensors: dict[str, Stored], name: str, shape: tuple[int, ...], *dtypes: np.dtype[Any]) -> NDArray[Any]:
-    """The named tensor, which must be there, of this shape and of one of these types."""
+    """The named tensor. Raises CheckpointError where it is missing, or not of this shape and one of these types."""
     if name not in tensors:
         raise CheckpointError(f"{where}: the weights have no tensor {name}; download or save the model again")
     file, array = tensors[name]
@@ -118,7 +118,7 @@ def checked(where: Path, tensors: dict[str, Stored], name: str, shape: tuple[int
     return array
 
 
-def no_others(tensors: dict[str, Stored], names: Iterable[str]) -> None:
-    """A tensor that nothing reads means that the model is not what config.json makes of it."""
+def refuse_others(tensors: dict[str, Stored], names: Iterable[str]) -> None:
+    """Raise CheckpointError for a tensor beside `names`: the model is not the one that config.json describes."""
     for name in sorted(tensors.keys() - names):
         raise CheckpointError(f"{tensors[name].file}: tensor {name} has no place in the model of config.json")

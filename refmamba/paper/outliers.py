@@ -34,16 +34,16 @@ Over = Literal["channels", "values"]
 
 
 @dataclass
-class Site:
-    """What a text did at one linear layer's input: m (K,) float32, and the count, sum and squares of all values."""
+class SiteStatistics:
+    """What a text showed at one linear layer's input: m (K,) float32, and the count, sum and squares of all values."""
 
     maxima: F32Array
     count: int = 0
     total: float = 0.0
     squares: float = 0.0
 
-    def see(self, x: F32Array) -> None:
-        """Take in the activations of more tokens, (L, K)."""
+    def add(self, x: F32Array) -> None:
+        """Take in the activations of more tokens, (L, K) float32."""
         self.maxima = np.maximum(self.maxima, np.max(np.abs(x), axis=0))
         wide = x.astype(np.float64)
         self.count += x.size
@@ -63,18 +63,18 @@ class Site:
         return np.flatnonzero(self.maxima > self.threshold(sigma, over))
 
 
-def observe(runner: Runner, tokens: IntArray, head: bool = False) -> dict[str, Site]:
+def observe(runner: Runner, tokens: IntArray, head: bool = False) -> dict[str, SiteStatistics]:
     """Every linear layer's input over the tokens (L,), the state carried: `layers.{i}.in_proj` and so on, in order.
 
     head: run the head too, and show its input as `lm_head`, last.
     The reference runs the runner's model: it shows every input, and where a backend is exact its values are the same.
     """
-    sites: dict[str, Site] = {}
+    sites: dict[str, SiteStatistics] = {}
 
     def look(name: str, value: F32Array) -> None:
         site = name.removesuffix(".in")
         if site != name:
-            sites.setdefault(site, Site(np.zeros(value.shape[1], np.float32))).see(value)
+            sites.setdefault(site, SiteStatistics(np.zeros(value.shape[1], np.float32))).add(value)
 
     logits: Positions = "all" if head else "none"
     model, state = Mamba(runner.model), None
@@ -87,26 +87,26 @@ def observe(runner: Runner, tokens: IntArray, head: bool = False) -> dict[str, S
 class Report:
     """The outliers of a model over a text, at one sigma."""
 
-    sites: Mapping[str, Site]
+    sites: Mapping[str, SiteStatistics]
     sigma: float
     over: Over
     channels: Mapping[str, IntArray] = field(init=False)  # site -> outlier channels
 
     def __post_init__(self) -> None:
-        found = {name: site.outliers(self.sigma, self.over) for name, site in self.sites.items()}
-        object.__setattr__(self, "channels", found)
+        channels = {name: site.outliers(self.sigma, self.over) for name, site in self.sites.items()}
+        object.__setattr__(self, "channels", channels)
 
     def of(self, layer: str) -> dict[str, IntArray]:
         """The outliers of every layer at one kind of site: in_proj and so on."""
-        return {name: found for name, found in self.channels.items() if name.endswith("." + layer)}
+        return {name: channels for name, channels in self.channels.items() if name.endswith("." + layer)}
 
     def recurring(self, layer: str) -> dict[int, int]:
         """Channels that are outliers in more than one layer, and in how many; the most frequent first."""
-        counts = Counter(int(c) for found in self.of(layer).values() for c in found)
+        counts = Counter(int(c) for channels in self.of(layer).values() for c in channels)
         return {c: n for c, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if n > 1}
 
     def to_json(self) -> dict[str, Any]:
-        """Counts, shares, thresholds and channels a layer and site; which recur."""
+        """For each site its channels, outliers, share and threshold; then the channels that recur over the layers."""
         return {
             "sigma": self.sigma,
             "over": self.over,
@@ -121,7 +121,7 @@ class Report:
         }  # fmt: skip
 
     def table(self) -> str:
-        """The same for a reader."""
+        """The counts as text: a line for each site, then one for each kind of site."""
         lines = [f"{'site':<22}{'channels':>9}{'outliers':>9}{'share':>8}{'threshold':>11}{'largest':>9}{'median':>9}"]
         for name, site in self.sites.items():
             n, k = len(self.channels[name]), len(site.maxima)
@@ -130,11 +130,11 @@ class Report:
                 f"{site.maxima.max():>9.3f}{np.median(site.maxima):>9.3f}"
             )
         for layer in LINEAR_LAYERS:
-            found = self.of(layer)
-            channels = sum(len(self.sites[name].maxima) for name in found)
-            total, again = sum(map(len, found.values())), self.recurring(layer)
-            named = ", ".join(f"{c} ({n} layers)" for c, n in list(again.items())[:8]) or "none"
-            lines.append(f"{layer}: {total} of {channels} channels ({total / channels:.2%}); recurring: {named}")
+            outliers = self.of(layer)
+            channels = sum(len(self.sites[name].maxima) for name in outliers)
+            count, recurring = sum(map(len, outliers.values())), self.recurring(layer)
+            named = ", ".join(f"{c} ({n} layers)" for c, n in list(recurring.items())[:8]) or "none"
+            lines.append(f"{layer}: {count} of {channels} channels ({count / channels:.2%}); recurring: {named}")
         return "\n".join(lines)
 
 

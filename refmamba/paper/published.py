@@ -28,5 +28,5 @@ TABLE_2 = {"130m": 12.61, "2.8b": 17.49}  # points of average accuracy lost with
 
 def paper_size(model: str) -> str | None:
     """Which of the paper's models a name means: `state-spaces/mamba-1.4b-hf` is 1.4b."""
-    found = re.search(rf"mamba-({'|'.join(map(re.escape, PAPER_MODELS))})(-hf)?/?$", model)
-    return found[1] if found else None
+    match = re.search(rf"mamba-({'|'.join(map(re.escape, PAPER_MODELS))})(-hf)?/?$", model)
+    return match[1] if match else None

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from refmamba.eval_tasks.load import Dataset
+from refmamba.eval_tasks.metrics import acc, mean_stderr
 from refmamba.eval_tasks.report import Outcome
 from refmamba.paper import ablation as ablate
 from refmamba.paper.outliers import Report
@@ -18,12 +19,14 @@ from refmamba.paper.published import PAPER_TASKS, TABLE_1, TABLE_2, paper_size
 class Cell:
     """One figure, per cent: ours with its standard error (NaN for one document), the paper's where it is known.
 
-    The paper gives no errors, so that of the difference is ours too.
+    The paper gives no errors, so that of the difference is ours too. answers: of a task's accuracy, 1.0 for each document
+    answered rightly and 0.0 for each other, in the order of the documents.
     """
 
     value: float
     stderr: float
     paper: float | None
+    answers: tuple[float, ...] = ()
 
     @property
     def difference(self) -> float | None:
@@ -31,7 +34,7 @@ class Cell:
         return None if self.paper is None else self.value - self.paper
 
     def to_json(self) -> dict[str, float | None]:
-        """The four figures, null for one that is not known."""
+        """The four figures, null for each that is not known."""
         stderr = None if math.isnan(self.stderr) else self.stderr
         return {"value": self.value, "stderr": stderr, "paper": self.paper, "difference": self.difference}
 
@@ -40,22 +43,35 @@ def cells(model: str, scheme: str, outcomes: Sequence[Outcome]) -> dict[str, Cel
     """A row of table 1: a task's acc, and HellaSwag's acc_norm beside it; then the average of acc."""
     published = TABLE_1.get(scheme) if paper_size(model) == "1.4b" else None
     row: dict[str, Cell] = {}
-    for one in outcomes:
-        name = one.data.task.name
+    for outcome in outcomes:
+        name = outcome.data.task.name
         known = published[PAPER_TASKS.index(name)] if published else None
-        for metric in one.metrics():
+        for metric in outcome.metrics():
             if metric.name == "acc":
                 paper = None if (name, scheme) == ("hellaswag", "fp32") else known
-                row[name] = Cell(100 * metric.value, 100 * metric.stderr, paper)
+                answers = tuple(acc(outcome.data.documents[result.doc_id], result) for result in outcome.finished)
+                row[name] = Cell(100 * metric.value, 100 * metric.stderr, paper, answers)
             elif (metric.name, name) == ("acc_norm", "hellaswag"):
                 row["hellaswag acc_norm"] = Cell(100 * metric.value, 100 * metric.stderr, known if scheme == "fp32" else None)
-    tasks = [row[one.data.task.name] for one in outcomes]
+    tasks = [row[outcome.data.task.name] for outcome in outcomes]
     stderr = math.sqrt(sum(cell.stderr**2 for cell in tasks)) / len(tasks)
     return row | {"average": Cell(float(np.mean([cell.value for cell in tasks])), stderr, None)}
 
 
+def paired_difference(row: Mapping[str, Cell], baseline: Mapping[str, Cell]) -> tuple[float, float]:
+    """How much the average accuracy of a row of table 1 lies above another's, in points, and its standard error.
+
+    Both rows answered the same documents, so the differences are taken document by document: that error is smaller than
+    the error of either average. NaN where a task has one document.
+    """
+    tasks = [(cell.answers, baseline[name].answers) for name, cell in row.items() if cell.answers]
+    pairs = [mean_stderr([a - b for a, b in zip(*answers, strict=True)]) for answers in tasks]
+    stderr = math.sqrt(sum(error**2 for _, error in pairs)) / len(pairs)
+    return 100 * float(np.mean([mean for mean, _ in pairs])), 100 * stderr
+
+
 def table_1(rows: Mapping[str, Mapping[str, Cell]], bits: Mapping[str, float]) -> str:
-    """Table 1's layout for any model; lines of the paper only where it is known."""
+    """Table 1's layout for any model, in Markdown; lines of the paper only where its figures are known."""
     names = list(next(iter(rows.values())))
     lines = ["| scheme | | " + " | ".join(names) + " | bits per byte |", "|---|---|" + "---|" * (len(names) + 1)]
     for scheme, row in rows.items():
@@ -71,14 +87,14 @@ def table_1(rows: Mapping[str, Mapping[str, Cell]], bits: Mapping[str, float]) -
 
 
 def guessing(datasets: Sequence[Dataset]) -> float:
-    """Average accuracy of one who guesses, per cent: nothing where a task has no choices."""
+    """The average accuracy that guessing gives, per cent; a task without choices, LAMBADA, counts as 0."""
     shares = [0 if len(data.documents[0].continuations) == 1 else 1 / len(data.documents[0].continuations) for data in datasets]
     return 100 * float(np.mean(shares))
 
 
 @dataclass(frozen=True)
 class ModelTables:
-    """What was found for one model. table_1, bits_per_byte: by scheme."""
+    """What one model's evaluation gave. table_1, bits_per_byte: by scheme, the baseline first."""
 
     model: str
     parameters: int
@@ -89,12 +105,12 @@ class ModelTables:
 
     @property
     def file_name(self) -> str:
-        """Of figure 1, less its suffix."""
+        """The name of figure 1's file, without its suffix."""
         return "figure1-" + self.model.strip("/").replace("/", "--")
 
     @property
     def loss(self) -> Cell | None:
-        """What the average loses without the outliers of all sites; None where no channel is one."""
+        """What the average accuracy loses without the outliers of all sites; None where no channel is an outlier."""
         lost = [row.loss for row in self.table_2 if (row.site, row.which) == ("all", "outliers")]
         if not lost or lost[0] is None:
             return None
@@ -102,7 +118,7 @@ class ModelTables:
         return Cell(100 * value, math.nan if stderr is None else 100 * stderr, TABLE_2.get(paper_size(self.model) or ""))
 
     def markdown(self) -> str:
-        """The tables."""
+        """The tables, figure 1 and the list of outliers as one chapter in Markdown."""
         loss = "No channel is an outlier."
         if cell := self.loss:
             loss = f"Average lost without the outliers of all sites: ours {cell.value:.2f} ± {cell.stderr:.2f} points"
@@ -117,7 +133,7 @@ class ModelTables:
         ])  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
-        """The same, and the paper's figures, null where they are unknown."""
+        """The tables and the outliers for programs; the paper's figures are null where they are unknown."""
         rows = {scheme: {name: cell.to_json() for name, cell in row.items()} for scheme, row in self.table_1.items()}
         return {"parameters": self.parameters, "table_1": rows, "bits_per_byte": self.bits_per_byte,
                 "table_2": [asdict(row) for row in self.table_2], "table_2_loss": self.loss and self.loss.to_json(),
