@@ -13,7 +13,7 @@ from torch import Tensor
 from refmamba.errors import NonFiniteError
 from refmamba.spec import arith
 from refmamba.spec import codes as spec
-from refmamba.spec.codes import BLOCK, LONGEST_ROW, LOW_PART
+from refmamba.spec.codes import BLOCK, LOW_PART
 
 SCAN_CHUNK = 64  # tokens discretized at a time, to bound memory
 
@@ -144,8 +144,9 @@ def code(x: Tensor, bits: int, site: str, axes: tuple[int, ...]) -> Codes:
 def code_static(x: Tensor, static_absmax: Tensor, bits: int, site: str) -> Codes:
     """Eq. (7, 8) with a calibrated absolute maximum, shape ()."""
     absmax(x, site, (-2, -1))
-    scale = scale_of(static_absmax, bits)
-    return Codes(to_codes(torch.where(static_absmax > 0, x, torch.zeros_like(x)), scale, bits), scale)
+    m = torch.where(static_absmax < float(spec.ABSMAX_ZERO), torch.zeros_like(static_absmax), static_absmax)
+    scale = scale_of(m, bits)
+    return Codes(to_codes(torch.where(m == 0, torch.zeros_like(x), x), scale, bits), scale)
 
 
 def fixed_point(x: Tensor, magnitude_bits: int, site: str) -> FixedPoint:
@@ -181,8 +182,6 @@ def int8_product_is_exact(k: int, device: torch.device) -> bool:
 def integer_product(x: Codes | FixedPoint, w: Codes | FixedPoint, int8: bool) -> Tensor:
     """Exact x.q @ w.q.T as float64, eq. (11, 12): (..., K), (rows, K) -> (..., rows). int8: int8_product is exact."""
     if not (isinstance(x, FixedPoint) and isinstance(w, FixedPoint)):
-        if x.q.shape[-1] > LONGEST_ROW:
-            raise ValueError(f"rows of {x.q.shape[-1]} are longer than {LONGEST_ROW}, for which the product is exact")
         if int8 and x.q.dtype == w.q.dtype == torch.int8:
             return int8_product(x.q.flatten(0, -2), w.q).double().reshape(*x.q.shape[:-1], len(w.q))
         return x.q.double() @ w.q.double().T

@@ -30,7 +30,7 @@ from refmamba.backends.torch_eager.arithmetic import (
 from refmamba.spec import coders, linear
 from refmamba.spec import codes as spec
 from refmamba.spec.arith import F32Array, IntArray
-from refmamba.spec.mamba1 import Positions, check_tokens
+from refmamba.spec.mamba1 import Positions, check_call, check_logits, one_each
 from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.trace import Hook
 
@@ -221,9 +221,7 @@ class Mamba:
         hook: Hook | None = None,
     ) -> tuple[list[F32Array], State]:
         """Run each sequence from its state on; see `refmamba.backend.Runner.prefill`."""
-        arrays = [check_tokens(s, self.config) for s in sequences]
-        if hook and len(arrays) != 1:
-            raise ValueError("a hook looks at one sequence at a time")
+        arrays = check_call(sequences, state, logits, hook, self.config)
         state = state or self.initial_state(len(arrays))
         n = [len(a) for a in arrays]
         padded = np.stack([np.pad(a, (0, max(n) - len(a))) for a in arrays])
@@ -246,9 +244,12 @@ class Mamba:
         x = rms_norm(x, self.value("norm_f.weight"), self.config.norm_eps)
         batch.see("norm_f", x)
         y = self.linear("lm_head", x, batch).cpu().numpy()
-        return [row[:length] for row, length in zip(y, n, strict=True)], state
+        rows = [row[:length] for row, length in zip(y, n, strict=True)]
+        for row in rows:
+            check_logits(row)
+        return rows, state
 
     def step(self, tokens: IntArray, state: State, *, hook: Hook | None = None) -> tuple[F32Array, State]:
         """One token for each sequence; see `refmamba.backend.Runner.step`."""
-        logits, state = self.prefill(list(np.asarray(tokens)[:, None]), state, hook=hook)
+        logits, state = self.prefill(one_each(tokens), state, hook=hook)
         return np.concatenate(logits), state

@@ -111,11 +111,13 @@ def code(x: F32Array, bits: int, site: str, granularity: Granularity = "per_tens
 def code_static(x: F32Array, static_absmax: F32Array, bits: int, site: str) -> Codes:
     """Quantize with the scale of a calibrated absolute maximum, eq. (7, 8): larger values saturate.
 
-    static_absmax: float32, shape (). Raises NonFiniteError for a NaN or an infinity in x.
+    static_absmax: float32, shape (); below 2^-100 it counts as zero, and every code is 0. Raises NonFiniteError for a NaN or an
+    infinity in x.
     """
     absmax(x, site)
-    scale = scale_of(static_absmax, bits)
-    return Codes(quantize(x if static_absmax > 0 else np.zeros_like(x), scale, bits), scale, bits)
+    m = np.where(static_absmax < ABSMAX_ZERO, f32(0), static_absmax)
+    scale = scale_of(m, bits)
+    return Codes(quantize(np.where(m == 0, f32(0), x), scale, bits), scale, bits)
 
 
 def fixed_point(x: F32Array, magnitude_bits: int, site: str) -> FixedPoint:
@@ -137,11 +139,9 @@ def integer_product(x: Codes | FixedPoint, w: Codes | FixedPoint) -> F64Array:
     float64 holds every integer to 2^53, so a float64 matrix product of integers is exact while the sums stay below that:
     2^7 * 2^30 * 65,536 = 2^53 with 8-bit weights. Two fixed-point factors are too wide for one product: the weight is
     split, w = hi * 4096 + lo with -2048 <= lo <= 2047, into two exact ones, joined with one rounding; rows longer than
-    4096 in blocks, added in order.
+    4096 in blocks, added in order. `Linear` refuses rows that are longer than is exact.
     """
     if not (isinstance(x, FixedPoint) and isinstance(w, FixedPoint)):
-        if x.q.shape[1] > LONGEST_ROW:
-            raise ValueError(f"rows of {x.q.shape[1]} are longer than {LONGEST_ROW}, for which the product is exact")
         x_q, w_q = (c.q if isinstance(c, FixedPoint) else c.integers() for c in (x, w))
         return x_q.astype(np.float64) @ w_q.T.astype(np.float64)
     total: F64Array = np.zeros((len(x.q), len(w.q)))

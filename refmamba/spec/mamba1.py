@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 
-from refmamba.errors import DataError
+from refmamba.errors import DataError, NonFiniteError
 from refmamba.spec.arith import F32Array, IntArray, f32, silu
 from refmamba.spec.codes import FixedPoint
 from refmamba.spec.config import MambaConfig
@@ -105,7 +105,9 @@ class Mamba:
             return np.empty((0, self.config.vocab_size), f32), conv_out, ssm_out
         x = x if positions == "all" else x[-1:]
         x = do("norm_f", rms_norm, x, self.model.value("norm_f.weight"), self.config.norm_eps)
-        return self.linear["lm_head"](x, do), conv_out, ssm_out
+        logits = self.linear["lm_head"](x, do)
+        check_logits(logits)
+        return logits, conv_out, ssm_out
 
     def trace(self, tokens: IntArray, state: State | None = None) -> Trace:
         """Every operation of one sequence's forward, with its arguments and its result. tokens: (L,). Raises DataError."""
@@ -127,25 +129,63 @@ class Mamba:
         hook: Hook | None = None,
     ) -> tuple[list[F32Array], State]:
         """Run each sequence from its state on; see `refmamba.backend.Runner.prefill`."""
-        sequences = [check_tokens(s, self.config) for s in sequences]
+        sequences = check_call(sequences, state, logits, hook, self.config)
         state = state or self.initial_state(len(sequences))
-        if hook and len(sequences) != 1:
-            raise ValueError("a hook looks at one sequence at a time")
         do = Tracer(hook)
         results = [self.forward(tokens, state.conv[b], state.ssm[b], logits, do) for b, tokens in enumerate(sequences)]
         return [r[0] for r in results], State(np.stack([r[1] for r in results]), np.stack([r[2] for r in results]))
 
     def step(self, tokens: IntArray, state: State, *, hook: Hook | None = None) -> tuple[F32Array, State]:
         """One token for each sequence; see `refmamba.backend.Runner.step`."""
-        logits, state = self.prefill([np.asarray(tokens)[b : b + 1] for b in range(len(tokens))], state, hook=hook)
+        logits, state = self.prefill(one_each(tokens), state, hook=hook)
         return np.concatenate(logits), state
 
 
 def check_tokens(tokens: IntArray, config: MambaConfig) -> IntArray:
-    """The tokens of one sequence as int64 (L,). Raises DataError for none, or for one outside the vocabulary."""
-    tokens = np.asarray(tokens, np.int64)
-    if tokens.ndim != 1 or len(tokens) == 0:
-        raise DataError("a sequence needs at least one token")
+    """The tokens of one sequence as int64 (L,). Raises DataError for none, for what is no whole number, or for one outside the
+    vocabulary."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or len(tokens) == 0 or tokens.dtype.kind not in "iu":
+        raise DataError(
+            f"a sequence is whole numbers in one row, at least one; it is {tokens.dtype} of the shape {tokens.shape}"
+        )
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise DataError(f"tokens are 0 to {config.vocab_size - 1}; the sequence has {tokens.min()} to {tokens.max()}")
-    return tokens
+    return tokens.astype(np.int64)
+
+
+class HasBatch(Protocol):
+    """A state, as far as a call is checked."""
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+
+
+def check_call(
+    sequences: Sequence[IntArray], state: HasBatch | None, positions: str, hook: Hook | None, config: MambaConfig
+) -> list[IntArray]:
+    """What every backend's prefill checks: the sequences as int64. Raises DataError for arguments that do not fit."""
+    if len(sequences) == 0:
+        raise DataError("a call needs at least one sequence")
+    if state is not None and state.batch != len(sequences):
+        raise DataError(f"{len(sequences)} sequences need as many states; there are {state.batch}")
+    if positions not in get_args(Positions):
+        raise DataError(f"logits are asked for as {', '.join(get_args(Positions))}, not as {positions!r}")
+    if hook and len(sequences) != 1:
+        raise DataError("a hook looks at one sequence at a time")
+    return [check_tokens(tokens, config) for tokens in sequences]
+
+
+def one_each(tokens: IntArray) -> list[IntArray]:
+    """The tokens of a step (batch,) as sequences of one each. Raises DataError for another shape."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1:
+        raise DataError(f"a step takes one token for each sequence, (batch,); the tokens have the shape {tokens.shape}")
+    return [tokens[b : b + 1] for b in range(len(tokens))]
+
+
+def check_logits(logits: F32Array) -> None:
+    """Raise NonFiniteError for logits that hold a NaN or an infinity: no such call has a result (SPEC section 6)."""
+    if not np.all(np.isfinite(logits)):
+        raise NonFiniteError("lm_head: a logit is NaN or infinite; check the weights and the input")

@@ -169,7 +169,7 @@ def sample(logits: F32Array, draw: float, temperature: float = 1.0, top_k: int =
     #          fewest that hold top_p of those; then the first whose running sum (float64, in order) exceeds draw * sum
     # OUTPUT   its index. Temperature 0 gives the first largest logit and uses no draw
     """
-    if temperature == 0:
+    if f32(temperature) == 0:
         return int(np.argmax(logits))
     weights = exp((logits - np.max(logits)) / f32(temperature))
     order = np.argsort(-weights, kind="stable")[: top_k or None]
