@@ -47,13 +47,17 @@ def test_an_error_reaches_the_caller(rank: int) -> None:
     assert sorted(ran) == sorted([0, 1, 2] * 3)
 
 
+untyped: Any = cgutils  # numba's own functions have no types
+untyped_njit: Any = numba.njit
+
+
 @intrinsic
 def _set_control(context: Any, value: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         byte = ir.IntType(8).as_pointer()
-        place = cgutils.alloca_once_value(builder, builder.trunc(arguments[0], ir.IntType(32)))
+        place = untyped.alloca_once_value(builder, builder.trunc(arguments[0], ir.IntType(32)))
         function_type = ir.FunctionType(ir.VoidType(), [byte])
-        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.x86.sse.ldmxcsr")
+        function = untyped.get_or_insert_function(builder.module, function_type, "llvm.x86.sse.ldmxcsr")
         builder.call(function, [builder.bitcast(place, byte)])
         return context.get_dummy_value()
 
@@ -65,7 +69,8 @@ def set_control() -> Iterator[Callable[[int], None]]:
     """Sets the x86 register that says whether a thread flushes subnormals; at the end, this thread's as it was."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         pytest.skip("the register is x86's")
-    function = numba.njit(lambda value: _set_control(value))
+    set_register: Any = _set_control
+    function: Callable[[int], None] = untyped_njit(lambda value: set_register(value))
     yield function
     function(USUAL)
 

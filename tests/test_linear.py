@@ -108,7 +108,7 @@ def test_steps_multiply_the_codes_of_their_group() -> None:
     assert w.integers().dtype == np.int8
     assert dequantize(w).tolist() == [[0.5, -3.5, 1.5, 9.0, 31.5]]
     assert dequantize(w.rows(np.array([0, 0]))).tolist() == [[0.5, -3.5, 1.5, 9.0, 31.5]] * 2
-    x = Codes(np.array([[1, 1, 1, 1, 1], [0, 0, 0, 0, -127]], np.int8), np.float32(1), 8)
+    x = Codes(np.array([[1, 1, 1, 1, 1], [0, 0, 0, 0, -127]], np.int8), np.ones((), np.float32), 8)
     assert integer_product(x, w).tolist() == [[156.0], [-16002.0]]
 
 

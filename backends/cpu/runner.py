@@ -31,9 +31,9 @@ from refmamba.spec.coders import (
     Static,
     Unquantized,
 )
-from refmamba.spec.codes import ACTIVATION_BITS, Codes, dequantize, scale_of
+from refmamba.spec.codes import ABSMAX_ZERO, ACTIVATION_BITS, Codes, dequantize, scale_of
 from refmamba.spec.linear import Linear
-from refmamba.spec.mamba1 import Positions, check_tokens
+from refmamba.spec.mamba1 import Positions, check_call, check_logits, one_each
 from refmamba.spec.ops import state_matrix
 from refmamba.spec.parameters import QuantizedModel, kind_of, linear_sites
 from refmamba.spec.scheme import LINEAR_LAYERS
@@ -138,7 +138,7 @@ class CpuRunner:
         fixed, one, into, out = w.kind == Kind.FIXED, np.ones((), np.float32), linear.input, linear.output
         mode = MODES[type(into)]
         static = np.zeros((), np.float32)
-        if isinstance(into, Static) and into.absmax > 0:
+        if isinstance(into, Static) and into.absmax >= ABSMAX_ZERO:
             static = scale_of(into.absmax, into.bits)
         smooth = 0
         for transform in linear.transforms:
@@ -287,9 +287,7 @@ class CpuRunner:
         hook: Hook | None = None,
     ) -> tuple[list[F32Array], State]:
         """Run each sequence from its state on; see `refmamba.backend.Runner.prefill`."""
-        sequences = [check_tokens(s, self.config) for s in sequences]
-        if hook and len(sequences) != 1:
-            raise ValueError("a hook looks at one sequence at a time")
+        sequences = check_call(sequences, state, logits, hook, self.config)
         state = state or self.initial_state(len(sequences))
         counts = [{"all": len(s), "last": 1, "none": 0}[logits] for s in sequences]
         out = self._logits_pool.take(4 * sum(counts) * self.config.vocab_size).view(np.float32)
@@ -309,10 +307,11 @@ class CpuRunner:
                 self._pass(pieces, np.ascontiguousarray(states[:, here]), positions, out[done:], hook, after)
             states[:2, here] = states[2:, here]  # from where a later pass goes on
             done += sum({"all": z - a, "last": 1, "none": 0}[p] for (_, a, z), p in zip(parts, positions, strict=True))
+        check_logits(out)
         ends = list(itertools.accumulate(counts))
         return [out[end - count : end] for end, count in zip(ends, counts, strict=True)], after
 
     def step(self, tokens: IntArray, state: State, *, hook: Hook | None = None) -> tuple[F32Array, State]:
         """One token for each sequence; see `refmamba.backend.Runner.step`."""
-        logits, state = self.prefill(list(np.asarray(tokens).reshape(-1, 1)), state, hook=hook)
+        logits, state = self.prefill(one_each(tokens), state, hook=hook)
         return (logits[0] if len(logits) == 1 else np.concatenate(logits)), state

@@ -139,7 +139,7 @@ def integer_product(x: Codes | FixedPoint, w: Codes | FixedPoint) -> F64Array:
     float64 holds every integer to 2^53, so a float64 matrix product of integers is exact while the sums stay below that:
     2^7 * 2^30 * 65,536 = 2^53 with 8-bit weights. Two fixed-point factors are too wide for one product: the weight is
     split, w = hi * 4096 + lo with -2048 <= lo <= 2047, into two exact ones, joined with one rounding; rows longer than
-    4096 in blocks, added in order. `Linear` refuses rows that are longer than is exact.
+    4096 in blocks, added in order. `QuantizedModel` refuses rows that are longer than is exact.
     """
     if not (isinstance(x, FixedPoint) and isinstance(w, FixedPoint)):
         x_q, w_q = (c.q if isinstance(c, FixedPoint) else c.integers() for c in (x, w))

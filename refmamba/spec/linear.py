@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from refmamba.errors import CheckpointError
 from refmamba.spec.arith import F32Array
-from refmamba.spec.coders import Coder, Factor, Transform, Unquantized
-from refmamba.spec.codes import LONGEST_ROW, FixedPoint, dequantize, integer_product, rescale
+from refmamba.spec.coders import Coder, Factor, Transform
+from refmamba.spec.codes import dequantize, integer_product, rescale
 from refmamba.spec.ops import add
 from refmamba.spec.trace import Tracer
 
@@ -26,16 +25,6 @@ class Linear:
     input: Coder
     output: Coder | None
     bias: F32Array | None
-
-    def __post_init__(self) -> None:
-        """Raise CheckpointError for rows so long that a product of N-bit codes would not be exact, eq. (11)."""
-        columns = self.weight.q.shape[1]
-        both_fixed = isinstance(self.weight, FixedPoint) and isinstance(self.input, Unquantized)
-        if columns > LONGEST_ROW and not both_fixed:
-            raise CheckpointError(
-                f"{self.site}: its rows have {columns} columns; products of codes are exact up to {LONGEST_ROW}. "
-                "Use the scheme fp32"
-            )
 
     def __call__(self, x: F32Array, do: Tracer) -> F32Array:
         """The layer's output, eq. (7) to (13).
