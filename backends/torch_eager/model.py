@@ -27,7 +27,7 @@ from refmamba.backends.torch_eager.arithmetic import (
     tensor,
     two_to_f64,
 )
-from refmamba.spec import coders, linear
+from refmamba.spec import coders, linear, transforms
 from refmamba.spec import codes as spec
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.mamba1 import Positions, check_call, check_logits, one_each
@@ -93,7 +93,7 @@ def coder_of(coder: coders.Coder, device: torch.device) -> Coder:
 
 
 KNOWN = frozenset({
-    coders.ParameterPerTensor, coders.ParameterPerChannel, coders.PerToken, coders.PerTensor, coders.Static, coders.Smooth,
+    coders.ParameterPerTensor, coders.ParameterPerChannel, coders.PerToken, coders.PerTensor, coders.Static, transforms.Smooth,
 })  # fmt: skip
 
 
@@ -102,7 +102,7 @@ class Linear:
 
     def __init__(self, layer: linear.Linear, weight: Codes | FixedPoint, device: torch.device) -> None:
         self.site, self.weight = layer.site, weight
-        smooth = [transform for transform in layer.transforms if isinstance(transform, coders.Smooth)]
+        smooth = [transform for transform in layer.transforms if isinstance(transform, transforms.Smooth)]
         self.powers = [two_to_f64(-tensor(transform.exponents, device)) for transform in smooth]
         self.input = coder_of(layer.input, device)
         self.output = None if layer.output is None else coder_of(layer.output, device)

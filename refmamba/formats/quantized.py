@@ -25,8 +25,8 @@ from refmamba.formats.weights import FLOAT32, INT8, INT32, UINT8, checked, open_
 from refmamba.spec import SPEC_VERSION
 from refmamba.spec.coders import UnquantizedMatrix
 from refmamba.spec.codes import Codes, FixedPoint, Param, pack4, unpack4
-from refmamba.spec.config import MambaConfig
-from refmamba.spec.parameters import QuantizedModel, kind_of, parameter_coder, quantize_parameter, site_values
+from refmamba.spec.config import MambaConfig, kind_of
+from refmamba.spec.parameters import QuantizedModel, parameter_coder, quantize_parameter, site_values
 from refmamba.spec.scheme import scheme_from_json
 
 

@@ -15,8 +15,8 @@ from refmamba.backend import Runner
 from refmamba.run.peers import LLAMA_TYPES, Apart, LlamaCpp, Peer, Transformers, installed, write_gguf
 from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec.arith import IntArray
-from refmamba.spec.config import ParameterSource
-from refmamba.spec.parameters import QuantizedModel, kind_of, linear_sites, parameter_coder
+from refmamba.spec.config import ParameterSource, kind_of
+from refmamba.spec.parameters import QuantizedModel, linear_sites, parameter_coder
 
 REPEATS = 3  # the fastest counts: what else ran on the machine only ever slows
 READ_BYTES = 512 * 2**20
