@@ -138,4 +138,4 @@ def test_a_saved_quantized_model_is_one_line(tmp_path: Path) -> None:
     for words in (["ablate", "--model"], ["reproduce", str(tmp_path / "out"), "--models"]):
         failed = CliRunner().invoke(refmamba, [*words, str(tmp_path / "q")])
         assert isinstance(failed.exception, DataError)
-        assert "is saved quantized; this needs the float checkpoint" in str(failed.exception)
+        assert "is saved quantized, as int8; this needs the float checkpoint" in str(failed.exception)
