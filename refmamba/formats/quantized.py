@@ -23,7 +23,7 @@ from refmamba.formats.checkpoint import HUGGING_FACE
 from refmamba.formats.files import read_json
 from refmamba.formats.weights import FLOAT32, INT8, INT32, UINT8, checked, open_safetensors, refuse_others
 from refmamba.spec import SPEC_VERSION
-from refmamba.spec.coders import UnquantizedMatrix
+from refmamba.spec.coders import ParameterGrouped, UnquantizedMatrix
 from refmamba.spec.codes import Codes, FixedPoint, Param, pack4, unpack4
 from refmamba.spec.config import MambaConfig, kind_of
 from refmamba.spec.parameters import QuantizedModel, parameter_coder, quantize_parameter, site_values
@@ -68,6 +68,8 @@ def arrays(model: QuantizedModel) -> Iterator[tuple[str, NDArray[Any]]]:
         if isinstance(param, Codes):
             yield f"{name}.q", pack4(np.atleast_2d(param.q)) if param.bits <= 4 else param.q
             yield f"{name}.scale", np.asarray(param.scale)
+            if param.steps is not None:
+                yield f"{name}.steps", param.steps
         elif isinstance(param, FixedPoint):
             yield f"{name}.q", param.q
             yield f"{name}.exponent", param.exponent
@@ -103,7 +105,12 @@ def open_quantized(folder: Path, config: MambaConfig, saved: Any) -> QuantizedMo
                 q = unpack4(take(f"{name}.q", (rows, -(-columns // 2)), UINT8), columns).reshape(shape)
             else:
                 q = take(f"{name}.q", shape, INT8)
-            params[name] = Codes(q, take(f"{name}.scale", coder.scale_shape(shape), FLOAT32), coder.bits)
+            scale = take(f"{name}.scale", coder.scale_shape(shape), FLOAT32)
+            if isinstance(coder, ParameterGrouped):
+                steps = take(f"{name}.steps", coder.steps_shape(shape), UINT8)
+                params[name] = Codes(q, scale, coder.bits, steps, coder.group)
+            else:
+                params[name] = Codes(q, scale, coder.bits)
     if config.tie_embeddings:
         embedding = params["embedding.weight"]
         if isinstance(embedding, np.ndarray):

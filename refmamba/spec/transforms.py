@@ -102,7 +102,8 @@ def hadamard_block(channels: int) -> int:
 def rotate(x: F32Array, site: str) -> F32Array:
     """Each block of channels times the Hadamard matrix of +-1, eq. (31): (L, K) -> (L, K).
 
-    In fixed point (10) the sums are sums of integers, exact in any order; then one rounding to float32. Raises NonFiniteError, naming the site.
+    In fixed point (10) the sums are sums of integers, exact in any order; then one rounding to float32. Raises NonFiniteError,
+    naming the site.
     """
     codes, block = fixed_point(x, ACTIVATION_BITS, site), hadamard_block(x.shape[-1])
     q = butterfly(codes.q.astype(np.int64), block)
