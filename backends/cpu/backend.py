@@ -14,9 +14,9 @@ from refmamba.backends.cpu.memory import address, aligned, strips_of
 from refmamba.backends.cpu.runner import KNOWN, CpuRunner
 from refmamba.backends.cpu.threads import Threads, check_subnormals
 from refmamba.errors import BackendError
-from refmamba.jit import SETTINGS
 from refmamba.spec.arith import F32Array
 from refmamba.spec.codes import BLOCK
+from refmamba.spec.jit import SETTINGS
 from refmamba.spec.parameters import QuantizedModel
 from refmamba.spec.scheme import Scheme
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import platformdirs
 
-from refmamba.jit import SETTINGS, numba
+from refmamba.spec.jit import SETTINGS, numba
 
 PACKAGE = Path(__file__).parents[2]  # refmamba
 ENTRIES = ("refmamba.backends.cpu.kernels.alone", "refmamba.backends.cpu.kernels.layers")  # what numba keeps on disk

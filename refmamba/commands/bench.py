@@ -21,7 +21,7 @@ from refmamba.run.timing import Ours, other_programs, peak_rss, read_bandwidth, 
 @json_option
 def command(choice: ModelChoice, prompt_len: int, gen_len: int, compare: bool, as_json: bool) -> None:
     """Measure tokens a second, memory, and the machine's read bandwidth."""
-    from refmamba.jit import SETTINGS
+    from refmamba.spec.jit import SETTINGS
 
     session = open_session(choice)
     if compare:

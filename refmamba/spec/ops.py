@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from refmamba.jit import compiled
 from refmamba.spec.arith import F32Array, IntArray, exp, f32, log, silu, softplus, tree_sum
 from refmamba.spec.codes import Codes, dequantize
+from refmamba.spec.jit import compiled
 
 SCAN_CHUNK = 64  # tokens discretized at a time, to bound memory; the bits do not depend on it
 
