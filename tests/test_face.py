@@ -92,7 +92,7 @@ refmamba.nonsense
 """)
     words = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", str(file)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    lines = [line.partition(f"{file}:")[2] for line in done.stdout.splitlines() if "defined in" not in line]
+    lines = [line.partition("user.py:")[2] for line in done.stdout.splitlines() if "defined in" not in line]
     assert lines == [
         '2: note: Revealed type is "str"',
         '3: note: Revealed type is "pathlib.Path"',
@@ -272,14 +272,17 @@ def as_any(value: Any) -> Any:
         (lambda model: model.stream("x", seed=-1), refmamba.DataError, "seed is -1"),
         (lambda model: model.stream("x", seed=None), refmamba.DataError, "seed is None"),
         (lambda model: model.generate("\ud800"), refmamba.TokenizerError, "half of a character"),
-        (lambda model: model.logits([]), refmamba.DataError, "at least one token"),
-        (lambda model: model.logits([1.5]), refmamba.DataError, "tokens are whole numbers"),
-        (lambda model: model.logits(["The"]), refmamba.DataError, "tokens are whole numbers"),
-        (lambda model: model.logits([[1, 2], [3]]), refmamba.DataError, "tokens are whole numbers"),
-        (lambda model: model.logits([[1, 2]]), refmamba.DataError, "tokens are whole numbers"),
-        (lambda model: model.logits(None), refmamba.DataError, "tokens are whole numbers"),
+        (lambda model: model.logits([]), refmamba.DataError, "whole numbers in one row, at least one"),
+        (lambda model: model.logits([1.5]), refmamba.DataError, "whole numbers in one row"),
+        (lambda model: model.logits(["The"]), refmamba.DataError, "whole numbers in one row"),
+        (lambda model: model.logits([[1, 2], [3]]), refmamba.DataError, "whole numbers in one row"),
+        (lambda model: model.logits([[1, 2]]), refmamba.DataError, "whole numbers in one row"),
+        (lambda model: model.logits(None), refmamba.DataError, "whole numbers in one row"),
         (lambda model: model.logits([1, 4096]), refmamba.DataError, "tokens are 0 to 4095"),
         (lambda model: model.prefill([[1], [-1]]), refmamba.DataError, "tokens are 0 to 4095"),
+        (lambda model: model.prefill([]), refmamba.DataError, "at least one sequence"),
+        (lambda model: model.prefill([[1]], logits=as_any("first")), refmamba.DataError, "not as 'first'"),
+        (lambda model: model.step([1, 2], model.prefill([[1]])[1]), refmamba.DataError, "as many states"),
         (lambda model: model.perplexity(""), refmamba.DataError, "the text is empty"),
         (lambda model: model.trace([99999]), refmamba.DataError, "tokens are 0 to 4095"),
     ],

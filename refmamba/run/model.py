@@ -182,16 +182,13 @@ class Model:
         return Mamba(self._runner.model).trace(self._tokens(text))
 
     def _tokens(self, text: Text) -> IntArray:
-        """A text's tokens, or tokens as an array (L,). Raises DataError, TokenizerError."""
+        """A text's tokens, or tokens as an array, which the runner checks. Raises DataError, TokenizerError."""
         if isinstance(text, str):
             return self.tokenizer.encode_array(text)
         try:
-            tokens = np.asarray(text)
-        except ValueError:  # rows of different lengths
-            tokens = np.empty((0, 0))
-        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
-            raise DataError("tokens are whole numbers in one row, like [1, 2, 3]")
-        return tokens.astype(np.int64)
+            return np.asarray(text)
+        except ValueError as error:
+            raise DataError("a sequence is whole numbers in one row; it is rows of different lengths") from error
 
 
 def load(
