@@ -66,7 +66,7 @@ def test_the_step_has_the_least_squared_error(bits: int, group: int) -> None:
 
 
 def test_equal_errors_take_the_larger_step() -> None:
-    """Scale 1 from the first column. The group 15, 2: the step 3 gives 15 and 3, the step 2 gives 14 and 2; both are off by 1."""
+    """Scale 1 from the first column. Of 15 and 2 the step 3 makes 15 and 3, the step 2 makes 14 and 2: both are off by 1."""
     codes = code_grouped(np.array([[126] + [0] * 15 + [15, 2] + [0] * 14], np.float32), 4, 16, "w")
     assert codes.steps is not None
     assert codes.steps.tolist() == [[18, 3]]
