@@ -196,6 +196,10 @@ def codes() -> None:
         )
     add("code_static", "zero", HAND, [array([[1, -2]]), array(0), 8, "site"], Codes(np.zeros((1, 2), np.int8), array(1), 8),
         "a site that calibration saw only zeros at")  # fmt: skip
+    for name, maximum in (("below 2^-100", 1e-35), ("subnormal", 1e-41)):
+        add("code_static", f"zero, {name}", HAND, [array([[1e-35, -5e-36, 0, 1]]), array(maximum), 8, "site"],
+            Codes(np.zeros((1, 4), np.int8), array(1), 8), "a calibrated absmax below 2^-100 counts as zero too")  # fmt: skip
+    twice()
     rows = np.concatenate([normal(r, 3, 5), array([[1, 2, 4, -4, 0.5], [0] * 5, [below] * 5,
                            [2.0**-99, 2.0**-110, 0, 2.0**-140, 0],
                            [3e38, -1, 2.0**-149, 0, 1], [1, 2.0**-31, 3 * 2.0**-31, -(2.0**-31), 1 + 2.0**-23]])])  # fmt: skip
@@ -222,6 +226,32 @@ def codes() -> None:
     add("unpack4", "every code", HAND, [packed, 16], all_codes, "all sixteen")
 
 
+def twice() -> None:
+    """Vectors of quantize, code and code_static where x*s rounds to a half, which then rounds to an even integer."""
+    comment = "x*s is rounded to float32 first: in float64, or fused, it is not the half that it becomes"
+    step = 2.0**-23
+    add("quantize", "rounded twice", HAND, [array([3.5 - 4 * step, 2.5 - 2 * step]), array(1 + step), 8],
+        np.array([4, 2], np.int8), comment)  # fmt: skip
+    for bits, codes_at in ((8, range(126)), (16, range(16384, 16500))):
+        largest = 1.3
+        s = exact.scale(exact.f32(largest), bits)
+        near_halves = dict.fromkeys(exact.f32((i + 0.5) / s + sign * 2.0**-25) for i in codes_at for sign in (-1, 0, 1))
+        x = [v for v in near_halves if exact.quantize(v, s, bits) != round(Fraction(v) * Fraction(s))][:16]
+        q = np.array([[exact.quantize(v, s, bits) for v in [*x, exact.f32(largest)]]], np.int8 if bits == 8 else np.int16)
+        row, coded = array([[*x, largest]]), Codes(q, array(s), bits)
+        add("code_static", f"{bits} bits, rounded twice", FRACTIONS, [row, array(largest), bits, "site"], coded, comment)
+        for granularity in ("per_tensor", "per_row"):
+            shaped = coded if granularity == "per_tensor" else Codes(q, array([[s]]), bits)
+            add(
+                "code",
+                f"{bits} bits, rounded twice, {granularity}",
+                FRACTIONS,
+                [row, bits, "site", granularity],
+                shaped,
+                comment,
+            )
+
+
 def products() -> None:
     """Vectors of integer_product and rescale."""
     r = generator(3)
@@ -239,17 +269,7 @@ def products() -> None:
         return np.array(rows, np.float64)
 
     def split(x: FixedPoint, w: FixedPoint) -> Any:
-        def in_blocks(p: list[int], q: list[int]) -> float:
-            total = 0.0
-            for start in range(0, len(p), 4096):
-                lo = [(v + 2048) % 4096 - 2048 for v in q[start : start + 4096]]
-                hi = [(v - low) // 4096 for v, low in zip(q[start : start + 4096], lo, strict=True)]
-                block = p[start : start + 4096]
-                high, low = (sum(a * b for a, b in zip(block, part, strict=True)) for part in (hi, lo))
-                total += float(high * 4096 + low)
-            return total
-
-        return np.array([[in_blocks(p, q) for q in w.q.tolist()] for p in x.q.tolist()], np.float64)
+        return np.array([[exact.split_product(p, q) for q in w.q.tolist()] for p in x.q.tolist()], np.float64)
 
     def product(name: str, x: Any, w: Any, comment: str) -> None:
         fixed_by_fixed = isinstance(x, FixedPoint) and isinstance(w, FixedPoint)
@@ -277,6 +297,11 @@ def products() -> None:
         FixedPoint(np.full((1, 4099), 2**22 - 1, np.int32), zero),
         "two blocks, joined in order",
     )
+    other = generator(32)  # the first seed whose sum tells every other length of the blocks
+    long_x = other.integers(-(2**30), 2**30 + 1, (1, 4200)).astype(np.int32)
+    long_w = other.integers(-(2**22), 2**22 + 1, (1, 4200)).astype(np.int32)
+    product("blocks of 4096", FixedPoint(long_x, zero), FixedPoint(long_w, zero),
+            "one sum over all 4200 columns, or blocks of another length, rounds to another integer")  # fmt: skip
     product(
         "a zero of length 1",
         Codes(np.array([[-3]], np.int8), array(1), 8),
@@ -452,12 +477,25 @@ def block() -> None:
         array([[0, -200], [0, -2e30]]),
         "the small ones are exp's +0",
     )
+    add("log_softmax", "all negative", FRACTIONS, [array([[-1, -2, -3]])], array([exact.log_softmax([-1.0, -2.0, -3.0])]),
+        "the maximum is -1, not 0")  # fmt: skip
     four = array([5, 5, 5, 5, -1e9])
     for draw, token in ((0.0, 0), (0.2499, 0), (0.25, 1), (0.5, 2), (0.9999, 3)):
         add("sample", f"draw {draw}", HAND, [four, draw], token, "a running sum that equals the draw is passed over")
     add("sample", "temperature 0", HAND, [array([1, 3, 2, 3]), 0.9, 0.0], 1, "the first largest")
     add("sample", "top 2", HAND, [four, 0.75, 1.0, 2], 1, "equal ones by index: 0 and 1 are left")
     add("sample", "top half", HAND, [four, 0.75, 1.0, 0, 0.5], 1, "two hold half exactly, so no third is taken")
+    add("sample", "the draw is of what is kept", HAND, [four, 0.3, 1.0, 0, 0.5], 0,
+        "0.3 of 2, not of the 4 before the cut")  # fmt: skip
+    add("sample", "top_k before top_p", HAND, [four, 0.75, 1.0, 2, 0.5], 0, "half of the 2 that top_k keeps is one")
+    add("sample", "temperature below float32", HAND, [array([1, 3, 2, 3]), 0.9, 1e-50], 1, "as float32 it is 0")
+    warm = array([1.3, 0.2, -0.5, 0.9, 2.1])
+    tail = array([0, *[-18] * 40])
+    for name, logits, draw, t, comment in (
+        ("temperature in float32", warm, 0.580450985, 0.8, "0.8 in float64 moves the border past the draw"),
+        ("running sums in float64", tail, 0.9999999, 1.0, "in float32 the 40 small weights add nothing"),
+    ):
+        add("sample", name, FRACTIONS, [logits, draw, t], exact.sample(logits.tolist(), draw, t, 0, 1.0), comment)
     add("sample", "cold", HAND, [array([0, 1]), 0.0, 0.01], 1, "e^-100 is +0: only the largest is left, and it comes first")
 
 
