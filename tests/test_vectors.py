@@ -1,22 +1,27 @@
 """The vectors themselves: their form and their sources. tests/test_conformance.py runs them on every backend."""
 
+import configparser
 import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from refmamba.conformance.models import SCHEMES, tiny_expected
+from refmamba.backend import load_backend
+from refmamba.conformance.models import SCHEMES, check_frozen, tiny_expected
 from refmamba.conformance.operations import check_vector
-from refmamba.conformance.vectors import decode, encode, read_vectors, vectors_folder
-from refmamba.spec import arith, codes
+from refmamba.conformance.vectors import decode, encode, generated_model, generated_models, read_vectors, vectors_folder
+from refmamba.errors import NonFiniteError
+from refmamba.spec import arith, coders, codes, parameters, transforms
 from refmamba.spec.codes import Codes
+from refmamba.spec.mamba1 import Positions
 from refmamba.spec.operations import OPERATIONS
+from refmamba.spec.parameters import quantize_model
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "tests" / "vectors"
@@ -53,9 +58,119 @@ def test_every_width_is_there() -> None:
         assert {v["arguments"][2 if operation != "code" else 1] for v in read_vectors(operation)} >= set(range(2, 17))
 
 
-def test_the_tiny_model_is_small_and_has_every_scheme() -> None:
-    assert sum(file.stat().st_size for file in (FOLDER / "tiny").iterdir()) < 1_000_000
+def test_the_vectors_are_small_and_tiny_has_every_scheme() -> None:
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) < 2_000_000
     assert set(tiny_expected()["logits_sha256"]["schemes"]) == set(SCHEMES)
+
+
+def test_the_package_lists_every_file_of_a_generated_model() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    patterns = setup["options.package_data"]["refmamba"].replace("\n", " ").split(", ")
+    files = [file.relative_to(FOLDER) for name in generated_models() for file in (FOLDER / name).rglob("*") if file.is_file()]
+    assert len(files) >= 4 * len(generated_models()) + 2
+    for file in files:
+        assert f"vectors/{file.parent}/*" in [pattern.strip(" ,") for pattern in patterns], file
+
+
+def test_the_generated_models_hold_what_the_tiny_one_lacks() -> None:
+    models = {name: generated_model(name) for name in generated_models()}
+    configs = {name: model.source.config for name, model in models.items()}
+    assert sorted(configs) == ["edges", "long", "tiny", "untied"]
+    untied, long = configs["untied"], configs["long"]
+    assert not untied.tie_embeddings
+    assert not untied.use_conv_bias
+    assert not untied.use_bias
+    assert long.use_bias
+    assert untied.d_state % 2
+    assert untied.d_conv % 2
+    assert long.norm_eps != configs["tiny"].norm_eps
+    assert max(map(len, models["long"].expected["sequences"])) > 256
+    lengths = [len(s) for s in models["untied"].expected["sequences"]]
+    assert len(lengths) > 4
+    assert len(set(lengths)) == len(lengths)
+    mixed, whole = models["untied"].schemes["mixed"], models["untied"].schemes["whole"]
+    assert {q.scale for q in mixed.outputs.values()} == {"per_token"}
+    assert not mixed.whole_sequence
+    assert {q.scale for q in whole.inputs.values()} == {"per_tensor"}
+    assert {q.bits for part in (mixed.weights, mixed.inputs) for q in part.values()} >= {3, 5, 6, 7}
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("name", generated_models())
+def test_the_generated_models_give_what_they_say(name: str, backend: str) -> None:
+    assert generated_model(name).expected["logits_sha256"]["schemes"] != {}
+    assert list(differing(name, backend)) == []
+
+
+def differing(name: str, backend: str = "reference") -> Iterator[str]:
+    """Where a generated model gives something else than its file says, and does not raise."""
+    source, calibration, expected, schemes = generated_model(name)
+    models = {scheme: quantize_model(source, schemes[scheme], calibration) for scheme in expected["logits_sha256"]["schemes"]}
+    yield from (str(wrong) for _, wrong in check_frozen(load_backend(backend), models, expected) if wrong)
+
+
+@pytest.mark.parametrize("positions", ["all", "last"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_logits_that_are_no_numbers_are_refused(backend: str, positions: Positions) -> None:
+    source, calibration, expected, schemes = generated_model("edges")
+    assert set(expected["raises"].values()) == {NonFiniteError.__name__}
+    for scheme in expected["raises"]:
+        runner = load_backend(backend).load(quantize_model(source, schemes[scheme], calibration))
+        sequences = [np.array(s) for s in expected["sequences"]]
+        assert all(np.all(np.isfinite(source.read(name))) for name in source.config.shapes())
+        with pytest.raises(NonFiniteError, match="lm_head"):
+            runner.prefill(sequences, logits=positions)
+        runner.prefill(sequences, logits="none")
+
+
+def smoothed_after_folding(
+    source: Any, absmax: Mapping[str, Any], alpha: Mapping[str, float]
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """SPEC section 5 with x_proj's factors taken from the weight into which dt_proj's are folded already."""
+    first, _, _ = SMOOTHED(source, absmax, {"dt_proj": alpha["dt_proj"]})
+    return SMOOTHED(Mixed(source, first), absmax, alpha)
+
+
+SMOOTHED = transforms.smoothed
+
+
+class Mixed:
+    """A checkpoint whose x_proj is another one's at the first reading, from which the factors are taken."""
+
+    def __init__(self, source: Any, first: Any) -> None:
+        self.config, self.source, self.first, self.seen = source.config, source, first, set[str]()
+
+    def read(self, name: str) -> Any:
+        if name.endswith("x_proj.weight") and name not in self.seen:
+            self.seen.add(name)
+            return self.first.read(name)
+        return self.source.read(name)
+
+
+def test_the_order_of_foldings_shows_in_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parameters, "smoothed", smoothed_after_folding)
+    for name in ("untied", "long"):  # in tiny, the factors are the same either way
+        assert list(differing(name)) != [], name
+
+
+def test_a_static_maximum_that_counts_as_zero_shows_in_a_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def calls(self: coders.Static, x: Any, site: str) -> Any:
+        return [(code_static_above_zero, (x, self.absmax, self.bits, site))]
+
+    monkeypatch.setattr(coders.Static, "calls", calls)
+    assert list(differing("edges")) != []
+
+
+def test_the_generator_writes_the_same_models(tmp_path: Path) -> None:
+    code = f"import sys, pathlib; sys.path.insert(0, {str(ROOT / 'tools')!r}); import make_vectors as m; " \
+           f"m.FOLDER = pathlib.Path({str(tmp_path)!r}); m.write_edges(); " \
+           "[m.write_weights(m.FOLDER / name, model) for name, model in m.GENERATED.items()]"  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    written = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(written) == 13
+    for file in written:
+        assert file.read_bytes() == (FOLDER / file.relative_to(tmp_path)).read_bytes(), file.name
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mpmath") is None, reason="the generator needs mpmath")

@@ -1,7 +1,7 @@
-"""Write tests/vectors: `python tools/make_vectors.py [operations | tiny | small]`; the same bytes on every run.
+"""Write tests/vectors: `python tools/make_vectors.py [operations | models | small]`; the same bytes on every run.
 
 operations: one file an operation; results by hand, from rational arithmetic (tools/exact.py) or from mpmath.
-tiny:       the tiny generated model, and the SHA-256 of its logits under each scheme; transformers' float64 logits.
+models:     the generated models, and the SHA-256 of their logits under each scheme; transformers' float64 logits.
 small:      the SHA-256 of the logits of the small model inside the package, to be written again when it is retrained.
 """
 
@@ -10,6 +10,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
@@ -22,14 +23,15 @@ import numpy as np
 from refmamba.conformance.models import SCHEMES, sha256_of
 from refmamba.conformance.vectors import encode
 from refmamba.formats.calibration import save_calibration
+from refmamba.formats.checkpoint import read_config
 from refmamba.formats.folder import open_checkpoint
 from refmamba.spec.arith import F32Array
 from refmamba.spec.calibrate import calibrate
 from refmamba.spec.codes import Codes, FixedPoint
-from refmamba.spec.config import MambaConfig
+from refmamba.spec.config import ParameterSource
 from refmamba.spec.mamba1 import Mamba
-from refmamba.spec.parameters import QuantizedModel, quantize_model
-from refmamba.spec.scheme import parse_scheme
+from refmamba.spec.parameters import QuantizedModel, linear_sites, quantize_model
+from refmamba.spec.scheme import parse_scheme, scheme_from_json
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "vectors"
 FRACTIONS = f"independent:fractions, Python {platform.python_version()}"
@@ -237,7 +239,8 @@ def twice() -> None:
         s = exact.scale(exact.f32(largest), bits)
         near_halves = dict.fromkeys(exact.f32((i + 0.5) / s + sign * 2.0**-25) for i in codes_at for sign in (-1, 0, 1))
         x = [v for v in near_halves if exact.quantize(v, s, bits) != round(Fraction(v) * Fraction(s))][:16]
-        q = np.array([[exact.quantize(v, s, bits) for v in [*x, exact.f32(largest)]]], np.int8 if bits == 8 else np.int16)
+        kind: Any = np.int8 if bits == 8 else np.int16
+        q = np.array([[exact.quantize(v, s, bits) for v in [*x, exact.f32(largest)]]], kind)
         row, coded = array([[*x, largest]]), Codes(q, array(s), bits)
         add("code_static", f"{bits} bits, rounded twice", FRACTIONS, [row, array(largest), bits, "site"], coded, comment)
         for granularity in ("per_tensor", "per_row"):
@@ -532,57 +535,177 @@ def write_operations() -> None:
         (folder / f"{operation}.json").write_text(f"{head}{lines}\n]}}\n", encoding="utf-8")
 
 
-def write_tiny() -> None:
-    """Write tests/vectors/tiny: the model, its calibration, and what comes out."""
-    import torch
-    import transformers
+@dataclass(frozen=True)
+class Generated:
+    """A generated model: its config.json, the seed of its weights, its sequences, its schemes by name and as JSON values."""
+
+    config: dict[str, Any]
+    seed: int
+    sequences: list[list[int]]
+    schemes: tuple[str, ...]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def hugging_face(hidden: int, layers: int, vocabulary: int, **others: Any) -> dict[str, Any]:
+    """A config.json; the last entry is only for transformers."""
+    sizes: dict[str, Any] = {"hidden_size": hidden, "num_hidden_layers": layers, "vocab_size": vocabulary, "state_size": 16, "conv_kernel": 4,
+             "expand": 2, "time_step_rank": 3, "layer_norm_epsilon": 1e-5, "use_bias": True, "use_conv_bias": True,
+             "tie_word_embeddings": True, "hidden_act": "silu"}  # fmt: skip
+    sizes |= others
+    sizes["intermediate_size"] = sizes["expand"] * hidden
+    return {"model_type": "mamba", "architectures": ["MambaForCausalLM"], **sizes}
+
+
+def sequences_of(seed: int, vocabulary: int, *lengths: int) -> list[list[int]]:
+    """Random sequences of these lengths."""
+    r = generator(seed)
+    return [r.integers(0, vocabulary, length).tolist() for length in lengths]
+
+
+def chosen(scale: str, **bits: int) -> dict[str, Any]:
+    """Sites of a scheme with one kind of scale; __ stands for the dot."""
+    return {site.replace("__", "."): {"bits": n, "scale": scale} for site, n in bits.items()}
+
+
+MIXED = {
+    "name": "mixed",
+    "weights": chosen("per_channel", embedding__weight=5, lm_head__weight=5, in_proj__weight=3, dt_proj__weight=7,
+                      conv1d__weight=6, A_log=7)
+    | chosen("per_tensor", x_proj__weight=5, out_proj__weight=6, D=5, norm__weight=7, norm_f__weight=6),
+    "inputs": chosen("per_token", in_proj=7, dt_proj=6, lm_head=5) | chosen("static", x_proj=5, out_proj=3),
+    "outputs": chosen("per_token", in_proj=9, x_proj=11, dt_proj=5, out_proj=7),
+}  # fmt: skip
+WHOLE = {
+    "name": "whole",
+    "weights": chosen("per_channel", x_proj__weight=3, out_proj__weight=5) | chosen("per_tensor", dt_proj__weight=6),
+    "inputs": chosen("per_tensor", in_proj=6, x_proj=7, dt_proj=5, lm_head=3),
+    "outputs": chosen("per_tensor", in_proj=10, dt_proj=3) | chosen("per_token", x_proj=12, out_proj=15),
+}
+GENERATED = {
+    "tiny": Generated(hugging_face(20, 2, 67), 5, TINY_SEQUENCES, SCHEMES),
+    # An untied head, no bias but dt_proj's, an odd number of states and of taps, six sequences at once, odd widths.
+    "untied": Generated(
+        hugging_face(18, 2, 71, state_size=5, conv_kernel=3, expand=3, time_step_rank=2, use_bias=False, use_conv_bias=False,
+                     tie_word_embeddings=False),
+        6, sequences_of(7, 71, 33, 1, 7, 2, 19, 66),
+        ("fp32", "w3-mlp", "w5-all", "w6-mlp", "w7-all", "w8a8-all", "int8", "int8-static", "int8-smooth"),
+        {"mixed": MIXED, "whole": WHOLE},
+    ),
+    # More tokens than a kernel takes at a time; another epsilon; as many channels as the residual stream is wide.
+    "long": Generated(
+        hugging_face(16, 2, 53, state_size=3, conv_kernel=5, expand=1, layer_norm_epsilon=1e-3),
+        8, sequences_of(9, 53, 300, 17, 1, 258, 64),
+        ("fp32", "w8-all", "w8a8-mlp", "w4a16-all", "int8", "int8-static", "int8-smooth"),
+    ),
+}  # fmt: skip
+
+
+def stored_name(name: str) -> str:
+    """The name of a parameter in Hugging Face's layout."""
+    if name.startswith("layers.") and ".norm." not in name:
+        return "backbone.{}.{}.mixer.{}".format(*name.split(".", 2))
+    return name if name == "lm_head.weight" else "backbone." + name.replace("embedding.", "embeddings.")
+
+
+def save_model(folder: Path, config: dict[str, Any], parameter: Callable[[str, tuple[int, ...]], F32Array]) -> ParameterSource:
+    """Write config.json and model.safetensors of random or given parameters, and open them."""
     from safetensors.numpy import save_file
 
-    folder, r = FOLDER / "tiny", generator(5)
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = {"hidden_size": 20, "num_hidden_layers": 2, "vocab_size": 67, "state_size": 16, "conv_kernel": 4, "expand": 2,
-             "time_step_rank": 3, "layer_norm_epsilon": 1e-5, "use_bias": True, "use_conv_bias": True,
-             "tie_word_embeddings": True, "hidden_act": "silu", "intermediate_size": 40}  # fmt: skip
-    config = {"model_type": "mamba", "architectures": ["MambaForCausalLM"], **sizes}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    shapes = MambaConfig(20, 2, 67, dt_rank=3, use_bias=True).shapes()
     tensors = {}
-    for name, shape in shapes.items():
+    for name, shape in read_config(folder / "config.json", config).shapes().items():
+        x = parameter(name, shape)
+        tensors[stored_name(name)] = x[:, None] if name.endswith("conv1d.weight") else x
+    save_file(tensors, folder / "model.safetensors")
+    source = open_checkpoint(folder)
+    assert not isinstance(source, QuantizedModel)
+    return source
+
+
+def write_expected(folder: Path, expected: dict[str, Any]) -> None:
+    """Write expected.json."""
+    (folder / "expected.json").write_text(json.dumps({"format": 1} | expected, indent=1) + "\n", encoding="utf-8")
+
+
+def write_models() -> None:
+    """Write the generated models of tests/vectors: weights, calibration, and what comes out."""
+    for name, model in GENERATED.items():
+        write_model(FOLDER / name, model)
+    write_edges()
+
+
+def write_weights(folder: Path, model: Generated) -> tuple[ParameterSource, dict[str, F32Array]]:
+    """Write a generated model's weights and its calibration, and give both."""
+    r = generator(model.seed)
+
+    def parameter(name: str, shape: tuple[int, ...]) -> F32Array:
         x = normal(r, *shape) * array(0.4)
         if name.endswith("A_log"):
-            x = np.log(np.arange(1, 17)).astype(np.float32) + x
+            x = np.log(np.arange(1, shape[1] + 1)).astype(np.float32) + x
         elif "norm" in name or name.endswith(".D"):
             x = 1 + x
         elif name.endswith("dt_proj.bias"):
             x = x * 4 - 2
-        if name.endswith("conv1d.weight"):
-            x = x[:, None]
-        stored = "backbone." + name.replace("embedding.", "embeddings.")
-        if name.startswith("layers.") and ".norm." not in name:
-            stored = "backbone.{}.{}.mixer.{}".format(*name.split(".", 2))
-        tensors[stored] = x.astype(np.float32)
-    save_file(tensors, folder / "model.safetensors")
-    source = open_checkpoint(folder)
-    assert not isinstance(source, QuantizedModel)
-    absmax = calibrate(source, np.array(TINY_SEQUENCES[0]))
+        return x.astype(np.float32)
+
+    source = save_model(folder, model.config, parameter)
+    absmax = calibrate(source, np.array(max(model.sequences, key=len)))
     save_calibration(absmax, folder / "calibration.json")
+    return source, absmax
+
+
+def write_model(folder: Path, model: Generated) -> None:
+    """Write one of them; transformers computes its logits without a scheme."""
+    import torch
+    import transformers
+
+    source, absmax = write_weights(folder, model)
+    schemes = {name: parse_scheme(name) for name in model.schemes}
+    for name, values in model.files.items():
+        (folder / "schemes").mkdir(exist_ok=True)
+        (folder / "schemes" / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        schemes[name] = scheme_from_json(values)
     hashes = {}
-    for name in SCHEMES:
-        runner = Mamba(quantize_model(source, parse_scheme(name), absmax))
-        logits, _ = runner.prefill([np.array(s) for s in TINY_SEQUENCES], logits="all")
+    for name, scheme in schemes.items():
+        logits, _ = Mamba(quantize_model(source, scheme, absmax)).prefill(list(map(np.array, model.sequences)), logits="all")
         hashes[name] = sha256_of(logits)
     torch.set_default_dtype(torch.float64)
     peer: Any = transformers.MambaForCausalLM.from_pretrained(folder, dtype=torch.float64)
     peer.eval()
     with torch.no_grad():
-        logits64 = peer(torch.tensor([TINY_SEQUENCES[0]]), use_cache=False).logits[0, -8:].double().numpy()
+        logits64 = peer(torch.tensor([model.sequences[0]]), use_cache=False).logits[0, -8:].double().numpy()
     from_transformers = {
         "source": f"independent:transformers {transformers.__version__}, float64", "compare": "close:1e-5", "sequence": 0,
         "result": encode(logits64),
     }  # fmt: skip
     frozen = {"source": "spec", "compare": "exact", "schemes": hashes}
-    expected = {"format": 1, "sequences": TINY_SEQUENCES, "logits_sha256": frozen, "fp32_last_8": from_transformers}
-    (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
+    write_expected(folder, {"sequences": model.sequences, "logits_sha256": frozen, "fp32_last_8": from_transformers})
+
+
+def write_edges() -> None:
+    """Write tests/vectors/edges: finite weights whose logits are no numbers, and a calibrated maximum that counts as zero.
+
+    `int8`: a row of the head is so large that the product of its scale and the token's is +0, and 0/0 no number.
+    `int8-static`: lm_head's maximum is below 2^-100, so all its codes are 0, and all logits +0.0.
+    """
+    r, folder, sequence = generator(10), FOLDER / "edges", [5, 6, 3, 7]
+    head = np.where(np.arange(10)[:, None] > 2, normal(r, 10, 8) * array(1e22), array(0))
+    head[1, :3] = array(1e22)
+    special = {"norm_f.weight": array([0, 0, 0, 0, 1e30, 1e30, 1e30, 1e30]), "lm_head.weight": head}
+
+    def parameter(name: str, shape: tuple[int, ...]) -> F32Array:
+        return special.get(name, normal(r, *shape) * array(0.1))
+
+    config = hugging_face(8, 1, 10, time_step_rank=1, use_bias=False, tie_word_embeddings=False)
+    source = save_model(folder, config, parameter)
+    shapes = {site: source.config.shapes()[f"{site}.weight"][1:] for site in linear_sites(source.config)}
+    absmax = {site: np.full(shape, 1e-35 if site == "lm_head" else 1, np.float32) for site, shape in shapes.items()}
+    save_calibration(absmax, folder / "calibration.json")
+    zeros = hashlib.sha256(bytes(4 * len(sequence) * 10)).hexdigest()
+    frozen = {"source": HAND, "compare": "exact", "schemes": {"int8-static": zeros}}
+    raised = dict.fromkeys(("int8", "fp32"), "NonFiniteError")
+    write_expected(folder, {"sequences": [sequence], "logits_sha256": frozen, "raises": raised})
 
 
 def write_small() -> None:
@@ -602,6 +725,6 @@ def write_small() -> None:
 
 
 if __name__ == "__main__":
-    parts = {"operations": write_operations, "tiny": write_tiny, "small": write_small}
-    for part in sys.argv[1:] or ["operations", "tiny"]:
+    parts = {"operations": write_operations, "models": write_models, "small": write_small}
+    for part in sys.argv[1:] or ["operations", "models"]:
         parts[part]()

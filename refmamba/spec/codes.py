@@ -86,7 +86,8 @@ def quantize(x: F32Array, scale: F32Array, bits: int) -> IntArray:
     The clamp is before the cast: what an out-of-range cast gives differs between processors.
     """
     largest = f32(2 ** (bits - 1) - 1)
-    q: IntArray = np.rint(np.clip(x * scale, -largest, largest)).astype(np.int8 if bits <= 8 else np.int16)
+    with np.errstate(over="ignore"):  # a value that is far above a calibrated maximum saturates
+        q: IntArray = np.rint(np.clip(x * scale, -largest, largest)).astype(np.int8 if bits <= 8 else np.int16)
     return q
 
 
@@ -165,13 +166,13 @@ def rescale(acc: F64Array, x: Codes | FixedPoint, w: Codes | FixedPoint) -> F32A
         acc = np.ldexp(acc, -x.exponent[:, None])
     if isinstance(w, FixedPoint):
         acc = np.ldexp(acc, -w.exponent)
-    with np.errstate(over="ignore"):
-        y = (acc + 0.0).astype(np.float32)
     # A row's scale belongs to a row of the result for x, to a column for w.
     scales = [c.scale if c is x or c.scale.ndim == 0 else c.scale[:, 0] for c in (x, w) if isinstance(c, Codes)]
-    if len(scales) == 2:
-        return y / (scales[0] * scales[1])
-    return y / scales[0] if scales else y
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # what is not finite fails where it is coded next
+        y = (acc + 0.0).astype(np.float32)
+        if len(scales) == 2:
+            return y / (scales[0] * scales[1])
+        return y / scales[0] if scales else y
 
 
 def pack4(q: NDArray[np.int8]) -> NDArray[np.uint8]:
