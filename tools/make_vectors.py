@@ -548,7 +548,8 @@ class Generated:
 
 def hugging_face(hidden: int, layers: int, vocabulary: int, **others: Any) -> dict[str, Any]:
     """A config.json; the last entry is only for transformers."""
-    sizes: dict[str, Any] = {"hidden_size": hidden, "num_hidden_layers": layers, "vocab_size": vocabulary, "state_size": 16, "conv_kernel": 4,
+    sizes: dict[str, Any] = {
+             "hidden_size": hidden, "num_hidden_layers": layers, "vocab_size": vocabulary, "state_size": 16, "conv_kernel": 4,
              "expand": 2, "time_step_rank": 3, "layer_norm_epsilon": 1e-5, "use_bias": True, "use_conv_bias": True,
              "tie_word_embeddings": True, "hidden_act": "silu"}  # fmt: skip
     sizes |= others
