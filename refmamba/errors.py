@@ -5,7 +5,7 @@ RefmambaError
 ├── CheckpointError    a model folder cannot be read
 ├── HubError           a model cannot be fetched
 ├── TokenizerError     a tokenizer is missing, broken or does not fit the model
-├── DataError          a text, calibration or task file is wrong
+├── DataError          a text, its tokens, a number, or a calibration or task file is wrong
 ├── BackendError       a backend is unknown, not installed, or fails its start-up probe
 └── NonFiniteError     a NaN or an infinity where a code is to be made (SPEC section 1)
 """
@@ -32,7 +32,7 @@ class TokenizerError(RefmambaError):
 
 
 class DataError(RefmambaError):
-    """A text, calibration or task file is wrong."""
+    """A text, its tokens, a number, or a calibration or task file is wrong."""
 
 
 class BackendError(RefmambaError):

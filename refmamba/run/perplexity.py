@@ -51,6 +51,8 @@ def perplexity(runner: Runner, tokens: IntArray, n_bytes: int) -> Perplexity:
 
 def text_perplexity(session: Session, text: str) -> Perplexity:
     """Score a text from its first token on, given the token that begins a text. Raises DataError, NonFiniteError."""
+    if not text:
+        raise DataError("the text is empty, so that there is nothing to score")
     tokenizer = session.tokenizer
     tokens = np.concatenate([tokenizer.encode_array(""), tokenizer.encode_array(text)])
     return perplexity(session.runner, tokens, len(text.encode()))
