@@ -16,7 +16,7 @@ from refmamba.backend import load_backend
 from refmamba.conformance.models import SCHEMES, check_frozen, tiny_expected
 from refmamba.conformance.operations import check_vector
 from refmamba.conformance.vectors import decode, encode, generated_model, generated_models, read_vectors, vectors_folder
-from refmamba.errors import NonFiniteError
+from refmamba.errors import DataError, NonFiniteError
 from refmamba.spec import arith, coders, codes, parameters, transforms
 from refmamba.spec.codes import Codes
 from refmamba.spec.mamba1 import Positions
@@ -122,6 +122,13 @@ def test_logits_that_are_no_numbers_are_refused(backend: str, positions: Positio
         with pytest.raises(NonFiniteError, match="lm_head"):
             runner.prefill(sequences, logits=positions)
         runner.prefill(sequences, logits="none")
+
+
+def test_a_calibration_of_another_width_is_refused() -> None:
+    source, calibration, _, schemes = generated_model("untied")
+    for site in ("layers.1.x_proj", "lm_head"):
+        with pytest.raises(DataError, match=f"maxima for {site}, not"):
+            quantize_model(source, schemes["int8-static"], {**calibration, site: calibration[site][:-1]})
 
 
 def smoothed_after_folding(

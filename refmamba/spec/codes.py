@@ -6,7 +6,7 @@ are sums of integers: exact, whatever their order. Each function below is one eq
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,8 +112,7 @@ def code(x: F32Array, bits: int, site: str, granularity: Granularity = "per_tens
 def code_static(x: F32Array, static_absmax: F32Array, bits: int, site: str) -> Codes:
     """Quantize with the scale of a calibrated absolute maximum, eq. (7, 8): larger values saturate.
 
-    static_absmax: float32, shape (); below 2^-100 it counts as zero, and every code is 0. Raises NonFiniteError for a NaN or an
-    infinity in x.
+    static_absmax: float32, shape (); below 2^-100 it counts as zero. Raises NonFiniteError for a NaN or an infinity in x.
     """
     absmax(x, site)
     m = np.where(static_absmax < ABSMAX_ZERO, f32(0), static_absmax)
@@ -137,10 +136,8 @@ def fixed_point(x: F32Array, magnitude_bits: int, site: str) -> FixedPoint:
 def integer_product(x: Codes | FixedPoint, w: Codes | FixedPoint) -> F64Array:
     """Exact x.q @ w.q.T, eq. (11, 12): (n, K), (rows, K) -> (n, rows), integers held in float64.
 
-    float64 holds every integer to 2^53, so a float64 matrix product of integers is exact while the sums stay below that:
-    2^7 * 2^30 * 65,536 = 2^53 with 8-bit weights. Two fixed-point factors are too wide for one product: the weight is
-    split, w = hi * 4096 + lo with -2048 <= lo <= 2047, into two exact ones, joined with one rounding; rows longer than
-    4096 in blocks, added in order. `QuantizedModel` refuses rows that are longer than is exact.
+    float64 holds every integer to 2^53. Two fixed-point factors are too wide for that: the weight is split, w = hi * 4096 + lo
+    with -2048 <= lo <= 2047, and both products joined with one rounding; rows longer than 4096 in blocks, added in order.
     """
     if not (isinstance(x, FixedPoint) and isinstance(w, FixedPoint)):
         x_q, w_q = (c.q if isinstance(c, FixedPoint) else c.integers() for c in (x, w))
@@ -170,9 +167,7 @@ def rescale(acc: F64Array, x: Codes | FixedPoint, w: Codes | FixedPoint) -> F32A
     scales = [c.scale if c is x or c.scale.ndim == 0 else c.scale[:, 0] for c in (x, w) if isinstance(c, Codes)]
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # what is not finite fails where it is coded next
         y = (acc + 0.0).astype(np.float32)
-        if len(scales) == 2:
-            return y / (scales[0] * scales[1])
-        return y / scales[0] if scales else y
+        return y / (scales[0] * scales[1] if len(scales) == 2 else scales[0]) if scales else y
 
 
 def pack4(q: NDArray[np.int8]) -> NDArray[np.uint8]:
@@ -191,4 +186,3 @@ def unpack4(packed: NDArray[np.uint8], columns: int) -> NDArray[np.int8]:
 
 
 Param = F32Array | Codes | FixedPoint
-Value = NDArray[Any]

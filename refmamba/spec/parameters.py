@@ -160,8 +160,8 @@ def quantize_model(
     """A checkpoint under a scheme. Its `params` are quantized one by one as a backend takes them, and none is kept.
 
     calibration: for each site the absolute maximum of each input channel, (K,) float32, as `refmamba.spec.calibrate` gives
-    it; needed where `scheme.needs_calibration`. Raises DataError where calibration lacks a site; reading a parameter
-    raises NonFiniteError.
+    it; needed where `scheme.needs_calibration`. Raises DataError where calibration lacks a site, or has other channels for it;
+    reading a parameter raises NonFiniteError.
     """
     sites: dict[str, Param] = {}
     if scheme.needs_calibration:
@@ -175,6 +175,9 @@ def quantize_model(
 
 def _site_absmax(config: MambaConfig, scheme: Scheme, calibration: Mapping[str, F32Array]) -> dict[str, F32Array]:
     sites = [site for site in linear_sites(config) if kind_of(site) in scheme.calibrated]
-    if missing := [site for site in sites if site not in calibration]:
-        raise DataError(f"scheme {scheme.name} needs calibration, which has no site {missing[0]}: calibrate on this model")
-    return {site: calibration[site] for site in sites}
+    maxima = {site: calibration.get(site, np.empty(0, np.float32)) for site in sites}
+    for site, m in maxima.items():
+        columns = config.d_model if site == "lm_head" else config.shapes()[f"{site}.weight"][1]
+        if m.shape != (columns,):
+            raise DataError(f"scheme {scheme.name} needs {columns} maxima for {site}, not {m.size}: calibrate on this model")
+    return maxima
