@@ -265,6 +265,7 @@ def as_any(value: Any) -> Any:
         (lambda model: model.generate("x", temperature=-1), refmamba.DataError, "temperature is -1"),
         (lambda model: model.generate("x", temperature=float("nan")), refmamba.DataError, "temperature is nan"),
         (lambda model: model.generate("x", temperature=1e-60), refmamba.DataError, "temperature is 1e-60"),
+        (lambda model: model.generate("x", temperature=1e39), refmamba.DataError, "temperature is 1e"),
         (lambda model: model.generate("x", temperature="hot"), refmamba.DataError, "temperature is 'hot'"),
         (lambda model: model.generate("x", top_p=0), refmamba.DataError, "top_p is 0"),
         (lambda model: model.stream("x", top_p=1.1), refmamba.DataError, "top_p is 1.1"),

@@ -7,7 +7,7 @@ are sums of integers: exact, whatever their order. Each function below is one eq
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,7 +89,8 @@ def quantize(x: F32Array, scale: F32Array, bits: int) -> IntArray:
     The clamp is before the cast: what an out-of-range cast gives differs between processors.
     """
     largest = f32(2 ** (bits - 1) - 1)
-    q: IntArray = np.rint(np.clip(x * scale, -largest, largest)).astype(np.int8 if bits <= 8 else np.int16)
+    with np.errstate(over="ignore"):  # a value that is far above a calibrated maximum saturates
+        q: IntArray = np.rint(np.clip(x * scale, -largest, largest)).astype(np.int8 if bits <= 8 else np.int16)
     return q
 
 
@@ -162,8 +163,7 @@ def choose_steps(scaled: F64Array, group: int, largest: int, q: NDArray[np.int8]
 def code_static(x: F32Array, static_absmax: F32Array, bits: int, site: str) -> Codes:
     """Quantize with the scale of a calibrated absolute maximum, eq. (7, 8): larger values saturate.
 
-    static_absmax: float32, shape (); below 2^-100 it counts as zero, and every code is 0. Raises NonFiniteError for a NaN or an
-    infinity in x.
+    static_absmax: float32, shape (); below 2^-100 it counts as zero. Raises NonFiniteError for a NaN or an infinity in x.
     """
     absmax(x, site)
     m = np.where(static_absmax < ABSMAX_ZERO, f32(0), static_absmax)
@@ -201,10 +201,8 @@ def fixed_point(x: F32Array, magnitude_bits: int, site: str) -> FixedPoint:
 def integer_product(x: Codes | FixedPoint, w: Codes | FixedPoint) -> F64Array:
     """Exact x.q @ w.q.T, eq. (11, 12): (n, K), (rows, K) -> (n, rows), integers held in float64.
 
-    float64 holds every integer to 2^53, so a float64 matrix product of integers is exact while the sums stay below that:
-    2^7 * 2^30 * 65,536 = 2^53 with 8-bit weights. Two fixed-point factors are too wide for one product: the weight is
-    split, w = hi * 4096 + lo with -2048 <= lo <= 2047, into two exact ones, joined with one rounding; rows longer than
-    4096 in blocks, added in order. `QuantizedModel` refuses rows that are longer than is exact.
+    float64 holds every integer to 2^53. Two fixed-point factors are too wide for that: the weight is split, w = hi * 4096 + lo
+    with -2048 <= lo <= 2047, and both products joined with one rounding; rows longer than 4096 in blocks, added in order.
     """
     if not (isinstance(x, FixedPoint) and isinstance(w, FixedPoint)):
         x_q, w_q = (c.q if isinstance(c, FixedPoint) else c.integers() for c in (x, w))
@@ -230,13 +228,11 @@ def rescale(acc: F64Array, x: Codes | FixedPoint, w: Codes | FixedPoint) -> F32A
         acc = np.ldexp(acc, -x.exponent[:, None])
     if isinstance(w, FixedPoint):
         acc = np.ldexp(acc, -w.exponent)
-    with np.errstate(over="ignore"):
-        y = (acc + 0.0).astype(np.float32)
     # A row's scale belongs to a row of the result for x, to a column for w.
     scales = [c.scale if c is x or c.scale.ndim == 0 else c.scale[:, 0] for c in (x, w) if isinstance(c, Codes)]
-    if len(scales) == 2:
-        return y / (scales[0] * scales[1])
-    return y / scales[0] if scales else y
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # what is not finite fails where it is coded next
+        y = (acc + 0.0).astype(np.float32)
+        return y / (scales[0] * scales[1] if len(scales) == 2 else scales[0]) if scales else y
 
 
 def pack4(q: NDArray[np.int8]) -> NDArray[np.uint8]:
@@ -255,4 +251,3 @@ def unpack4(packed: NDArray[np.uint8], columns: int) -> NDArray[np.int8]:
 
 
 Param = F32Array | Codes | FixedPoint
-Value = NDArray[Any]

@@ -155,8 +155,8 @@ def quantize_model(
     """A checkpoint under a scheme. Its `params` are quantized one by one as a backend takes them, and none is kept.
 
     calibration: for each site the absolute maximum of each input channel, (K,) float32, as `refmamba.spec.calibrate` gives
-    it; needed where `scheme.needs_calibration`. Raises DataError where calibration lacks a site; reading a parameter
-    raises NonFiniteError.
+    it; needed where `scheme.needs_calibration`. Raises DataError where calibration lacks a site, or has other channels for it;
+    reading a parameter raises NonFiniteError.
     """
     sites: dict[str, Param] = {}
     if scheme.needs_calibration:
@@ -172,6 +172,12 @@ def _site_absmax(config: MambaConfig, scheme: Scheme, calibration: Mapping[str, 
     """The maxima that the scheme needs: of a rotated input those after the rotation."""
     sites = [site for site in linear_sites(config) if kind_of(site) in scheme.calibrated]
     names = {site: f"{site}.rotated" if kind_of(site) in scheme.rotate else site for site in sites}
-    if missing := [name for name in names.values() if name not in calibration]:
-        raise DataError(f"scheme {scheme.name} needs calibration, which has no site {missing[0]}: calibrate on this model")
-    return {site: calibration[name] for site, name in names.items()}
+    maxima = {site: calibration.get(name, np.empty(0, np.float32)) for site, name in names.items()}
+    shapes = config.shapes()
+    for site, m in maxima.items():
+        columns = config.d_model if site == "lm_head" else shapes[f"{site}.weight"][1]
+        if m.shape != (columns,):
+            raise DataError(
+                f"scheme {scheme.name} needs {columns} maxima for {names[site]}, not {m.size}: calibrate on this model"
+            )
+    return maxima
