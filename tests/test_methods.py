@@ -11,6 +11,7 @@ from conftest import RandomSource, assert_bits
 from refmamba.backend import load_backend
 from refmamba.errors import NonFiniteError, SchemeError
 from refmamba.formats.folder import open_checkpoint
+from refmamba.formats.hub import resolve_model
 from refmamba.formats.quantized import save_quantized
 from refmamba.spec.calibrate import calibrate
 from refmamba.spec.coders import INPUT_CODERS
@@ -21,6 +22,7 @@ from refmamba.spec.scheme import NAMED, parse_scheme, scheme_from_json
 from refmamba.spec.transforms import hadamard_block, rotate, rotated
 
 TOKENS = np.arange(9)
+FILES = resolve_model("small")  # whose tokenizer is saved beside
 NEW = ("int4", "int4-all", "int8-hadamard", "llm-int8", "flatten-int8")
 
 
@@ -145,7 +147,7 @@ def test_steps_and_prefill_agree(scheme: str, tiny: RandomSource) -> None:
 @pytest.mark.parametrize("scheme", NEW)
 def test_a_saved_folder_gives_the_same_bits(scheme: str, tiny: RandomSource, tmp_path: Path) -> None:
     model = quantize_model(tiny, parse_scheme(scheme), calibrate(tiny, TOKENS))
-    save_quantized(model, tmp_path / "q", tmp_path / "tokenizer.json")
+    save_quantized(model, tmp_path / "q", FILES)
     opened = open_checkpoint(tmp_path / "q")
     assert isinstance(opened, QuantizedModel)
     assert opened.scheme == model.scheme
@@ -157,7 +159,7 @@ def test_a_saved_folder_gives_the_same_bits(scheme: str, tiny: RandomSource, tmp
 def test_weights_of_four_bits_are_packed_with_their_steps(tiny: RandomSource, tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
-    save_quantized(quantize_model(tiny, parse_scheme("int4-all")), tmp_path / "q", tmp_path / "tokenizer.json")
+    save_quantized(quantize_model(tiny, parse_scheme("int4-all")), tmp_path / "q", FILES)
     tensors = load_file(tmp_path / "q" / "model.safetensors")
     rows, columns = tiny.config.shapes()["layers.0.in_proj.weight"]
     assert tensors["layers.0.in_proj.weight.q"].shape == (rows, (columns + 1) // 2)

@@ -2,20 +2,22 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from eval_model import END, trained_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HubTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from refmamba.errors import TokenizerError
+from refmamba.errors import JSONError, TokenizerError
+from refmamba.eval_tasks.score import encode_pair
 from refmamba.formats.hub import ModelFiles
 from refmamba.formats.tokenizer import Tokenizer, load_tokenizer
 from refmamba.spec.config import MambaConfig
 
-END = "<|endoftext|>"
 MODEL = MambaConfig(d_model=8, n_layer=1, vocab_size=320)
 
 
@@ -151,10 +153,73 @@ def test_missing_and_broken_files(trained: HubTokenizer, tmp_path: Path) -> None
         load_tokenizer(files, MODEL)
     for text in ("", '{"version": "1.0", "model"', "[]", "\xff"):
         files.tokenizer.write_bytes(text.encode("latin-1"))
-        with pytest.raises(TokenizerError, match=r"tokenizer\.json: cannot be read") as raised:
+        with pytest.raises(JSONError, match=r"tokenizer\.json: not (JSON|a JSON object)"):
             load_tokenizer(files, MODEL)
-        assert "\n" not in str(raised.value)
+    for text in ("{}", '{"version": "1.0", "model": {"type": "BPE"}}'):
+        files.tokenizer.write_text(text)
+        with pytest.raises(TokenizerError, match=r"tokenizer\.json: cannot be read as a tokenizer"):
+            load_tokenizer(files, MODEL)
     write(trained, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: not JSON"):
+    with pytest.raises(JSONError, match=r"tokenizer_config\.json: not JSON"):
         load_tokenizer(files, MODEL)
+
+
+# --- what the files beside it and its own settings say ----------------------------------------------------------------
+
+GOLDEN = json.loads((Path(__file__).parent / "vectors" / "begin_golden.json").read_text("utf-8"))
+SMALL = MambaConfig(d_model=8, n_layer=1, vocab_size=4096)
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: f"adds={case['adds']},add_bos={case['add_bos']}")
+def test_tokens_are_the_harness_s_whatever_training_left_in_the_file(case: dict[str, Any], tmp_path: Path) -> None:
+    """Truncation to 8 and padding to 16 tokens are in the file; vectors/begin_golden.json has the harness's tokens."""
+    (tmp_path / "tokenizer.json").write_text(trained_tokenizer(case["adds"]), "utf-8")
+    loaded = load_tokenizer(ModelFiles(tmp_path, tmp_path / "tokenizer.json"), SMALL, case["add_bos"])
+    for text, ids in case["texts"]:
+        assert loaded.encode(text) == ids, text
+    for context, continuation, *both in case["pairs"]:
+        assert list(encode_pair(loaded, context, continuation)) == both, (context, continuation)
+    assert loaded.added == ([0] if case["adds"] and case["add_bos"] is None else [])
+
+
+def test_a_begin_token_can_be_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(trained_tokenizer(adds=False), "utf-8")
+    files = ModelFiles(tmp_path, tmp_path / "tokenizer.json")
+    asked, plain = load_tokenizer(files, SMALL, add_bos=True), load_tokenizer(files, SMALL)
+    assert asked.encode("The old man") == [0, *plain.encode("The old man")]
+    assert asked.encode(f"{END}The old man") == plain.encode(f"{END}The old man")
+    assert asked.added == [0]
+    (tmp_path / "tokenizer.json").write_text(trained_tokenizer(adds=False).replace(END, "<pad>"), "utf-8")
+    with pytest.raises(TokenizerError, match="no begin token"):
+        load_tokenizer(files, SMALL, add_bos=True)
+
+
+def test_dropout_of_merges_is_for_training(trained: HubTokenizer, tmp_path: Path) -> None:
+    values = json.loads(trained.to_str())
+    values["model"]["dropout"] = 1.0
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    loaded = load_tokenizer(ModelFiles(tmp_path, tmp_path / "tokenizer.json"), MODEL)
+    assert loaded.encode("the cat sat on the mat") == trained.encode("the cat sat on the mat").ids
+
+
+@pytest.mark.parametrize(
+    ("beside", "ends"),
+    [
+        ({"generation_config": {"eos_token_id": [0, 223]}, "config": {"eos_token_id": 9}}, {0, 223}),
+        ({"generation_config": {"eos_token_id": 223}, "tokenizer_config": {"eos_token": "t"}}, {223}),
+        ({"generation_config": {"eos_token_id": None}, "config": {"eos_token_id": 9}}, {9}),
+        ({"generation_config": {}, "config": {"eos_token_id": [9, 10]}}, {9, 10}),
+        ({"tokenizer_config": {"eos_token": "</s>"}, "config": {"eos_token_id": 9}}, {9}),
+        ({}, {0}),
+    ],
+)
+def test_what_ends_a_text(beside: dict[str, Any], ends: set[int], trained: HubTokenizer, tmp_path: Path) -> None:
+    assert load_tokenizer(write(trained, tmp_path, **beside), MODEL).end_token_ids == ends
+
+
+@pytest.mark.parametrize("index", [True, "0", -1, 320, 10**15, [0, None], 1.5])
+@pytest.mark.parametrize("name", ["config", "generation_config"])
+def test_end_tokens_that_are_none(name: str, index: Any, trained: HubTokenizer, tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=rf"{name}\.json: eos_token_id has .*no token of the model"):
+        load_tokenizer(write(trained, tmp_path, **{name: {"eos_token_id": index}}), MODEL)

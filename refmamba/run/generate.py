@@ -47,14 +47,14 @@ class Generation:
 
     A piece is "" where the token ends inside a character, or ends the text; what is held back at the end comes as one more.
 
-    prompt: tokens (L,), L >= 1. It ends after max_new_tokens, or with the end token. Padding rows of the head are never
+    prompt: tokens (L,), L >= 1. It ends after max_new_tokens, or with an end token. Padding rows of the head are never
     chosen. Raises DataError; while it is written, whatever the runner raises.
     """
 
     def __init__(self, session: Session, prompt: IntArray, sampler: Sampler, max_new_tokens: int) -> None:
         _count("max_new_tokens", max_new_tokens, 1)
         self.text: str = ""  # so far
-        self.tokens: list[int] = []  # so far; the end token counts
+        self.tokens: list[int] = []  # so far; an end token counts
         self._sha = hashlib.sha256()
         self._pieces = self._write(session, prompt, sampler, max_new_tokens)
 
@@ -79,13 +79,13 @@ class Generation:
         return self
 
     def _write(self, session: Session, prompt: IntArray, sampler: Sampler, max_new_tokens: int) -> Iterator[str]:
-        stream, end = session.tokenizer.stream(), session.tokenizer.eos_token_id
+        stream, ends = session.tokenizer.stream(), session.tokenizer.end_token_ids
         for token in self._choose(session, prompt, sampler, max_new_tokens):
             self.tokens.append(token)
-            piece = stream.put(token) if token != end else ""
+            piece = stream.put(token) if token not in ends else ""
             self.text += piece
             yield piece
-            if token == end:
+            if token in ends:
                 break
         if tail := stream.flush():
             self.text += tail

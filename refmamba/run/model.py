@@ -81,7 +81,7 @@ class Model:
         """Write what follows a text: its `text`, `tokens` and `logits_sha256`. `str` of it is the text.
 
         temperature 0 takes the likeliest token; else tokens are drawn, of the top_k likeliest (0: of all), and of the fewest
-        that hold a share top_p of the probability. The same seed draws the same tokens. The end token ends it early.
+        that hold a share top_p of the probability. The same seed draws the same tokens. An end token ends it early.
         Raises DataError, TokenizerError, NonFiniteError.
 
         >>> model = refmamba.load("small", scheme="int8")
@@ -194,20 +194,21 @@ class Model:
 def load(
     model: StrPath = DEFAULT_MODEL, *, revision: str | None = None, scheme: StrPath | Scheme | None = None,
     bits: int | None = None, act_bits: int | None = None, calibrate: StrPath | None = None,
-    backend: str = DEFAULT_BACKEND, device: str | None = None,
+    backend: str = DEFAULT_BACKEND, device: str | None = None, add_bos: bool | None = None,
 ) -> Model:  # fmt: skip
     """Load a model: `small` (inside the package), a folder, or OWNER/NAME on the hub.
 
     revision: branch, tag or commit on the hub. scheme: a name (`int8`), a file (`mine.json`) or a Scheme; else bits=N for
     `wN-all`, and with act_bits=M for `wNaM-all`; else the one that the folder was saved under; else `w8-all`. calibrate: a
     text, or maxima in a .json, for static scales (None: the passage inside the package). backend: `reference`, `cpu`,
-    `torch`, or `package.module:Class`; device: where that has several, as `cuda`. Raises RefmambaError.
+    `torch`, or `package.module:Class`; device: where that has several, as `cuda`. add_bos: whether a text's tokens begin
+    with the begin token (None: as the tokenizer's file says). Raises RefmambaError.
 
     >>> import refmamba
     >>> refmamba.load("small", scheme="int8")
     <refmamba.Model small under int8 on cpu, cpu>
     """
-    return Model(open_session(_choice(model, revision, scheme, bits, act_bits, calibrate, backend, device)))
+    return Model(open_session(_choice(model, revision, scheme, bits, act_bits, calibrate, backend, device, add_bos)))
 
 
 def quantize(
@@ -230,9 +231,10 @@ def quantize(
 
 def _choice(
     model: StrPath, revision: str | None, scheme: StrPath | Scheme | None, bits: int | None, act_bits: int | None,
-    calibrate: StrPath | None, backend: str = DEFAULT_BACKEND, device: str | None = None,
+    calibrate: StrPath | None, backend: str = DEFAULT_BACKEND, device: str | None = None, add_bos: bool | None = None,
 ) -> ModelChoice:  # fmt: skip
     """The words in `str`: a wrong one of another type is then an unknown name."""
     scheme = scheme if scheme is None or isinstance(scheme, Scheme) else str(scheme)
     chosen, file = choose_scheme(scheme, bits, act_bits), None if calibrate is None else Path(calibrate)
-    return ModelChoice(str(model), chosen, str(backend), None if device is None else str(device), revision, file)
+    device = None if device is None else str(device)
+    return ModelChoice(str(model), chosen, str(backend), device, revision, file, add_bos)
