@@ -12,7 +12,7 @@ from refmamba.errors import RefmambaError
 
 COMMANDS = (
     "ablate", "bench", "eval", "generate", "logits", "outliers", "perplexity", "quantize", "reproduce", "smooth-search",
-    "verify",
+    "step", "verify",
 )  # fmt: skip
 
 
