@@ -17,7 +17,7 @@ WORKER = ("engine.js", "tokenizer.js", "checkpoint.js", "vectors.js", "follow.js
 PAGE = ("equations.js", "page.js")
 PAGE_SCHEMES = (
     "fp32", *(f"w{bits}-{sites}" for sites in ("mlp", "all") for bits in range(8, 1, -1)),
-    *(f"w{bits}a{act_bits}-{sites}" for sites in ("mlp", "all") for bits, act_bits in ((8, 8), (8, 4), (4, 16), (4, 8), (4, 4))),
+    *(f"w{w}a{a}-{sites}" for sites in ("mlp", "all") for w, a in ((8, 8), (8, 4), (4, 16), (4, 8), (4, 4))),
     "int8", "int8-static", "int8-smooth",
 )  # fmt: skip
 PARAGRAPH = 400  # characters of the passage that the page measures on at first
