@@ -14,9 +14,9 @@ from refmamba.formats.calibration import load_calibration
 from refmamba.formats.folder import open_checkpoint
 from refmamba.run.session import Opened
 from refmamba.spec.arith import F32Array
-from refmamba.spec.config import MambaConfig, ParameterSource
+from refmamba.spec.config import MambaConfig, ParameterSource, kind_of
 from refmamba.spec.operations import OPERATIONS
-from refmamba.spec.parameters import QuantizedModel, kind_of
+from refmamba.spec.parameters import QuantizedModel
 from refmamba.spec.scheme import Scheme, parse_scheme
 from refmamba.spec.transforms import exponents
 
