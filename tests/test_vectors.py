@@ -2,7 +2,9 @@
 
 import configparser
 import importlib.util
+import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -51,6 +53,39 @@ def test_values_survive_reading_and_writing(operation: str) -> None:
     for vector in read_vectors(operation):
         values = [*vector["arguments"], *([] if "raises" in str(vector["result"]) else [vector["result"]])]
         assert [encode(decode(v)) for v in values] == values
+
+
+def test_the_readme_has_every_signature() -> None:
+    readme = (FOLDER / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \| .* \| \([\d, ]+\) \|$", readme, re.MULTILINE)
+    assert [name for name, _ in rows] == list(OPERATIONS)
+    for name, cell in rows:
+        parameters = inspect.signature(OPERATIONS[name]).parameters.values()
+        stated = [word for word in re.findall(r"`(\w+)`", cell) if word in {p.name for p in parameters}]
+        assert stated == [p.name for p in parameters], name
+        defaults = re.findall(r"`\w+` = `?([^,`(]+?)`?(?:,| \(|$)", cell)
+        assert defaults == [json.dumps(p.default) for p in parameters if p.default is not p.empty], name
+
+
+def test_the_readme_names_every_file() -> None:
+    readme = (FOLDER / "README.md").read_text("utf-8")
+    for path in FOLDER.iterdir():
+        assert path.name == "README.md" or f"`{path.name}{'/' * path.is_dir()}" in readme, path.name
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_arguments_are_of_the_readme_s_types(operation: str) -> None:
+    readme = (FOLDER / "README.md").read_text("utf-8")
+    row = re.search(rf"^\| `{operation}` \| (.*?) \| ", readme, re.MULTILINE)
+    assert row is not None
+    cells = re.split(r"[,;] (?=`)", row[1])
+    for vector in read_vectors(operation):
+        for cell, argument in zip(cells, vector["arguments"], strict=False):
+            if isinstance(argument, dict) and "shape" in argument:
+                kinds = {kind for kind in ("f64", "i8", "i64", "u8") if kind in cell} or {"f32"}
+                assert kinds & set(argument), (operation, vector["name"], cell)
+            elif isinstance(argument, dict) and "float" not in argument:
+                assert "factor" in cell or "codes" in cell, (operation, vector["name"], cell)
 
 
 def test_every_width_is_there() -> None:
