@@ -17,7 +17,7 @@ RefmambaError
 │   └── TensorError          a tensor is missing, superfluous, twice there, or of another shape, type or range
 ├── HubError                 a model cannot be fetched
 ├── TokenizerError           a tokenizer is missing, broken or does not fit the model
-├── DataError                a text, calibration or task file is wrong
+├── DataError                a text, its tokens, a number, or a calibration or task file is wrong
 ├── BackendError             a backend is unknown, not installed, or fails its start-up probe
 └── NonFiniteError           a NaN or an infinity where a code is to be made (SPEC section 1)
 """
@@ -102,7 +102,7 @@ class TokenizerError(RefmambaError):
 
 
 class DataError(RefmambaError):
-    """A text, calibration or task file is wrong."""
+    """A text, its tokens, a number, or a calibration or task file is wrong."""
 
 
 class BackendError(RefmambaError):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refmamba.backends import DEFAULT_BACKEND
 from refmamba.errors import DataError
@@ -27,7 +28,8 @@ from refmamba.spec.scheme import Scheme
 from refmamba.spec.trace import Trace
 
 StrPath = str | os.PathLike[str]
-Text = str | Sequence[int] | IntArray  # a text, or its tokens
+Tokens = Sequence[int] | NDArray[np.integer[Any]]
+Text = str | Tokens
 
 
 class Model:
@@ -138,7 +140,7 @@ class Model:
         return text_perplexity(self._session, text)
 
     def prefill(
-        self, sequences: Sequence[IntArray], state: Any | None = None, *, logits: Positions = "last"
+        self, sequences: Sequence[Tokens], state: Any | None = None, *, logits: Positions = "last"
     ) -> tuple[list[F32Array], Any]:
         """Run sequences of tokens, each (L,), from their state on (None: from the first token).
 
@@ -153,7 +155,7 @@ class Model:
         """
         return self._runner.prefill([self._tokens(tokens) for tokens in sequences], state, logits=logits)
 
-    def step(self, tokens: Sequence[int] | IntArray, state: Any) -> tuple[F32Array, Any]:
+    def step(self, tokens: Tokens, state: Any) -> tuple[F32Array, Any]:
         """One more token for each sequence (batch,): float32 logits (batch, vocabulary), and the new state.
 
         Raises DataError, NonFiniteError.
@@ -180,16 +182,13 @@ class Model:
         return Mamba(self._runner.model).trace(self._tokens(text))
 
     def _tokens(self, text: Text) -> IntArray:
-        """A text's tokens, or tokens as an array (L,). Raises DataError, TokenizerError."""
+        """A text's tokens, or tokens as an array, which the runner checks. Raises DataError, TokenizerError."""
         if isinstance(text, str):
             return self.tokenizer.encode_array(text)
         try:
-            tokens = np.asarray(text)
-        except ValueError:  # rows of different lengths
-            tokens = np.empty((0, 0))
-        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
-            raise DataError("tokens are whole numbers in one row, like [1, 2, 3]")
-        return tokens.astype(np.int64)
+            return np.asarray(text)
+        except ValueError as error:
+            raise DataError("a sequence is whole numbers in one row; it is rows of different lengths") from error
 
 
 def load(

@@ -54,6 +54,8 @@ def text_perplexity(session: Session, text: str) -> Perplexity:
 
     A byte order mark is no part of a text that was read from a file, and is not counted. Raises DataError, NonFiniteError.
     """
+    if not text:
+        raise DataError("the text is empty, so that there is nothing to score")
     tokens, prefix = session.tokenizer.encode_array(text), session.tokenizer.prefix
     if tokens[0] != prefix:
         tokens = np.concatenate([[prefix], tokens])
