@@ -84,7 +84,9 @@ class Tokenizer:
     def prefix(self) -> int:
         """The same. Raises TokenizerError where there is none."""
         if self.prefix_token_id is None:
-            raise TokenizerError("the text is empty, and this tokenizer has no begin or end token to stand for it")
+            raise TokenizerError(
+                "this tokenizer has no begin or end token for an empty text, or to stand before one that is scored"
+            )
         return self.prefix_token_id
 
     @property
