@@ -165,5 +165,5 @@ def tiny_expected() -> dict[str, Any]:
 
 SCHEMES = (
     "fp32", "w8-mlp", "w8-all", "w4-mlp", "w4-all", "w2-all", "w8a8-mlp", "w8a8-all", "w8a4-mlp", "w4a16-all",
-    "int8", "int8-static", "int8-smooth",
+    "int8", "int8-static", "int8-smooth", "int4", "int4-all", "int8-hadamard", "llm-int8", "flatten-int8",
 )  # fmt: skip
