@@ -76,6 +76,7 @@ calibrate_option = click.option("--calibrate", type=click.Path(path_type=Path), 
 save_calibration_option = json_file_option(
     "--save-calibration", "calibration_file", help="Write the maxima of every channel to this .json, for --calibrate."
 )
+receipt_option = json_file_option("--receipt", help="Write what was computed to this .json, for `refmamba replay`.")
 backend_option = click.option(
     "--backend", default=DEFAULT_BACKEND, show_default=True, help="reference, cpu, torch, or module:Class."
 )
@@ -83,6 +84,22 @@ add_bos_option = click.option(
     "--add-bos/--no-add-bos", default=None, help="Begin texts with the begin token, or not.  [default: as the tokenizer says]"
 )
 device_option = click.option("--device", help="cpu, cuda, cuda:1: where the backend offers it.")
+
+
+def parse_tokens(text: str) -> list[int]:
+    """`1,2,3` as tokens. Raises DataError."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise DataError(f"--tokens {text}: give whole numbers with commas between, like 1,2,3") from None
+
+
+def text_or_tokens(text: str | None, tokens: str | None) -> str | list[int]:
+    """What --text or --tokens names, where a command takes either. Raises DataError for both, and for none."""
+    words = text if tokens is None else parse_tokens(tokens)
+    if words is None or None not in (text, tokens):
+        raise DataError("give either --text or --tokens")
+    return words
 
 
 def text_option(help: str, *, required: bool = False) -> Decorator:
