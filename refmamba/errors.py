@@ -10,9 +10,23 @@ RefmambaError
 └── NonFiniteError     a NaN or an infinity where a code is to be made (SPEC section 1)
 """
 
+LONGEST = 288  # characters of a message: with the program's name before it a line has at most 300
+
+
+def printable(text: str, longest: int = LONGEST) -> str:
+    """A text as one line for a terminal: what cannot be printed is escaped, and of a long one the middle is left out."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    if len(text) <= longest:
+        return text
+    tail = (longest - 3) // 3
+    return f"{text[: longest - 3 - tail]}...{text[-tail:]}"
+
 
 class RefmambaError(Exception):
     """Base of all errors that end a command with one line and exit status 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class SchemeError(RefmambaError):
