@@ -98,7 +98,7 @@ class Operations:
         """Each operation under its name."""
         plain = {f.__name__: self._plain(f) for f in (exp, log, log1p, softplus, silu, tree_sum, rms_norm, log_softmax)}
         own = (self.absmax, self.quantize, self.code, self.code_static, self.code_flattened, self.rotate, self.fixed_point,
-               self.integer_product,                self.rescale, self.embed, self.conv1d, self.discretize, self.selective_scan)  # fmt: skip
+               self.integer_product, self.rescale, self.embed, self.conv1d, self.discretize, self.selective_scan)  # fmt: skip
         return (
             plain
             | {f.__name__: f for f in own}

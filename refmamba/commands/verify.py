@@ -10,8 +10,9 @@ from refmamba.backend import load_backend
 from refmamba.commands.options import backend_option, device_option, json_option, names_option
 from refmamba.conformance.models import SCHEMES
 from refmamba.conformance.operations import Row
-from refmamba.conformance.verify import run_checks
+from refmamba.conformance.verify import count_checks, run_checks
 from refmamba.errors import DataError
+from refmamba.run.progress import bar, say
 from refmamba.spec import SPEC_VERSION
 from refmamba.spec.scheme import parse_scheme
 
@@ -41,11 +42,13 @@ def command(model: str | None, backend: str, device: str | None, schemes: tuple[
         click.echo(
             f"{backend} on {implementation.device}, specification {SPEC_VERSION}\n{'check':<20} {'scheme':<12} cases exact"
         )
-    for row, wrong in run_checks(implementation, schemes, model):
-        rows.append(row)
-        first = first or wrong
-        if not as_json:
-            click.echo(table_line(row))
+    with bar(count_checks(schemes, model), "verifying", "check") as checked:
+        for row, wrong in run_checks(implementation, schemes, model):
+            rows.append(row)
+            first = first or wrong
+            checked.update()
+            if not as_json:
+                say(table_line(row))
     ok = first is None
     if as_json:
         result = {"backend": backend, "device": implementation.device, "specification": SPEC_VERSION, "ok": ok,

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refmamba.errors import DataError
-from refmamba.formats.files import write_text
 from refmamba.formats.folder import content_hash
+from refmamba.formats.writing import write_text
 from refmamba.run.generate import Sampler, choose_tokens
 from refmamba.run.session import Session
 from refmamba.spec import SPEC_VERSION

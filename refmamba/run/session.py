@@ -23,10 +23,12 @@ from refmamba.formats.hub import ModelFiles, resolve_model
 from refmamba.formats.quantized import save_quantized
 from refmamba.formats.text import read_text
 from refmamba.formats.tokenizer import Tokenizer, load_tokenizer
+from refmamba.formats.writing import check_folder
+from refmamba.run.progress import bar
 from refmamba.spec.arith import F32Array
 from refmamba.spec.calibrate import calibrate, passage
 from refmamba.spec.codes import Param
-from refmamba.spec.config import ParameterSource
+from refmamba.spec.config import MambaConfig, ParameterSource
 from refmamba.spec.parameters import QuantizedModel, quantize_model
 from refmamba.spec.scheme import Scheme, parse_scheme
 
@@ -95,7 +97,9 @@ class Opened:
             return load_calibration(file)
         text = passage() if file is None else read_text(file)
         print(f"calibrating on {file or 'the passage inside the package'}", file=sys.stderr)
-        return calibrate(self.float_checkpoint(), self.tokenizer.encode_array(text))
+        source = self.float_checkpoint()
+        with bar(len(source.config.shapes()), "calibrating", "tensor") as used:
+            return calibrate(_Watched(source, used), self.tokenizer.encode_array(text))
 
     def quantized(self, scheme: Scheme) -> QuantizedModel:
         """The model under a scheme. Raises DataError where it was saved under another one, or calibration lacks a site."""
@@ -137,7 +141,7 @@ class Session:
 
     @cached_property
     def runner(self) -> Runner:
-        """The model, quantized and loaded, with a bar on a terminal's stderr meanwhile. Raises RefmambaError."""
+        """The model, quantized and loaded, with a bar on stderr meanwhile. Raises RefmambaError."""
         with progress(self.opened.quantized(self.scheme)) as model:
             return self.backend.load(model)
 
@@ -161,12 +165,29 @@ def quantize_folder(choice: ModelChoice, folder: Path, calibration_file: Path | 
     """
     if choice.scheme is None:
         raise SchemeError("name what to save the model as: --scheme NAME, or --bits N")
+    check_folder(folder)
     opened = open_model(choice)
     if calibration_file is not None:
         save_calibration(opened.calibration, calibration_file)
     with progress(opened.quantized(opened.scheme)) as model:
         save_quantized(model, folder, opened.files)
     return opened
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A checkpoint; each tensor that is read moves a progress bar."""
+
+    source: ParameterSource
+    bar: "tqdm[Any]"
+
+    @property
+    def config(self) -> MambaConfig:
+        return self.source.config
+
+    def read(self, name: str) -> F32Array:
+        self.bar.update()
+        return self.source.read(name)
 
 
 class _Counted(Mapping[str, Param]):
@@ -192,10 +213,10 @@ class _Counted(Mapping[str, Param]):
 
 @contextmanager
 def progress(model: QuantizedModel) -> Iterator[QuantizedModel]:
-    """The model, with a bar on a terminal's stderr while its parameters are quantized and taken."""
+    """The model, with a bar on stderr while its parameters are quantized and taken."""
     what, total = f"quantizing {model.scheme.name}", len(model.params) - model.shares_codes  # which are taken once
-    with tqdm(total=total, desc=what, unit="tensor", leave=False, disable=not sys.stderr.isatty()) as bar:
-        yield replace(model, params=_Counted(model.params, bar))
+    with bar(total, what, "tensor") as taken:
+        yield replace(model, params=_Counted(model.params, taken))
 
 
 # TO GO with its last caller, refmamba.conformance.verify, which can do these two lines itself.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from refmamba.formats.files import write_text
+from refmamba.formats.writing import write_text
 from refmamba.run.session import Opened
 from refmamba.spec.calibrate import passage
 from refmamba.spec.scheme import Scheme
