@@ -8,6 +8,7 @@ first result stays.
 
 import json
 import sqlite3
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,10 +17,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tqdm import tqdm
+
 from refmamba.errors import DataError
 from refmamba.eval_tasks.score import Score
+from refmamba.formats.writing import is_special
 
-WAIT_SECONDS = 60.0  # for another writer's transaction
+QUIET_SECONDS, WAIT_SECONDS = 2.0, 60.0  # for another writer's transaction: without a word, and at all
 APPLICATION = 0x72666D62  # marks the file as ours
 TABLES = (
     f"PRAGMA application_id = {APPLICATION}",
@@ -34,7 +38,8 @@ class Key:
     """What a document's numbers depend on, besides the document: together with doc_id, a result's name.
 
     model: SHA-256 of the model's files; scheme: its map as JSON; calibration: SHA-256 of what it was calibrated with, or
-    empty; data: Dataset.sha256. backend, device and dtype are empty for exact backends, whose bits are all the same.
+    empty; data: Dataset.sha256; add_bos: as ModelChoice has it. backend, device and dtype are empty for exact backends, whose
+    bits are all the same.
     """
 
     model: str
@@ -44,6 +49,7 @@ class Key:
     data: str
     spec_version: str
     max_length: int
+    add_bos: bool | None = None
     backend: str = ""
     device: str = ""
     dtype: str = ""
@@ -62,35 +68,45 @@ class Results:
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        if is_special(file):
+            raise DataError(f"{file}: is no regular file, so it cannot be used as a results file; give another --results FILE")
         try:
-            self._database = sqlite3.connect(file, timeout=WAIT_SECONDS, isolation_level=None)
+            self._database = sqlite3.connect(file, timeout=0.5, isolation_level=None)
             self._open()
         except sqlite3.Error as error:
             raise DataError(f"{file}: cannot be used as a results file: {error}; give another --results FILE") from error
 
     def _open(self) -> None:
-        until = time.monotonic() + WAIT_SECONDS
+        with self._transaction():
+            if self._one("SELECT count(*) FROM sqlite_master") == 0:
+                for statement in TABLES:
+                    self._database.execute(statement)
+            elif self._one("PRAGMA application_id") != APPLICATION:
+                raise sqlite3.DatabaseError("it is another program's database")
+        self._execute("PRAGMA journal_mode = WAL")  # readers and one writer at a time, safe against kill -9
+
+    def _execute(self, statement: str, *parameters: Any) -> sqlite3.Cursor:
+        """A statement that may find the file locked by another process: wait for that, and say so."""
+        start, said = time.monotonic(), False
         while True:
             try:
-                with self._transaction():
-                    if self._one("SELECT count(*) FROM sqlite_master") == 0:
-                        for statement in TABLES:
-                            self._database.execute(statement)
-                    elif self._one("PRAGMA application_id") != APPLICATION:
-                        raise sqlite3.DatabaseError("it is another program's database")
-                self._database.execute("PRAGMA journal_mode = WAL")  # readers and one writer at a time, safe against kill -9
-                return
-            except sqlite3.OperationalError as error:  # a change of journal mode does not wait for another process
-                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                return self._database.execute(statement, parameters)
+            except sqlite3.OperationalError as error:
+                waited = time.monotonic() - start
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or waited > WAIT_SECONDS:
                     raise
-                time.sleep(0.02)
+            if waited > QUIET_SECONDS and not said:
+                words = f"{self._file} is locked by another process; waiting for it, {WAIT_SECONDS:.0f} seconds at most"
+                tqdm.write(words, file=sys.stderr)
+                said = True
+            time.sleep(0.02)  # a change of journal mode does not wait by itself
 
     def _one(self, query: str) -> Any:
         return self._database.execute(query).fetchone()[0]
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._database.execute("BEGIN IMMEDIATE")
+        self._execute("BEGIN IMMEDIATE")
         try:
             yield
             self._database.execute("COMMIT")
@@ -109,7 +125,7 @@ class Results:
         """The finished results under a key, by doc_id. Raises DataError where the file cannot be read."""
         query = "SELECT doc_id, loglikelihoods, greedy FROM result JOIN run ON run.id = run WHERE key = ?"
         try:
-            rows = self._database.execute(query, [_text(key)]).fetchall()
+            rows = self._execute(query, _text(key)).fetchall()
         except sqlite3.Error as error:
             raise DataError(f"{self._file}: cannot be read: {error}") from error
         return {

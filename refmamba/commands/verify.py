@@ -13,8 +13,9 @@ from refmamba.conformance.comparison import Difference, Tolerance, parse_toleran
 from refmamba.conformance.models import SCHEMES
 from refmamba.conformance.operations import Row
 from refmamba.conformance.strangers import load_operations
-from refmamba.conformance.verify import run_checks, run_operations
+from refmamba.conformance.verify import count_checks, run_checks, run_operations
 from refmamba.errors import DataError
+from refmamba.run.progress import bar, say
 from refmamba.spec import SPEC_VERSION
 from refmamba.spec.scheme import parse_scheme
 
@@ -55,7 +56,7 @@ def status_of(rows: Iterable[Row]) -> int:
 def summary(rows: Sequence[Row], tolerance: Tolerance | None) -> str:
     """The last line where nothing differs: what has been run, and what has not."""
     verdict = f"within {tolerance.name}" if tolerance else "every bit is the specification's"
-    missing = [row.check for row in rows if not row.offered]
+    missing = [row.scheme or row.check for row in rows if not row.offered]
     idle = []
     for operation in dict.fromkeys(row.operation for row in rows if row.operation):
         if not any(row.calls for row in rows if row.operation == operation):
@@ -105,11 +106,13 @@ def command(
     rows, first = list[Row](), None
     if not as_json:
         click.echo(f"{subject} on {place}, specification {SPEC_VERSION}\n{heading(tolerance)}")
-    for row, wrong in results:
-        rows.append(row)
-        first = _first(first, wrong)
-        if not as_json:
-            click.echo(table_line(row, tolerance))
+    with bar(count_checks(schemes, model), "verifying", "check") as checked:
+        for row, wrong in results:
+            rows.append(row)
+            first = _first(first, wrong)
+            checked.update()
+            if not as_json:
+                say(table_line(row, tolerance))
     status = status_of(rows)
     if as_json:
         result = {"backend": subject, "device": place, "specification": SPEC_VERSION, "tolerance": tolerance_name,

@@ -25,10 +25,10 @@ CHUNKS = (1, 2, 5, 3, 17)  # lengths of the chunks, over and over
 BATCH = (9, 3, 1, 12, 7, 5)  # lengths of a batch's sequences, more than a register, or a warp's share, holds of them
 LONG = 300  # tokens of a call that a backend may cut into pieces
 EDGE_SCHEMES = ("fp32", "int8", "int8-static", "w8a8-all")  # under which values at the edges are tried
-LONG_SCHEMES = ("fp32", "int8")  # of a quick run, and of a model that is not small
+LONG_SCHEMES = ("fp32", "int8")  # under which there is one
 SCHEMES = (
     "fp32", "w8-mlp", "w8-all", "w4-mlp", "w4-all", "w2-all", "w8a8-mlp", "w8a8-all", "w8a4-mlp", "w4a16-all",
-    "int8", "int8-static", "int8-smooth",
+    "int8", "int8-static", "int8-smooth", "int4", "int4-all", "int8-hadamard", "llm-int8", "flatten-int8",
 )  # fmt: skip
 Check = Callable[[], Iterator[Difference | None]]
 Results = Iterator[tuple[Row, Difference | None]]
@@ -42,8 +42,7 @@ def sha256_of(logits: Sequence[F32Array]) -> str:
 class ModelChecks:
     """One model under one scheme: the backend beside the reference.
 
-    quick: short sequences, each way of calling once, and the long sequence under LONG_SCHEMES alone. long: whether there is the
-    long sequence; None: as quick says.
+    quick: short sequences, each way of calling once. long: the long sequence too, under LONG_SCHEMES.
     """
 
     def __init__(
@@ -60,11 +59,7 @@ class ModelChecks:
         source = np.asarray(max(sequences, key=len))
         self.batch_of = [np.resize(np.roll(source, -5 * i), length) for i, length in enumerate(BATCH)]
         self.sequences = [self.batch_of[0]] if quick else list(sequences)
-        self.long = np.resize(source, LONG) if long or (long is None and self._long(quick, model)) else None
-
-    @staticmethod
-    def _long(quick: bool, model: QuantizedModel) -> bool:
-        return not quick or model.scheme.name in LONG_SCHEMES
+        self.long = np.resize(source, LONG) if long and model.scheme.name in LONG_SCHEMES else None
 
     def same_state(self, where: str, expected: Any, state: Any) -> Difference | None:
         """Both parts of two states."""
@@ -114,6 +109,8 @@ class ModelChecks:
     def long_prefill(self) -> Iterator[Difference | None]:
         """A sequence longer than what a backend may run in one piece."""
         yield from self.call("long prefill", f"{LONG} tokens", [self.long], "all")
+        batch = [self.batch_of[0], self.long, self.batch_of[1]]
+        yield from self.call("long prefill", f"{LONG} tokens in a batch", batch, "last")
 
     def positions(self) -> Iterator[Difference | None]:
         """The last position alone, and none; of a batch, whose last positions are at different places."""

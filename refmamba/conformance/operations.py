@@ -105,17 +105,13 @@ def within(vector: Mapping[str, Any], operation: str, tolerance: Tolerance) -> t
     return (values, expected) if all(tolerance.format.holds(x) for x in floats) else None
 
 
-def check_vector(
-    operation: str, function: Callable[..., Any], vector: Mapping[str, Any], tolerance: Tolerance | None = None
-) -> tuple[Difference | None, Errors] | None:
-    """Run one vector; see `check_call`. None where it is left out: see `within`."""
-    result, where = vector["result"], f"vector '{vector['name']}'"
-    if tolerance is not None:
-        kept = within(vector, operation, tolerance)
-        return None if kept is None else check_call(operation, function, where, *kept, tolerance)
+def check_vector(operation: str, function: Callable[..., Any], vector: Mapping[str, Any]) -> tuple[Difference | None, Errors]:
+    """Run one vector; see `check_call`."""
+    result = vector["result"]
     raises = isinstance(result, dict) and "raises" in result
     arguments = [decode(argument) for argument in vector["arguments"]]
-    return check_call(operation, function, where, arguments, NonFiniteError if raises else decode(result), vector["compare"])
+    where, expected = f"vector '{vector['name']}'", NonFiniteError if raises else decode(result)
+    return check_call(operation, function, where, arguments, expected, vector["compare"])
 
 
 def check_operations(
@@ -128,10 +124,13 @@ def check_operations(
             if operation not in offered:
                 row.cases += 1
                 continue
-            result = check_vector(operation, offered[operation], vector, tolerance)
-            if result is None:
+            if tolerance is None:
+                wrong, errors = check_vector(operation, offered[operation], vector)
+            elif (kept := within(vector, operation, tolerance)) is None:
                 continue
-            wrong, errors = result
+            else:
+                where = f"vector '{vector['name']}'"
+                wrong, errors = check_call(operation, offered[operation], where, *kept, tolerance)
             row.cases += 1
             row.failed += wrong is not None
             row.raised += wrong is not None and wrong.raised

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from refmamba.backends.reference import Reference
-from refmamba.spec import arith, coders, codes, linear, mamba1, ops, parameters
+from refmamba.spec import arith, coders, codes, linear, mamba1, ops, parameters, transforms
 from refmamba.spec.mamba1 import Mamba
 from refmamba.spec.operations import OPERATIONS
 from refmamba.spec.parameters import QuantizedModel
 
 Functions = Mapping[str, Callable[..., Any]]
-MODULES = (arith, codes, coders, linear, ops, mamba1, parameters)
+MODULES = (arith, codes, coders, linear, ops, mamba1, parameters, transforms)
 
 
 @contextmanager

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from refmamba.errors import DataError
-from refmamba.formats.files import write_text
 from refmamba.formats.text import read_text
+from refmamba.formats.writing import write_text
 from refmamba.spec.arith import F32Array
 
 SUFFIX = ".json"

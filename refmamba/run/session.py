@@ -23,10 +23,12 @@ from refmamba.formats.hub import ModelFiles, resolve_model
 from refmamba.formats.quantized import save_quantized
 from refmamba.formats.text import read_text
 from refmamba.formats.tokenizer import Tokenizer, load_tokenizer
+from refmamba.formats.writing import check_folder
+from refmamba.run.progress import bar
 from refmamba.spec.arith import F32Array
 from refmamba.spec.calibrate import calibrate, passage
 from refmamba.spec.codes import Param
-from refmamba.spec.config import ParameterSource
+from refmamba.spec.config import MambaConfig, ParameterSource
 from refmamba.spec.parameters import QuantizedModel, quantize_model
 from refmamba.spec.scheme import Scheme, parse_scheme
 
@@ -38,7 +40,8 @@ class ModelChoice:
     """Which model, under which scheme, on which backend, in words.
 
     scheme: a name, a file or a Scheme; None: the one that the model was saved under, or else the caller's default.
-    calibrate: a text, or maxima in a .json; None: the passage inside the package.
+    calibrate: a text, or maxima in a .json; None: the passage inside the package. add_bos: whether a text's tokens begin with
+    the begin token; None: as the tokenizer says.
     """
 
     model: str = DEFAULT_MODEL
@@ -47,6 +50,7 @@ class ModelChoice:
     device: str | None = None
     revision: str | None = None
     calibrate: Path | None = None
+    add_bos: bool | None = None
 
 
 def choose_scheme(scheme: str | Scheme | None, bits: int | None, act_bits: int | None) -> str | Scheme | None:
@@ -70,9 +74,13 @@ class Opened:
 
     choice: ModelChoice
     files: ModelFiles
-    tokenizer: Tokenizer
     checkpoint: ParameterSource | QuantizedModel
     scheme: Scheme
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, which tokens as numbers do not need. Raises TokenizerError."""
+        return load_tokenizer(self.files, self.checkpoint.config, self.choice.add_bos)
 
     def float_checkpoint(self) -> ParameterSource:
         """The checkpoint, to be quantized or changed. Raises DataError for a model that was saved quantized."""
@@ -89,7 +97,9 @@ class Opened:
             return load_calibration(file)
         text = passage() if file is None else read_text(file)
         print(f"calibrating on {file or 'the passage inside the package'}", file=sys.stderr)
-        return calibrate(self.float_checkpoint(), self.tokenizer.encode_array(text))
+        source = self.float_checkpoint()
+        with bar(len(source.config.shapes()), "calibrating", "tensor") as used:
+            return calibrate(_Watched(source, used), self.tokenizer.encode_array(text))
 
     def quantized(self, scheme: Scheme) -> QuantizedModel:
         """The model under a scheme. Raises DataError where it was saved under another one, or calibration lacks a site."""
@@ -103,11 +113,10 @@ def open_model(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> Ope
     named = choice.scheme if isinstance(choice.scheme, Scheme | None) else parse_scheme(choice.scheme)
     files = resolve_model(choice.model, choice.revision)
     checkpoint = open_checkpoint(files.folder)
-    tokenizer = load_tokenizer(files, checkpoint.config)
     saved = checkpoint.scheme if isinstance(checkpoint, QuantizedModel) else None
     if saved is not None and named is not None and named != saved:
         raise SchemeError(f"{choice.model} is saved as {saved.name}; leave out the scheme {named.name}")
-    return Opened(choice, files, tokenizer, checkpoint, named or saved or parse_scheme(default_scheme))
+    return Opened(choice, files, checkpoint, named or saved or parse_scheme(default_scheme))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,19 +136,19 @@ class Session:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
+        """The model's tokenizer. Raises TokenizerError."""
         return self.opened.tokenizer
 
     @cached_property
     def runner(self) -> Runner:
-        """The model, quantized and loaded, with a bar on a terminal's stderr meanwhile. Raises RefmambaError."""
+        """The model, quantized and loaded, with a bar on stderr meanwhile. Raises RefmambaError."""
         with progress(self.opened.quantized(self.scheme)) as model:
             return self.backend.load(model)
 
     def describe(self) -> dict[str, Any]:
         """What every result names."""
         return {"model": self.opened.choice.model, "scheme": self.scheme.name, "backend": self.backend.name,
-                "device": self.backend.device}  # fmt: skip
+                "device": self.backend.device, "added_tokens": self.tokenizer.added}  # fmt: skip
 
 
 def open_session(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> Session:
@@ -156,12 +165,29 @@ def quantize_folder(choice: ModelChoice, folder: Path, calibration_file: Path | 
     """
     if choice.scheme is None:
         raise SchemeError("name what to save the model as: --scheme NAME, or --bits N")
+    check_folder(folder)
     opened = open_model(choice)
     if calibration_file is not None:
         save_calibration(opened.calibration, calibration_file)
     with progress(opened.quantized(opened.scheme)) as model:
-        save_quantized(model, folder, opened.files.tokenizer)
+        save_quantized(model, folder, opened.files)
     return opened
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A checkpoint; each tensor that is read moves a progress bar."""
+
+    source: ParameterSource
+    bar: "tqdm[Any]"
+
+    @property
+    def config(self) -> MambaConfig:
+        return self.source.config
+
+    def read(self, name: str) -> F32Array:
+        self.bar.update()
+        return self.source.read(name)
 
 
 class _Counted(Mapping[str, Param]):
@@ -187,10 +213,10 @@ class _Counted(Mapping[str, Param]):
 
 @contextmanager
 def progress(model: QuantizedModel) -> Iterator[QuantizedModel]:
-    """The model, with a bar on a terminal's stderr while its parameters are quantized and taken."""
+    """The model, with a bar on stderr while its parameters are quantized and taken."""
     what, total = f"quantizing {model.scheme.name}", len(model.params) - model.shares_codes  # which are taken once
-    with tqdm(total=total, desc=what, unit="tensor", leave=False, disable=not sys.stderr.isatty()) as bar:
-        yield replace(model, params=_Counted(model.params, bar))
+    with bar(total, what, "tensor") as taken:
+        yield replace(model, params=_Counted(model.params, taken))
 
 
 # TO GO with its last caller, refmamba.conformance.verify, which can do these two lines itself.
