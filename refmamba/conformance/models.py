@@ -109,8 +109,6 @@ class ModelChecks:
     def long_prefill(self) -> Iterator[Difference | None]:
         """A sequence longer than what a backend may run in one piece."""
         yield from self.call("long prefill", f"{LONG} tokens", [self.long], "all")
-        batch = [self.batch_of[0], self.long, self.batch_of[1]]
-        yield from self.call("long prefill", f"{LONG} tokens in a batch", batch, "last")
 
     def positions(self) -> Iterator[Difference | None]:
         """The last position alone, and none; of a batch, whose last positions are at different places."""
@@ -121,6 +119,8 @@ class ModelChecks:
     def batch(self) -> Iterator[Difference | None]:
         """Sequences at once, of different lengths: each as if it were alone."""
         yield from self.call("batch", "different lengths", self.batch_of, "all")
+        if self.long is not None:
+            yield from self.call("batch", f"one of {LONG} tokens", [self.batch_of[0], self.long, self.batch_of[1]], "all")
 
     def states(self) -> Iterator[Difference | None]:
         """Batches, and a sequence alone, that go on from states: each from its own."""
