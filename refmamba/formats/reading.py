@@ -55,6 +55,20 @@ def regular(file: Path) -> Path:
     return file
 
 
+def folder_there(folder: Path) -> bool:
+    """Whether there is a folder of this name. Raises UnreadableFileError where the system does not say."""
+    return there(folder) and stat.S_ISDIR(folder.stat().st_mode)
+
+
+def read_start(file: Path, count: int) -> bytes:
+    """The first bytes of a file, fewer where it has fewer. Raises FileError."""
+    try:
+        with regular(file).open("rb") as stream:
+            return stream.read(count)
+    except OSError as error:
+        raise UnreadableFileError(f"{file}: cannot be read: {_reason(error)}") from None
+
+
 def read_bytes(file: Path, largest: int) -> bytes:
     """The content of a file. Raises FileError where it has more than `largest` bytes, or cannot be read."""
     try:
