@@ -7,6 +7,7 @@ first result stays.
 """
 
 import json
+import math
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
@@ -16,8 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from refmamba.errors import DataError
+from refmamba.errors import DataError, printable
 from refmamba.eval_tasks.score import Score
+from refmamba.formats.reading import parse_json, regular, there
 
 WAIT_SECONDS = 60.0  # for another writer's transaction
 APPLICATION = 0x72666D62  # marks the file as ours
@@ -64,6 +66,8 @@ class Results:
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        if there(file):
+            regular(file)
         try:
             self._database = sqlite3.connect(file, timeout=WAIT_SECONDS, isolation_level=None)
             self._open()
@@ -108,15 +112,24 @@ class Results:
         self._database.close()
 
     def load(self, key: Key) -> dict[int, Result]:
-        """The finished results under a key, by doc_id. Raises DataError where the file cannot be read."""
+        """The finished results under a key, by doc_id. Raises DataError, JSONError where the file is broken."""
         query = "SELECT doc_id, loglikelihoods, greedy FROM result JOIN run ON run.id = run WHERE key = ?"
         try:
             rows = self._database.execute(query, [_text(key)]).fetchall()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OverflowError) as error:
             raise DataError(f"{self._file}: cannot be read: {error}") from error
-        return {
-            doc_id: Result(doc_id, tuple(map(Score, json.loads(values), json.loads(greedy)))) for doc_id, values, greedy in rows
-        }
+        return {row[0]: self._result(*row) for row in rows}
+
+    def _result(self, doc_id: Any, values: Any, greedy: Any) -> Result:
+        """What a row holds, if it is what `save` writes."""
+        where = f"{self._file}: the result of document {printable(repr(doc_id), 40)}"
+        if not (type(doc_id) is int and isinstance(values, str) and isinstance(greedy, str)):
+            raise DataError(f"{where} is broken; give another --results FILE")
+        numbers, flags = parse_json(values.encode(), where), parse_json(greedy.encode(), where)
+        lists = isinstance(numbers, list) and isinstance(flags, list) and len(numbers) == len(flags) > 0
+        if not lists or not all(type(x) is float and math.isfinite(x) for x in numbers) or {*map(type, flags)} != {bool}:
+            raise DataError(f"{where} is broken; give another --results FILE")
+        return Result(doc_id, tuple(map(Score, numbers, flags)))
 
     def save(self, key: Key, block: Iterable[Result]) -> None:
         """Write a block of results, whole or not at all. Raises DataError where the file cannot be written."""

@@ -14,10 +14,10 @@ from refmamba.conformance.operations import Row
 from refmamba.conformance.vectors import decode, vectors_folder
 from refmamba.formats.calibration import load_calibration
 from refmamba.formats.folder import open_checkpoint
+from refmamba.formats.scheme import open_scheme
 from refmamba.spec.arith import F32Array
 from refmamba.spec.mamba1 import Mamba
 from refmamba.spec.parameters import QuantizedModel, quantize_model
-from refmamba.spec.scheme import parse_scheme
 
 STEPS = 6  # tokens that are run one at a time
 
@@ -158,9 +158,10 @@ def check_frozen(backend: Backend, models: Mapping[str, QuantizedModel], expecte
 def tiny_models(schemes: Sequence[str]) -> dict[str, QuantizedModel]:
     """The tiny model in the vectors, under each scheme."""
     folder = vectors_folder() / "tiny"
-    source, calibration = open_checkpoint(folder), load_calibration(folder / "calibration.json")
+    source = open_checkpoint(folder)
+    calibration = load_calibration(folder / "calibration.json", source.config)
     assert not isinstance(source, QuantizedModel)
-    return {name: quantize_model(source, parse_scheme(name), calibration) for name in schemes}
+    return {name: quantize_model(source, open_scheme(name), calibration) for name in schemes}
 
 
 def tiny_expected() -> dict[str, Any]:

@@ -115,7 +115,8 @@ def parse_json(content: bytes, where: str) -> Any:
         if b"\\ud" in content.lower():  # perhaps half of a surrogate pair, which is no character
             json.dumps(values, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
-        raise JSONError(f"{where}: not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+        place = f"line {error.lineno}, " if b"\n" in content.strip() else ""
+        raise JSONError(f"{where}: not JSON at {place}column {error.colno}: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise JSONError(f"{where}: not JSON: byte 0x{error.object[error.start]:02x} is not UTF-8") from None
     except UnicodeEncodeError:
