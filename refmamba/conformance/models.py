@@ -11,10 +11,10 @@ from refmamba.conformance.comparison import Difference, difference
 from refmamba.conformance.locate import locate
 from refmamba.conformance.operations import Row
 from refmamba.conformance.vectors import decode, generated_model
+from refmamba.formats.scheme import open_scheme
 from refmamba.spec.arith import F32Array
 from refmamba.spec.mamba1 import Mamba
 from refmamba.spec.parameters import QuantizedModel, quantize_model
-from refmamba.spec.scheme import parse_scheme
 
 STEPS = 6  # tokens that are run one at a time
 
@@ -155,7 +155,7 @@ def check_frozen(backend: Backend, models: Mapping[str, QuantizedModel], expecte
 def tiny_models(schemes: Sequence[str]) -> dict[str, QuantizedModel]:
     """The tiny model in the vectors, under each scheme."""
     source, calibration, _, _ = generated_model("tiny")
-    return {name: quantize_model(source, parse_scheme(name), calibration) for name in schemes}
+    return {name: quantize_model(source, open_scheme(name), calibration) for name in schemes}
 
 
 def tiny_expected() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from refmamba.formats.calibration import SUFFIX, load_calibration, save_calibrat
 from refmamba.formats.folder import open_checkpoint
 from refmamba.formats.hub import ModelFiles, resolve_model
 from refmamba.formats.quantized import save_quantized
+from refmamba.formats.scheme import open_scheme
 from refmamba.formats.text import read_text
 from refmamba.formats.tokenizer import Tokenizer, load_tokenizer
 from refmamba.formats.writing import check_folder
@@ -30,7 +31,7 @@ from refmamba.spec.calibrate import calibrate, passage
 from refmamba.spec.codes import Param
 from refmamba.spec.config import MambaConfig, ParameterSource
 from refmamba.spec.parameters import QuantizedModel, quantize_model
-from refmamba.spec.scheme import Scheme, parse_scheme
+from refmamba.spec.scheme import Scheme
 
 DEFAULT_MODEL, DEFAULT_SCHEME = "small", "w8-all"
 
@@ -94,7 +95,7 @@ class Opened:
         """Absolute maxima of each linear layer's input channels, (K,) float32 a site. Raises RefmambaError."""
         file = self.choice.calibrate
         if file is not None and file.suffix == SUFFIX:
-            return load_calibration(file)
+            return load_calibration(file, self.checkpoint.config)
         text = passage() if file is None else read_text(file)
         print(f"calibrating on {file or 'the passage inside the package'}", file=sys.stderr)
         source = self.float_checkpoint()
@@ -110,13 +111,13 @@ class Opened:
 
 def open_model(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> Opened:
     """Find and open a model's files. Raises RefmambaError, so SchemeError where it was saved under another scheme."""
-    named = choice.scheme if isinstance(choice.scheme, Scheme | None) else parse_scheme(choice.scheme)
+    named = choice.scheme if isinstance(choice.scheme, Scheme | None) else open_scheme(choice.scheme)
     files = resolve_model(choice.model, choice.revision)
     checkpoint = open_checkpoint(files.folder)
     saved = checkpoint.scheme if isinstance(checkpoint, QuantizedModel) else None
     if saved is not None and named is not None and named != saved:
         raise SchemeError(f"{choice.model} is saved as {saved.name}; leave out the scheme {named.name}")
-    return Opened(choice, files, checkpoint, named or saved or parse_scheme(default_scheme))
+    return Opened(choice, files, checkpoint, named or saved or open_scheme(default_scheme))
 
 
 @dataclass(frozen=True, eq=False)
