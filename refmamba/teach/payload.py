@@ -37,7 +37,9 @@ def planes(source: ParameterSource) -> bytes:
     values = np.concatenate([source.read(name).ravel() for name in source.config.shapes()])
     with np.errstate(over="ignore"):
         halves = values.astype("<f2")
-    numbers = halves if np.array_equal(halves.astype(np.float32).view(np.uint32), values.view(np.uint32)) else values.astype("<f4")
+    numbers = (
+        halves if np.array_equal(halves.astype(np.float32).view(np.uint32), values.view(np.uint32)) else values.astype("<f4")
+    )
     return np.ascontiguousarray(numbers.view(np.uint8).reshape(len(values), -1).T).tobytes()
 
 

@@ -109,7 +109,7 @@ const STORIES = {
       symbols: { x: value, e, m, E: m ? (bits_of(m) >> 23) - 126 : 0, M: ACTIVATION_BITS },
       inputs: [["x", input_of(recording, site), t, c]],
       code: { q: q.data[t * n + c], bits: 32 },
-      rounding: { before: value * two_to(e), after: q.data[t * n + c] },
+      rounding: { before: value * two_to(e), after: q.data[t * n + c], unit: 1 },
       exact: value,
     };
   },
@@ -127,7 +127,7 @@ const STORIES = {
     const largest = terms.toSorted((a, b) => Math.abs(b[3]) - Math.abs(a[3])).slice(0, 8);
     return {
       form: x.exponent && w.exponent ? "wide_product" : "integer_product",
-      symbols: { K: n, a: terms[0][1], b: terms[0][2], a1: terms[1]?.[1] ?? 0, b1: terms[1]?.[2] ?? 0 },
+      symbols: { K: n, q_0: terms[0][1], w_0: terms[0][2], q_1: terms[1]?.[1] ?? 0, w_1: terms[1]?.[2] ?? 0 },
       inputs: largest.slice(0, 1).map(([k]) => ["q", codes, t, k]),
       partial: { sums, largest, codes },
       exact: null,
@@ -140,6 +140,7 @@ const STORIES = {
     return {
       symbols: { acc: value, e_x, e_w, s_x: x.scale ? scale_at(x.scale, t) : null, s_w: w.scale ? scale_at(w.scale, c) : null },
       inputs: [["acc", site.replace(".result", ".acc"), t, c]],
+      rounding: { before: value * two_to(-e_x) * two_to(-e_w), after: f(value * two_to(-e_x) * two_to(-e_w)), unit: spacing(f(value * two_to(-e_x) * two_to(-e_w))) },
       exact: real_product(value, x, w, t, c),
     };
   },
@@ -208,6 +209,11 @@ const STORIES = {
   },
 };
 
+// From a float32 to the next one.
+function spacing(x) {
+  return two_to(Math.max(-149, ((bits_of(x) >> 23) & 255) - 150));
+}
+
 function coding(recording, site, x, codes, bits, t, c, from, to) {
   const n = columns_of(x), value = x.data[t * n + c], s = scale_at(codes.scale, t), high = largest_code(bits), q = codes.q.data[t * n + c];
   let widest = from;
@@ -216,7 +222,7 @@ function coding(recording, site, x, codes, bits, t, c, from, to) {
     symbols: { x: value, s, Q: high, m: to > from ? Math.abs(x.data[widest]) : null },
     inputs: [["x", input_of(recording, site), t, c]],
     code: { q, bits },
-    rounding: { before: f(value * s), after: q },
+    rounding: { before: f(value * s), after: q, unit: 1 },
     saturates: Math.abs(f(value * s)) > high + 0.5,
     widest: to > from ? { token: Math.floor(widest / n), channel: widest % n, value: x.data[widest] } : null,
     exact: value,

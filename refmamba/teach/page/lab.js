@@ -25,12 +25,12 @@ function histogram({ q, high }) {
   return { counts, high, ends: (counts[0] + counts[2 * high]) / q.length, zero: counts[high] / q.length, used: counts.filter(Boolean).length };
 }
 
-// The relative error of an approximation, and its signal to noise ratio in dB.
-function relative_error(exact, approximate) {
+// The error of an approximation, relative to a signal.
+function relative_error(exact, approximate, beside = exact) {
   let error = 0, signal = 0;
   for (let i = 0; i < exact.length; i++) {
     error += (exact[i] - approximate[i]) ** 2;
-    signal += exact[i] ** 2;
+    signal += beside[i] ** 2;
   }
   return Math.sqrt(error / signal);
 }
@@ -76,7 +76,8 @@ function outlier(x, w, { channel, power, remedy, bits }) {
   }
   if (remedy === "hadamard") [left, right] = [hadamard(grown), hadamard(w)];
   const a = coded(left, bits, remedy === "per_token" ? "per_row" : "per_tensor"), b = coded(right, bits, "per_row");
-  return { ...histogram(a), row: Array.from(a.q.slice(-n)), error: relative_error(exact, real_matrix(a.value, b.value)) };
+  const others = real_matrix(tensor(x.shape, x.data.map((value, i) => (i % n === channel ? 0 : value))), w);
+  return { ...histogram(a), row: Array.from(a.q.slice(-n)), error: relative_error(exact, real_matrix(a.value, b.value), others) };
 }
 
 // x wᵀ in float64, rounding aside.
@@ -105,14 +106,14 @@ function compare(a, b) {
   const rows = [];
   for (const site of b.sites) {
     const other = plain_site(a, site), x = a.numbers(other), y = b.numbers(site), n = columns_of(x);
-    let error = 0, signal = 0, first = null;
+    let error = 0, signal = 0, first = null, p0 = null, q0 = null;
     for (let i = 0; i < x.data.length; i++) {
       const [t, c] = [Math.floor(i / n), i % n], p = stands_for(a, other, t, c), q = stands_for(b, site, t, c);
-      if (first === null && p !== q) first = i;
+      if (first === null && p !== q) [first, p0, q0] = [i, p, q];
       error += (p - q) ** 2;
       signal += p ** 2;
     }
-    rows.push({ site, operation: b.made.get(site).step.operation, error: signal ? Math.sqrt(error / signal) : 0, first: first === null ? null : [Math.floor(first / n), first % n] });
+    rows.push({ site, operation: b.made.get(site).step.operation, error: signal ? Math.sqrt(error / signal) : 0, first: first === null ? null : [Math.floor(first / n), first % n], a: p0, b: q0 });
   }
   return rows;
 }
