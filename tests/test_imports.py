@@ -17,7 +17,9 @@ RULES: dict[str, set[str]] = {
     "backend": {"errors", "spec", "backends"},  # of backends the registry, which is names as text only
     "backends": set(),
     "backends.reference": {"errors", "spec", "backend"},
-    "backends.torch_eager": {"errors", "spec", "backend"},
+    "backends.adapter": {"spec"},  # for the backends that compute on tensors
+    "backends.torch_eager": {"errors", "spec", "backend", "backends.adapter"},
+    "backends.triton": {"errors", "spec", "backend", "backends.adapter"},
     "backends.cpu": {"errors", "spec", "backend"},
     "formats": {"errors", "spec"},
     "run": {"errors", "spec", "backend", "backends", "formats"},

@@ -188,3 +188,31 @@ def log_softmax(x: Floats) -> Floats:
     shifted = [sub(v, max(x)) for v in x]
     total = log(tree([exp(v) for v in shifted]))
     return [sub(v, total) for v in shifted]
+
+
+def split_product(x: list[int], w: list[int]) -> float:
+    """Eq. (12), one row by one row: blocks of 4096 columns, each joined with one rounding to float64, added in order."""
+    total = 0.0
+    for start in range(0, len(x), 4096):
+        block = x[start : start + 4096]
+        low = [(v + 2048) % 4096 - 2048 for v in w[start : start + 4096]]
+        high = [(v - part) // 4096 for v, part in zip(w[start : start + 4096], low, strict=True)]
+        both = [sum(a * b for a, b in zip(block, part, strict=True)) for part in (high, low)]
+        total += float(both[0] * 4096 + both[1])
+    return total
+
+
+def sample(logits: Floats, draw: float, temperature: float, top_k: int, top_p: float) -> int:
+    """Eq. (26). The running sums are float64, as Python's own floats are."""
+    largest, t = max(logits), f32(temperature)
+    if t == 0:
+        return logits.index(largest)
+    weights = [exp(div(sub(v, largest), t)) for v in logits]
+    order = sorted(range(len(weights)), key=lambda i: -weights[i])[: top_k or None]
+    running, total = [], 0.0
+    for i in order:
+        total += weights[i]
+        running.append(total)
+    if top_p < 1:
+        running = running[: next(i for i, v in enumerate(running) if v >= top_p * total) + 1]
+    return order[next(i for i, v in enumerate(running) if v > draw * running[-1])]

@@ -79,6 +79,9 @@ save_calibration_option = json_file_option(
 backend_option = click.option(
     "--backend", default=DEFAULT_BACKEND, show_default=True, help="reference, cpu, torch, or module:Class."
 )
+add_bos_option = click.option(
+    "--add-bos/--no-add-bos", default=None, help="Begin texts with the begin token, or not.  [default: as the tokenizer says]"
+)
 device_option = click.option("--device", help="cpu, cuda, cuda:1: where the backend offers it.")
 
 
@@ -107,7 +110,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 MODEL_OPTIONS = (
     model_option, revision_option, scheme_option, bits_option, act_bits_option, calibrate_option, backend_option,
-    device_option,
+    device_option, add_bos_option,
 )  # fmt: skip
 
 

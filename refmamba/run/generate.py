@@ -1,7 +1,6 @@
 """Text generation: one call for the prompt, then one for each token."""
 
 import hashlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -13,12 +12,14 @@ from refmamba.run.session import Session
 from refmamba.spec.arith import IntArray, f32
 from refmamba.spec.ops import draws, sample
 
+LARGEST = float(np.finfo(np.float32).max)  # temperature
+
 
 @dataclass(frozen=True)
 class Sampler:
     """How a token is chosen from logits, eq. (26). temperature 0 takes the largest; top_k 0 and top_p 1 keep all.
 
-    Raises DataError for a value out of its range.
+    Raises DataError for a value outside the domain of eq. (26).
     """
 
     temperature: float = 0.0
@@ -28,7 +29,7 @@ class Sampler:
 
     def __post_init__(self) -> None:
         t, p = self.temperature, self.top_p
-        if not (isinstance(t, Real) and 0 <= t < math.inf and (t == 0 or f32(t) > 0)):
+        if not (isinstance(t, Real) and 0 <= t <= LARGEST and (t == 0 or f32(t) > 0)):
             raise DataError(f"temperature is {t!r}; it is 0, or a number above it that float32 holds")
         if not (isinstance(p, Real) and 0 < p <= 1):
             raise DataError(f"top_p is {p!r}; it is a number above 0 and up to 1")
@@ -46,14 +47,14 @@ class Generation:
 
     A piece is "" where the token ends inside a character, or ends the text; what is held back at the end comes as one more.
 
-    prompt: tokens (L,), L >= 1. It ends after max_new_tokens, or with the end token. Padding rows of the head are never
+    prompt: tokens (L,), L >= 1. It ends after max_new_tokens, or with an end token. Padding rows of the head are never
     chosen. Raises DataError; while it is written, whatever the runner raises.
     """
 
     def __init__(self, session: Session, prompt: IntArray, sampler: Sampler, max_new_tokens: int) -> None:
         _count("max_new_tokens", max_new_tokens, 1)
         self.text: str = ""  # so far
-        self.tokens: list[int] = []  # so far; the end token counts
+        self.tokens: list[int] = []  # so far; an end token counts
         self._sha = hashlib.sha256()
         self._pieces = self._write(session, prompt, sampler, max_new_tokens)
 
@@ -78,13 +79,13 @@ class Generation:
         return self
 
     def _write(self, session: Session, prompt: IntArray, sampler: Sampler, max_new_tokens: int) -> Iterator[str]:
-        stream, end = session.tokenizer.stream(), session.tokenizer.eos_token_id
+        stream, ends = session.tokenizer.stream(), session.tokenizer.end_token_ids
         for token in self._choose(session, prompt, sampler, max_new_tokens):
             self.tokens.append(token)
-            piece = stream.put(token) if token != end else ""
+            piece = stream.put(token) if token not in ends else ""
             self.text += piece
             yield piece
-            if token == end:
+            if token in ends:
                 break
         if tail := stream.flush():
             self.text += tail

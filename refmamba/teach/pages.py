@@ -12,19 +12,21 @@ from refmamba.formats.files import write_text
 from refmamba.run.session import Opened
 from refmamba.spec import coders
 from refmamba.spec.calibrate import passage
-from refmamba.spec.scheme import Scheme
+from refmamba.spec.scheme import NAMED, Scheme
+from refmamba.spec.transforms import Hadamard, Smooth
 from refmamba.teach.payload import packed, page_data, planes
 
 WORKER = ("engine.js", "tokenizer.js", "checkpoint.js", "vectors.js", "follow.js", "lab.js", "worker.js")
 PAGE = ("equations.js", "page.js")
 SITES, BITS, ACT_BITS = ("mlp", "all"), range(8, 1, -1), range(16, 1, -1)
 PAGE_SCHEMES = (
-    "fp32", "int8", "int8-static", "int8-smooth", *(f"w{n}-{sites}" for sites in SITES for n in BITS),
+    *NAMED, *(f"w{n}-{sites}" for sites in SITES for n in BITS),
     *(f"w{n}a{m}-{sites}" for sites in SITES for n in BITS for m in ACT_BITS),
 )  # fmt: skip
 # What engine.js knows.
 KNOWN = (
-    coders.ParameterPerTensor, coders.ParameterPerChannel, coders.PerTensor, coders.PerToken, coders.Static, coders.Smooth,
+    coders.ParameterPerTensor, coders.ParameterPerChannel, coders.ParameterGrouped, coders.PerTensor, coders.PerToken,
+    coders.Static, coders.PerTokenOutliers, coders.Flattened, Smooth, Hadamard,
 )  # fmt: skip
 PARAGRAPH = 600  # characters of the passage that the page measures on at first
 

@@ -14,9 +14,9 @@ from refmamba.formats.calibration import load_calibration
 from refmamba.formats.folder import open_checkpoint
 from refmamba.run.session import Opened
 from refmamba.spec.arith import F32Array
-from refmamba.spec.config import MambaConfig, ParameterSource
+from refmamba.spec.config import MambaConfig, ParameterSource, kind_of
 from refmamba.spec.operations import OPERATIONS
-from refmamba.spec.parameters import QuantizedModel, kind_of
+from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.scheme import Scheme, parse_scheme
 from refmamba.spec.transforms import exponents
 
@@ -37,9 +37,8 @@ def planes(source: ParameterSource) -> bytes:
     values = np.concatenate([source.read(name).ravel() for name in source.config.shapes()])
     with np.errstate(over="ignore"):
         halves = values.astype("<f2")
-    numbers = (
-        halves if np.array_equal(halves.astype(np.float32).view(np.uint32), values.view(np.uint32)) else values.astype("<f4")
-    )
+    exact = np.array_equal(halves.astype(np.float32).view(np.uint32), values.view(np.uint32))
+    numbers = halves if exact else values.astype("<f4")
     return np.ascontiguousarray(numbers.view(np.uint8).reshape(len(values), -1).T).tobytes()
 
 
@@ -51,7 +50,7 @@ def shape_of(config: MambaConfig) -> dict[str, Any]:
 def calibration_of(source: ParameterSource, absmax: Mapping[str, F32Array], schemes: Iterable[Scheme]) -> dict[str, Any]:
     """The maxima of each site, and each scheme's exponents k, eq. (28)."""
     smooth = {scheme.name: scheme.smooth for scheme in schemes if scheme.smooth}
-    weights = {site: np.max(np.abs(source.read(f"{site}.weight")), axis=0) for site in absmax if smooth and site != "lm_head"}
+    weights = {site: np.max(np.abs(source.read(f"{site}.weight")), axis=0) for site in linear_sites(source.config)[:-1] if smooth}
     return {
         "absmax": {site: m.astype(float).tolist() for site, m in absmax.items()},
         "exponents": {

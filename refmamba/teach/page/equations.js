@@ -60,6 +60,14 @@ const FORMS = {
     equation: "10", title: "write in fixed point", says: "This scheme does not quantize this input: 31 bits with a power of two for the token, so that the product is a product of integers all the same.",
     math: (v) => math`e = min(126, ${v("M")} − ${v("E")}) , q = rint(${v("x")} · ${two(v("e"))})`,
   },
+  code_flattened: {
+    equation: "33", title: "make a code that may be wide", says: "The scale is that of a threshold from calibration; a larger value has a larger code, as if its channel were split.",
+    math: (v) => math`q = rint(${v("x")} · ${v("s")})`,
+  },
+  rotate: {
+    equation: "31", title: "rotate", says: "Every channel of the block is added or subtracted, by the rows of Hadamard's matrix: an outlier is spread over all n of them, in whole numbers.",
+    math: (v) => math`x′ = ${v("x_0")} + ${v("x_1")} + … , n = ${v("n")}`,
+  },
   integer_product: {
     equation: "11", title: "multiply and add whole numbers", says: "Every product and every partial sum is a whole number that float64 holds exactly, so the order does not matter.",
     math: product_sum,

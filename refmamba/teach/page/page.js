@@ -323,8 +323,8 @@ function reveal(e, body, formulas) {
   else if (e.bits !== null) first.append(bit_row(e.bits, 32, 8));
   const errors = element("div", {}, element("h4", {}, "Error"), facts([
     ["added by this operation", e.partial && e.form === "integer_product" ? "0: whole numbers are added exactly" : digits(e.added)],
-    ["without quantization (fp32)", digits(e.plain)],
-    ["error so far", digits(e.so_far)],
+    e.plain === null ? ["beside fp32", "not to be compared: it is rotated, or one part of a sum"] : ["without quantization (fp32)", digits(e.plain)],
+    e.plain !== null && ["error so far", digits(e.so_far)],
   ]));
   body.append(first, errors);
   if (e.rounding) body.append(rounding(e));
