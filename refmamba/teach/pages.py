@@ -7,20 +7,28 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from refmamba.errors import SchemeError
 from refmamba.formats.writing import write_text
 from refmamba.run.session import Opened
+from refmamba.spec import coders
 from refmamba.spec.calibrate import passage
-from refmamba.spec.scheme import Scheme
+from refmamba.spec.scheme import NAMED, Scheme
+from refmamba.spec.transforms import Hadamard, Smooth
 from refmamba.teach.payload import packed, page_data, planes
 
 WORKER = ("engine.js", "tokenizer.js", "checkpoint.js", "vectors.js", "follow.js", "lab.js", "worker.js")
 PAGE = ("equations.js", "page.js")
+SITES, BITS, ACT_BITS = ("mlp", "all"), range(8, 1, -1), range(16, 1, -1)
 PAGE_SCHEMES = (
-    "fp32", *(f"w{bits}-{sites}" for sites in ("mlp", "all") for bits in range(8, 1, -1)),
-    *(f"w{w}a{a}-{sites}" for sites in ("mlp", "all") for w, a in ((8, 8), (8, 4), (4, 16), (4, 8), (4, 4))),
-    "int8", "int8-static", "int8-smooth",
+    *NAMED, *(f"w{n}-{sites}" for sites in SITES for n in BITS),
+    *(f"w{n}a{m}-{sites}" for sites in SITES for n in BITS for m in ACT_BITS),
 )  # fmt: skip
-PARAGRAPH = 400  # characters of the passage that the page measures on at first
+# What engine.js knows.
+KNOWN = (
+    coders.ParameterPerTensor, coders.ParameterPerChannel, coders.ParameterGrouped, coders.PerTensor, coders.PerToken,
+    coders.Static, coders.PerTokenOutliers, coders.Flattened, Smooth, Hadamard,
+)  # fmt: skip
+PARAGRAPH = 600  # characters of the passage that the page measures on at first
 
 
 def source(name: str) -> str:
@@ -34,7 +42,10 @@ def scripts(names: Sequence[str]) -> str:
 
 
 def write_page(opened: Opened, schemes: Sequence[Scheme], prompt: str, file: Path) -> None:
-    """Write the page of a model. Raises RefmambaError."""
+    """Write the page of a model. Raises RefmambaError, so SchemeError for a scheme that the page's engine does not know."""
+    for scheme in schemes:
+        if unknown := scheme.unknown_to(KNOWN):
+            raise SchemeError(f"scheme {scheme.name}: the page does not know {unknown}; leave it out of --scheme")
     data = page_data(opened, schemes)
     parts = {
         "page.css": source("page.css"),

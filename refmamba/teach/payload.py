@@ -16,7 +16,7 @@ from refmamba.run.session import Opened
 from refmamba.spec.arith import F32Array
 from refmamba.spec.config import MambaConfig, ParameterSource, kind_of
 from refmamba.spec.operations import OPERATIONS
-from refmamba.spec.parameters import QuantizedModel
+from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.scheme import Scheme, parse_scheme
 from refmamba.spec.transforms import exponents
 
@@ -50,7 +50,9 @@ def shape_of(config: MambaConfig) -> dict[str, Any]:
 def calibration_of(source: ParameterSource, absmax: Mapping[str, F32Array], schemes: Iterable[Scheme]) -> dict[str, Any]:
     """The maxima of each site, and each scheme's exponents k, eq. (28)."""
     smooth = {scheme.name: scheme.smooth for scheme in schemes if scheme.smooth}
-    weights = {site: np.max(np.abs(source.read(f"{site}.weight")), axis=0) for site in absmax if smooth and site != "lm_head"}
+    weights = {
+        site: np.max(np.abs(source.read(f"{site}.weight")), axis=0) for site in linear_sites(source.config)[:-1] if smooth
+    }
     return {
         "absmax": {site: m.astype(float).tolist() for site, m in absmax.items()},
         "exponents": {

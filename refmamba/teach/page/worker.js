@@ -2,7 +2,8 @@
 "use strict";
 
 let carried, source, tokenizer, tiny;
-const held = new Map(), recordings = new Map(); // the last few of each
+const PARAGRAPH = 128, PROMPT = 48; // tokens that are measured, and recorded, at most
+const held = new Map(), recordings = new Map(), losses = new Map(); // the last few of each
 
 const scheme_of = (name) => carried.schemes.find((scheme) => scheme.name === name) ?? parse_scheme(name);
 const calibration_of = (data, scheme) => ({ absmax: data.calibration.absmax, exponents: data.calibration.exponents[scheme.name] ?? {} });
@@ -28,6 +29,10 @@ function quantized(from, scheme) {
 function recording_of(name, tokens) {
   return kept(recordings, `${name} ${tokens}`, () => new Recording(model_of(name), tokens), 4);
 }
+
+// Bits for each byte of a paragraph under a scheme.
+const paragraph_of = (text) => tokenizer.encode(text).slice(0, PARAGRAPH);
+const loss_of = (name, text) => kept(losses, `${name} ${text}`, () => bits_per_byte(model_of(name), tokenizer, paragraph_of(text)));
 
 const REQUESTS = {
   async open({ data, weights }) {
@@ -77,7 +82,7 @@ const REQUESTS = {
   },
 
   record({ prompt, scheme }) {
-    const tokens = tokenizer.encode(prompt).slice(0, 48); // of a longer prompt the beginning: every value is kept
+    const tokens = tokenizer.encode(prompt).slice(0, PROMPT);
     const recording = recording_of(scheme, tokens);
     recording_of("fp32", tokens);
     return { tokens, pieces: tokens.map((token) => tokenizer.decode([token])), sites: recording.sites };
@@ -103,12 +108,11 @@ const REQUESTS = {
   },
 
   paragraph({ text, part, bits, granularity }) {
-    const tokens = tokenizer.encode(text).slice(0, 64);
     let scheme = { ...parse_scheme("fp32"), name: "page" }, from = source;
     if (part === "weight" && granularity === "groups") from = in_groups(source, bits, 64);
     else if (part === "weight") scheme.weights = alike(LINEAR_WEIGHTS, { bits, scale: granularity === "per_row" ? "per_channel" : "per_tensor" });
     else scheme.inputs = alike(LINEAR_LAYERS, { bits, scale: granularity === "per_row" ? "per_token" : "per_tensor" });
-    return { value: bits_per_byte(quantize_model(from, scheme, {}), tokenizer, tokens), plain: bits_per_byte(model_of("fp32"), tokenizer, tokens) };
+    return { value: bits_per_byte(quantize_model(from, scheme, {}), tokenizer, paragraph_of(text)), plain: loss_of("fp32", text) };
   },
 
   outlier({ tokens, layer, channel, power, remedy, bits }) {
@@ -121,8 +125,7 @@ const REQUESTS = {
   },
 
   scheme_losses({ text, a, b }) {
-    const tokens = tokenizer.encode(text).slice(0, 64);
-    return { a: bits_per_byte(model_of(a), tokenizer, tokens), b: bits_per_byte(model_of(b), tokenizer, tokens) };
+    return { a: loss_of(a, text), b: loss_of(b, text) };
   },
 
   weight({ name, index }) {
