@@ -50,7 +50,9 @@ def shape_of(config: MambaConfig) -> dict[str, Any]:
 def calibration_of(source: ParameterSource, absmax: Mapping[str, F32Array], schemes: Iterable[Scheme]) -> dict[str, Any]:
     """The maxima of each site, and each scheme's exponents k, eq. (28)."""
     smooth = {scheme.name: scheme.smooth for scheme in schemes if scheme.smooth}
-    weights = {site: np.max(np.abs(source.read(f"{site}.weight")), axis=0) for site in linear_sites(source.config)[:-1] if smooth}
+    weights = {
+        site: np.max(np.abs(source.read(f"{site}.weight")), axis=0) for site in linear_sites(source.config)[:-1] if smooth
+    }
     return {
         "absmax": {site: m.astype(float).tolist() for site, m in absmax.items()},
         "exponents": {
