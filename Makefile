@@ -9,7 +9,7 @@ types:
 test:
 	python -m pytest -q -k "$(T)"
 # Under a minute once the kernels are compiled: the specification, every backend on its vectors, files, scoring.
-QUICK = arith spec_document vectors imports conformance verify planted_faults \
+QUICK = arith spec_document docs vectors imports linear conformance verify planted_faults \
 	checkpoint tokenizer perplexity smooth eval_data eval_score eval_golden eval_results
 quick: lint types
 	python -m pytest -q -x -k "not another_environment" $(QUICK:%=tests/test_%.py)

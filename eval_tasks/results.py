@@ -34,7 +34,8 @@ class Key:
     """What a document's numbers depend on, besides the document: together with doc_id, a result's name.
 
     model: SHA-256 of the model's files; scheme: its map as JSON; calibration: SHA-256 of what it was calibrated with, or
-    empty; data: Dataset.sha256. backend, device and dtype are empty for exact backends, whose bits are all the same.
+    empty; data: Dataset.sha256; add_bos: as ModelChoice has it. backend, device and dtype are empty for exact backends, whose
+    bits are all the same.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Key:
     data: str
     spec_version: str
     max_length: int
+    add_bos: bool | None = None
     backend: str = ""
     device: str = ""
     dtype: str = ""

@@ -130,12 +130,3 @@ def test_other_processes_zero_the_same_channels() -> None:
     sent = pickle.loads(pickle.dumps(less.job))
     (here,), (before,) = (score_block(job, [(0, document)]) for job in (sent, base.job))
     assert here.scores != before.scores
-
-
-def test_a_saved_quantized_model_is_one_line(tmp_path: Path) -> None:
-    done = CliRunner().invoke(refmamba, ["quantize", "small", str(tmp_path / "q"), "--scheme", "int8"])
-    assert done.exit_code == 0, done.output
-    for words in (["ablate", "--model"], ["reproduce", str(tmp_path / "out"), "--models"]):
-        failed = CliRunner().invoke(refmamba, [*words, str(tmp_path / "q")])
-        assert isinstance(failed.exception, DataError)
-        assert "is saved quantized; this needs the float checkpoint" in str(failed.exception)

@@ -25,14 +25,14 @@ from refmamba.backends.cpu.passes import passes
 from refmamba.backends.cpu.state import State
 from refmamba.backends.cpu.threads import Threads
 from refmamba.conformance.models import ModelChecks
-from refmamba.errors import NonFiniteError
+from refmamba.errors import BackendError, NonFiniteError
 from refmamba.spec import arith
 from refmamba.spec.codes import Codes, FixedPoint
 from refmamba.spec.config import MambaConfig
 from refmamba.spec.mamba1 import Mamba
 from refmamba.spec.ops import log_softmax
 from refmamba.spec.parameters import QuantizedModel, quantize_model
-from refmamba.spec.scheme import Scheme, parse_scheme, scheme_from_json
+from refmamba.spec.scheme import LINEAR_LAYERS, Quantizer, Scheme, parse_scheme, scheme_from_json
 from refmamba.spec.trace import last_site
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,11 +141,11 @@ def test_chunks_and_many_passes_change_nothing(name: str, backend: Cpu, monkeypa
     lasts, _ = runner.prefill(batch)
     equal_lists([x[-1:] for x in whole], lasts)
     assert [x.shape for x in runner.prefill(batch, logits="none")[0]] == [(0, config.vocab_size)] * 4
-    one = runner.initial_state(1)
+    state_of_one = runner.initial_state(1)
     for t in batch[1]:
-        last, one = runner.step(np.array([t]), one)
+        last, state_of_one = runner.step(np.array([t]), state_of_one)
     assert_bits(whole[1][-1:], last)
-    equal_states(one, state.take([1]))
+    equal_states(state_of_one, state.take([1]))
 
 
 @pytest.mark.parametrize("rows", [3, 40])
@@ -311,9 +311,24 @@ def test_packed_layout_of_a_byte_weight() -> None:
 
 def test_bits_of_a_code_in_memory() -> None:
     """4 bits a code up to 4 bits, 8 up to 8, 24 for fixed point."""
-    q, one = np.zeros((32, 16), np.int32), np.ones((), np.float32)
-    sizes = [packed_bytes(w, 32) for w in (Codes(q, one, 4), Codes(q, one, 5), FixedPoint(q, q[:, 0]))]
+    q, unit = np.zeros((32, 16), np.int32), np.ones((), np.float32)
+    sizes = [packed_bytes(w, 32) for w in (Codes(q, unit, 4), Codes(q, unit, 5), FixedPoint(q, q[:, 0]))]
     assert sizes == [256, 512, 1536]
+
+
+def test_a_region_more_than_there_are_counters_for(backend: Cpu) -> None:
+    """Of each of four products: codes 1 region, or 2 with a scale for the whole sequence; the product 1; its output 2. The
+    scan 1. So 21 where every scale is the sequence's, 17 for scales of a token."""
+    for scale, most in (("per_tensor", 21), ("per_token", 17)):
+        quantizers = dict.fromkeys(LINEAR_LAYERS, Quantizer(8, scale))
+        runner = backend.load(quantized(CONFIGS["plain"], Scheme("all", {}, quantizers, quantizers)))
+        for reserved in (most, most - 1):
+            runner._set(REGIONS=reserved)
+            if reserved < most:
+                with pytest.raises(BackendError, match="more regions"):
+                    runner.prefill([np.arange(3)])
+            else:
+                runner.prefill([np.arange(3)])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
@@ -356,8 +371,8 @@ def test_a_copied_state_is_its_own(backend: Cpu) -> None:
     copies = [copy.deepcopy(state), pickle.loads(pickle.dumps(state))]
     del state
     runner.prefill([np.arange(9), np.arange(2)])  # takes the memory of the first
-    for one in copies:
-        assert_bits(expected, runner.step(np.array([7, 8]), one)[0])
+    for copied in copies:
+        assert_bits(expected, runner.step(np.array([7, 8]), copied)[0])
 
 
 def test_short_passes_of_forks(backend: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:

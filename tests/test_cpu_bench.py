@@ -36,11 +36,11 @@ def test_bench_prints_one_json_object(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_weight_bytes_worked_out(tiny: RandomSource) -> None:
     """TINY: two layers of 96x24, 19x48, 48x3 and 24x48 weights, and a head of 50x24."""
-    one = 2 * (96 * 24 + 19 * 48 + 48 * 3 + 24 * 48) + 50 * 24
-    assert weight_bytes(quantize_model(tiny, parse_scheme("w8-all"))) == one
-    assert weight_bytes(quantize_model(tiny, parse_scheme("fp32"))) == 3 * one
+    eight_bit = 2 * (96 * 24 + 19 * 48 + 48 * 3 + 24 * 48) + 50 * 24
+    assert weight_bytes(quantize_model(tiny, parse_scheme("w8-all"))) == eight_bit
+    assert weight_bytes(quantize_model(tiny, parse_scheme("fp32"))) == 3 * eight_bit
     # A row of three codes takes two bytes.
-    assert weight_bytes(quantize_model(tiny, parse_scheme("w4-all"))) == (one + 2 * 48) // 2
+    assert weight_bytes(quantize_model(tiny, parse_scheme("w4-all"))) == (eight_bit + 2 * 48) // 2
 
 
 def test_peak_memory_is_that_of_the_largest_moment() -> None:

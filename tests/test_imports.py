@@ -26,8 +26,9 @@ RULES: dict[str, set[str]] = {
     "conformance": {"errors", "spec", "backend", "backends", "formats", "run"},
     "eval_tasks": {"refmamba", "errors", "spec", "backend", "backends", "formats", "run"},
     "paper": {"errors", "spec", "backend", "backends", "formats", "run", "eval_tasks"},
+    "teach": {"errors", "spec", "backend", "backends", "formats", "run", "conformance"},
     "commands": {
-        "refmamba", "errors", "spec", "backend", "backends", "formats", "run", "conformance", "eval_tasks", "paper",
+        "refmamba", "errors", "spec", "backend", "backends", "formats", "run", "conformance", "eval_tasks", "paper", "teach",
     },
     "refmamba": {"errors", "spec", "run"},
     "__main__": {"commands"},

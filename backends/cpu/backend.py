@@ -9,12 +9,13 @@ import numpy as np
 
 from refmamba.backend import check_support
 from refmamba.backends.cpu.cache import CACHE, alone
-from refmamba.backends.cpu.kernels.tables import BLOCK
-from refmamba.backends.cpu.memory import LANES, address, aligned, strips_of
+from refmamba.backends.cpu.kernels.instructions import LANES
+from refmamba.backends.cpu.memory import address, aligned, strips_of
 from refmamba.backends.cpu.runner import KNOWN, CpuRunner
 from refmamba.backends.cpu.threads import Threads, check_subnormals
 from refmamba.errors import BackendError
 from refmamba.spec.arith import F32Array
+from refmamba.spec.codes import BLOCK
 from refmamba.spec.jit import SETTINGS
 from refmamba.spec.parameters import QuantizedModel
 from refmamba.spec.scheme import Scheme

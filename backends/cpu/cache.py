@@ -15,10 +15,9 @@ from typing import Any
 
 import platformdirs
 
-import refmamba
 from refmamba.spec.jit import SETTINGS, numba
 
-PACKAGE = Path(refmamba.__file__).parent
+PACKAGE = Path(__file__).parents[2]  # refmamba
 ENTRIES = ("refmamba.backends.cpu.kernels.alone", "refmamba.backends.cpu.kernels.layers")  # what numba keeps on disk
 
 

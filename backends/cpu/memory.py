@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-LANES = 16
+from refmamba.backends.cpu.kernels.instructions import LANES
+from refmamba.backends.cpu.kernels.tables import LINE
+
 MOST_SPARE = 2**28  # bytes of memory that is kept to be used again
 
 
 def aligned(shape: Sequence[int], dtype: Any = np.float32) -> NDArray[Any]:
     """An uninitialized array on a cache line's boundary, as the kernels' vectors need it."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -address(memory) % 64
+    memory = np.empty(size + LINE, np.uint8)
+    start = -address(memory) % LINE
     array: NDArray[Any] = memory[start : start + size].view(dtype).reshape(shape)
     return array
 

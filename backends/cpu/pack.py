@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from refmamba.backends.cpu.kernels.tables import Kind
-from refmamba.backends.cpu.memory import LANES, aligned, strips_of
+from refmamba.backends.cpu.kernels.bound import WEIGHT_NORM_ROOM
+from refmamba.backends.cpu.kernels.instructions import LANES
+from refmamba.backends.cpu.kernels.tables import BYTES_OFFSET, FIXED_OFFSET, PACKED_OFFSET, Kind
+from refmamba.backends.cpu.memory import aligned, strips_of
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.codes import Codes, FixedPoint, Param
 
 PACK_ROWS = 4096  # rows of a weight packed at a time, to bound memory
-OFFSET = {Kind.PACKED: 8, Kind.BYTES: 128, Kind.FIXED: 1 << 23}  # makes the codes of a weight unsigned
+OFFSET = {Kind.PACKED: PACKED_OFFSET, Kind.BYTES: BYTES_OFFSET, Kind.FIXED: FIXED_OFFSET}
 
 
 def padded_rows(*parts: int) -> IntArray:
@@ -98,7 +100,7 @@ class Packed:
         columns = w.q.shape[1]
         if isinstance(w, FixedPoint):
             squares = np.einsum("ij,ij->i", w.q, w.q, dtype=np.float64)
-            norms = (np.sqrt(squares) * 1.001).astype(np.float32)
+            norms = (np.sqrt(squares) * WEIGHT_NORM_ROOM).astype(np.float32)
             return cls(digits, places, kind_of(w), columns, 0, w.exponent, norms)
         return cls(digits, places, kind_of(w), columns, w.bits, w.scale, np.zeros((), np.float32))
 

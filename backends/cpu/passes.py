@@ -45,9 +45,9 @@ def plan(lengths: tuple[int, ...], positions: tuple[Positions, ...]) -> Rows:
     starts = np.cumsum([0, *lengths])
     sequence = np.repeat(np.arange(len(lengths)), lengths)
     firsts = [{"all": 0, "last": n - 1, "none": n}[p] for n, p in zip(lengths, positions, strict=True)]
-    wanted = [np.arange(start + first, start + n) for start, first, n in zip(starts, firsts, lengths, strict=False)]
-    out_row = np.concatenate(wanted)
-    out_starts, out_sequence = np.cumsum([0, *map(len, wanted)]), sequence[out_row]
+    chosen = [np.arange(start + first, start + n) for start, first, n in zip(starts, firsts, lengths, strict=False)]
+    out_row = np.concatenate(chosen)
+    out_starts, out_sequence = np.cumsum([0, *map(len, chosen)]), sequence[out_row]
     tables = {"START": starts, "SEQUENCE": sequence, "OUT_ROW": out_row, "OUT_START": out_starts,
               "OUT_SEQUENCE": out_sequence}  # fmt: skip
     return Rows(len(sequence), len(out_row), {name: address(t) for name, t in tables.items()}, tuple(tables.values()))

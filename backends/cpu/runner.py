@@ -1,7 +1,6 @@
 """One model on the CPU backend."""
 
 import itertools
-import math
 import threading
 from collections.abc import Sequence
 from typing import Any, cast
@@ -10,52 +9,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refmamba.backends.cpu.cache import layers
+from refmamba.backends.cpu.kernels.bound import sum_error
 from refmamba.backends.cpu.kernels.codes import code_bytes
-from refmamba.backends.cpu.kernels.panels import PANEL, PANEL_BYTES, ROWS_OF_PANEL
-from refmamba.backends.cpu.kernels.tables import BLOCK, Kind, Layer, Mode, Run, Site
+from refmamba.backends.cpu.kernels.digits import DIGITS_SCRATCH
+from refmamba.backends.cpu.kernels.instructions import LANES
+from refmamba.backends.cpu.kernels.panels import PANELS_SCRATCH
+from refmamba.backends.cpu.kernels.scan import scan_scratch
+from refmamba.backends.cpu.kernels.tables import LINE, Kind, Layer, Mode, Run, Site
 from refmamba.backends.cpu.kernels.tiles import VNNI
-from refmamba.backends.cpu.memory import LANES, Pool, address, aligned, strips_of
+from refmamba.backends.cpu.memory import Pool, address, aligned, strips_of
 from refmamba.backends.cpu.pack import Packed, Params, padded_rows
 from refmamba.backends.cpu.passes import passes, plan
 from refmamba.backends.cpu.state import State
 from refmamba.backends.cpu.threads import Threads
-from refmamba.errors import NonFiniteError
+from refmamba.errors import BackendError, NonFiniteError
 from refmamba.spec.arith import F32Array, IntArray, f32
-from refmamba.spec.coders import (
-    Coder,
-    ParameterPerChannel,
-    ParameterPerTensor,
-    PerTensor,
-    PerToken,
-    Smooth,
-    Static,
-    Unquantized,
-)
-from refmamba.spec.codes import ABSMAX_ZERO, ACTIVATION_BITS, Codes, dequantize, scale_of
+from refmamba.spec.coders import Coder, ParameterPerChannel, ParameterPerTensor, PerTensor, PerToken, Static, Unquantized
+from refmamba.spec.codes import ABSMAX_ZERO, ACTIVATION_BITS, BLOCK, Codes, dequantize, scale_of
+from refmamba.spec.config import kind_of
 from refmamba.spec.linear import Linear
 from refmamba.spec.mamba1 import Positions, check_call, check_logits, one_each
 from refmamba.spec.ops import state_matrix
-from refmamba.spec.parameters import QuantizedModel, kind_of, linear_sites
+from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.scheme import LINEAR_LAYERS
 from refmamba.spec.trace import Hook
+from refmamba.spec.transforms import Smooth
 
 PASS_ROWS = 256  # tokens that go through the layers together, to bound memory; the bits do not depend on it
-REGIONS = 21  # of a layer, at most
 NEVER = 2**31  # more rows than a pass has
-SCRATCH_BYTES = PANEL_BYTES + ROWS_OF_PANEL * (3 * 128 + 64)  # of a product
 FIELDS = {field.name: int(field) for field in Run}
 MODES = {PerToken: Mode.TOKEN, PerTensor: Mode.TENSOR, Static: Mode.STATIC, Unquantized: Mode.NONE}
 # The coders and transforms that the kernels know.
 KNOWN = frozenset({ParameterPerTensor, ParameterPerChannel, Smooth, *MODES})
-
-
-def sum_error(k: int) -> np.float32:
-    """For a float64 sum of k products in panels: a bound on its error and on that of eq. (12), over sqrt(sum x^2 sum w^2).
-
-    Products are exact, at most 2^52. Each addition, in a panel or of the panels' sums, is off by at most 2^-53 of the sum of
-    |x w|, which the product of the norms bounds. Eq. (12) rounds less often; the rest is to spare.
-    """
-    return f32((PANEL + 2 * math.ceil(k / PANEL) + 16) * 2.0**-53)
 
 
 def largest_code(coder: Coder) -> int:
@@ -105,11 +90,13 @@ class CpuRunner:
         self._table[c.n_layer, int(Layer.NORM)] = self._strips(self.model.value("norm_f.weight"))
         self._run = np.zeros(len(Run), np.int64)
         self._workspace, self._residual = np.empty(0, np.uint8), np.empty((0, 0, LANES), np.float32)
-        self._errors = np.zeros(0, np.int64)
-        self._counters = aligned((2 + REGIONS * (c.n_layer + 1), 8), np.int64)
-        scratch = max(SCRATCH_BYTES, 64 << (n - 1).bit_length())
+        self._errors, self._overrun = np.zeros(0, np.int64), np.zeros(1, np.int64)
+        self._counters = aligned((layers.REGIONS * (c.n_layer + 1), LINE // 8), np.int64)
+        scratch = max(DIGITS_SCRATCH, PANELS_SCRATCH, scan_scratch(n))
+        scratch += -scratch % LINE
         self._set(
-            THREADS=threads.count, COUNTERS=address(self._counters), LAYERS=c.n_layer, LAYER_TABLES=address(self._table),
+            THREADS=threads.count, COUNTERS=address(self._counters), REGIONS=layers.REGIONS,
+            OVERRUN=address(self._overrun), LAYERS=c.n_layer, LAYER_TABLES=address(self._table),
             SCRATCH=self._keep(np.zeros(threads.count * scratch, np.uint8)), SCRATCH_BYTES=scratch,
             HEAD=address(self._table[c.n_layer]), EPSILON=self._keep(np.array([c.norm_eps], np.float32)),
             D_MODEL=c.d_model, MODEL_STRIPS=strips_of(c.d_model), INNER_STRIPS=strips_of(e), RANK_STRIPS=strips_of(r),
@@ -135,7 +122,7 @@ class CpuRunner:
 
     def _site(self, number: int, linear: Linear, order: IntArray, w: Packed) -> list[int]:
         """A linear layer's table: the fields of `kernels.tables.Site`."""
-        fixed, one, into, out = w.kind == Kind.FIXED, np.ones((), np.float32), linear.input, linear.output
+        fixed, unit, into, out = w.kind == Kind.FIXED, np.ones((), np.float32), linear.input, linear.output
         mode = MODES[type(into)]
         static = np.zeros((), np.float32)
         if isinstance(into, Static) and into.absmax >= ABSMAX_ZERO:
@@ -156,8 +143,8 @@ class CpuRunner:
         fields = {
             Site.CODES: address(w.digits), Site.KIND: w.kind, Site.PAIRS: len(order) // (2 * LANES),
             Site.K: k, Site.SLICES: slices, Site.PANELS: panels, Site.ERROR: self._rows(w.norms * sum_error(k), order, 0),
-            Site.FACTOR: self._rows(np.ldexp(f32(1), -w.scale) if fixed else one, order, 1),
-            Site.SCALE: self._rows(one if fixed else w.scale, order, 1), Site.BIAS: bias, Site.IN: mode,
+            Site.FACTOR: self._rows(np.ldexp(f32(1), -w.scale) if fixed else unit, order, 1),
+            Site.SCALE: self._rows(unit if fixed else w.scale, order, 1), Site.BIAS: bias, Site.IN: mode,
             Site.IN_LARGEST: largest_code(into), Site.IN_SCALE: self._keep(static),
             Site.SMOOTH: smooth, Site.OUT: MODES[type(out)] if out else Mode.NONE,
             Site.OUT_LARGEST: largest_code(out) if out else 0, Site.NUMBER: number,
@@ -180,12 +167,12 @@ class CpuRunner:
         sizes = {name: (count + count % 2) * stride * LANES * 4 for name, count in strips.items()}
         sizes |= {"CODES": rows * self._code_bytes, "FACTOR": rows * 4, "SCALE": rows * 4, "ABSMAX": rows * 8,
                   "SUMS": rows * 8 * int(get(Run.SUM_BLOCKS))}  # fmt: skip
-        needed = sum(size + 64 for size in sizes.values())
+        needed = sum(size + LINE for size in sizes.values())
         if len(self._workspace) < needed or len(self._workspace) > 4 * needed + 2**25:
-            self._workspace = np.zeros(needed + 64, np.uint8)
+            self._workspace = np.zeros(needed + LINE, np.uint8)
         start = address(self._workspace)
         for name, size in sizes.items():
-            start += -start % 64
+            start += -start % LINE
             self._set(**{name: start})
             start += size
         self._errors = np.zeros(rows, np.int64)  # of each sequence
@@ -243,6 +230,8 @@ class CpuRunner:
         self._counters.fill(0)
         self._errors.fill(0)
         self._threads.run(layers.run_layers, self._run)
+        if self._overrun[0]:
+            raise BackendError("a layer has more regions than the kernels reserve counters for; report this")
         if self._errors.any():
             number, side = divmod(int(self._errors[np.flatnonzero(self._errors)[0]]), 2)
             layer, place = divmod(number - 1, 4)
@@ -298,14 +287,14 @@ class CpuRunner:
         states = np.stack([state.conv_in, state.ssm_in, after.conv_in, after.ssm_in])
         done = 0
         for parts in passes([len(s) for s in sequences], limit):
-            here = [b for b, _, _ in parts]
+            members = [b for b, _, _ in parts]
             positions: list[Positions] = [
                 "none" if logits == "last" and stop < len(sequences[b]) else logits for b, _, stop in parts
             ]
             with self._lock:  # one workspace
                 pieces = [sequences[b][start:stop] for b, start, stop in parts]
-                self._pass(pieces, np.ascontiguousarray(states[:, here]), positions, out[done:], hook, after)
-            states[:2, here] = states[2:, here]  # from where a later pass goes on
+                self._pass(pieces, np.ascontiguousarray(states[:, members]), positions, out[done:], hook, after)
+            states[:2, members] = states[2:, members]  # from where a later pass goes on
             done += sum({"all": z - a, "last": 1, "none": 0}[p] for (_, a, z), p in zip(parts, positions, strict=True))
         check_logits(out)
         ends = list(itertools.accumulate(counts))

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from refmamba.backends.cpu.memory import LANES, Pool, address, strips_of
+from refmamba.backends.cpu.kernels.instructions import LANES
+from refmamba.backends.cpu.memory import Pool, address, strips_of
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.config import MambaConfig
 

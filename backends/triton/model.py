@@ -27,7 +27,7 @@ from refmamba.backends.triton.table import (
     step_lanes,
 )
 from refmamba.errors import NonFiniteError
-from refmamba.spec import coders, linear
+from refmamba.spec import coders, linear, transforms
 from refmamba.spec import codes as spec
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.mamba1 import Positions, check_call, check_logits, one_each
@@ -38,7 +38,7 @@ from refmamba.spec.trace import Hook
 NO_FAILURE = 1 << 30
 ALIGNED = 64  # numbers of int32: Triton compiles a kernel again for a pointer that is less aligned
 KNOWN = frozenset({
-    coders.ParameterPerTensor, coders.ParameterPerChannel, coders.PerToken, coders.PerTensor, coders.Static, coders.Smooth,
+    coders.ParameterPerTensor, coders.ParameterPerChannel, coders.PerToken, coders.PerTensor, coders.Static, transforms.Smooth,
 })  # fmt: skip
 Launch = Callable[..., None]
 
@@ -157,7 +157,7 @@ class Linear:
 
 def linear_of(layer: linear.Linear, number: int, device: torch.device) -> Linear:
     """A linear layer on the device."""
-    powers = [tensor(transform.exponents, device) for transform in layer.transforms if isinstance(transform, coders.Smooth)]
+    powers = [tensor(transform.exponents, device) for transform in layer.transforms if isinstance(transform, transforms.Smooth)]
     output = None if layer.output is None else coding_of(layer.output, device)
     bias = None if layer.bias is None else tensor(layer.bias, device)
     weight = weight_of(layer.weight, device)

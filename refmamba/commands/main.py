@@ -11,8 +11,8 @@ from refmamba import __version__
 from refmamba.errors import RefmambaError
 
 COMMANDS = (
-    "ablate", "bench", "eval", "generate", "logits", "outliers", "perplexity", "quantize", "reproduce", "smooth-search",
-    "verify",
+    "ablate", "bench", "eval", "generate", "logits", "outliers", "perplexity", "quantize", "replay", "reproduce",
+    "smooth-search", "step", "trace", "verify",
 )  # fmt: skip
 
 

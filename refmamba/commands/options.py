@@ -76,10 +76,30 @@ calibrate_option = click.option("--calibrate", type=click.Path(path_type=Path), 
 save_calibration_option = json_file_option(
     "--save-calibration", "calibration_file", help="Write the maxima of every channel to this .json, for --calibrate."
 )
+receipt_option = json_file_option("--receipt", help="Write what was computed to this .json, for `refmamba replay`.")
 backend_option = click.option(
     "--backend", default=DEFAULT_BACKEND, show_default=True, help="reference, cpu, torch, or module:Class."
 )
+add_bos_option = click.option(
+    "--add-bos/--no-add-bos", default=None, help="Begin texts with the begin token, or not.  [default: as the tokenizer says]"
+)
 device_option = click.option("--device", help="cpu, cuda, cuda:1: where the backend offers it.")
+
+
+def parse_tokens(text: str) -> list[int]:
+    """`1,2,3` as tokens. Raises DataError."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise DataError(f"--tokens {text}: give whole numbers with commas between, like 1,2,3") from None
+
+
+def text_or_tokens(text: str | None, tokens: str | None) -> str | list[int]:
+    """What --text or --tokens names, where a command takes either. Raises DataError for both, and for none."""
+    words = text if tokens is None else parse_tokens(tokens)
+    if words is None or None not in (text, tokens):
+        raise DataError("give either --text or --tokens")
+    return words
 
 
 def text_option(help: str, *, required: bool = False) -> Decorator:
@@ -107,7 +127,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 MODEL_OPTIONS = (
     model_option, revision_option, scheme_option, bits_option, act_bits_option, calibrate_option, backend_option,
-    device_option,
+    device_option, add_bos_option,
 )  # fmt: skip
 
 

@@ -68,6 +68,6 @@ def command(
         scorer = stack.enter_context(cluster(workers, None)) if workers else score_here
         run, found = Settings(schemes, datasets, limit, text.text, where, draws, store, scorer), list[ModelTables]()
         for model in models:
-            found.append(evaluate_model(replace(choice, model=model, scheme="fp32"), run))
+            found.append(evaluate_model(replace(choice, model=model), run))
             write_all(folder, found, run, choice.backend)
     click.echo(f"{folder}: tables.md, tables.json, figures 1 and 2")

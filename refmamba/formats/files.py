@@ -1,12 +1,11 @@
 """Files that are never half written: the content goes to a file beside the target, which is then renamed."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from refmamba.errors import CheckpointError, DataError
+from refmamba.errors import DataError
 
 
 def write_file(file: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -26,18 +25,3 @@ def write_file(file: Path, write: Callable[[BinaryIO], object]) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all. Raises DataError."""
     write_file(file, lambda stream: stream.write(text.encode("utf-8")))
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a model's file. Raises CheckpointError."""
-    try:
-        values = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file; a model folder has a config.json and the weights") from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON ({error}); download it again") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: not a JSON object; download it again")
-    return values

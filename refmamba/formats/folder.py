@@ -8,8 +8,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from refmamba.formats.checkpoint import Checkpoint, read_config
-from refmamba.formats.files import read_json
+from refmamba.formats.hub import ModelFiles
 from refmamba.formats.quantized import arrays, open_quantized
+from refmamba.formats.reading import read_json, there
+from refmamba.formats.weights import weight_files
 from refmamba.spec.config import ParameterSource
 from refmamba.spec.parameters import QuantizedModel
 
@@ -26,6 +28,15 @@ def open_checkpoint(folder: Path) -> ParameterSource | QuantizedModel:
     if "refmamba" in values:
         return open_quantized(folder, read_config(file, values), values["refmamba"])
     return Checkpoint(folder, read_config(file, values))
+
+
+def opened_files(files: ModelFiles) -> list[Path]:
+    """Every file that is read of a model: what it is, and so its results, depend on these alone. Raises FileError."""
+    beside = [files.tokenizer.with_name("tokenizer_config.json"), files.folder / "generation_config.json"]
+    return [
+        files.folder / "config.json", *weight_files(files.folder).names(), files.tokenizer,
+        *(file for file in beside if there(file)),
+    ]  # fmt: skip
 
 
 def content_hash(model: ParameterSource | QuantizedModel) -> str:

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from refmamba.errors import CheckpointError
-from refmamba.formats.files import read_json
+from refmamba.errors import CheckpointError, TensorError, printable
+from refmamba.formats.reading import read_json, there
 
 # The types that are read, by their names in safetensors. NumPy has no bfloat16: its 16 bits are carried as an unsigned
 # integer.
@@ -30,25 +30,51 @@ class Stored(NamedTuple):
     array: NDArray[Any]
 
 
-def open_weights(folder: Path) -> dict[str, Stored]:
-    """All tensors of a folder by canonical name: in one file, or in shards with an index."""
-    formats: dict[str, Callable[[Path], dict[str, Stored]]] = {
-        "model.safetensors": open_safetensors,
-        "pytorch_model.bin": _open_torch,
-    }
+class WeightFiles(NamedTuple):
+    """Which files of a folder hold its weights. list_file: the index that names the shards, where there are several."""
+
+    list_file: Path | None
+    shards: list[Path]
+    open_file: Callable[[Path], dict[str, Stored]]
+
+    def names(self) -> list[Path]:
+        """All of them."""
+        return [*([] if self.list_file is None else [self.list_file]), *self.shards]
+
+
+def weight_files(folder: Path) -> WeightFiles:
+    """The files that `open_weights` reads. Raises FileError, CheckpointError."""
+    formats = {"model.safetensors": open_safetensors, "pytorch_model.bin": _open_torch}
     for name, open_file in formats.items():
         file, index = folder / name, folder / f"{name}.index.json"
-        if file.exists():
-            shards = [name]
-        elif index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-                raise CheckpointError(f"{index}: weight_map is missing or broken; download it again")
-            shards = sorted(set(weight_map.values()))
-        else:
-            continue
-        return {_canonical(key): tensor for shard in shards for key, tensor in open_file(folder / shard).items()}
+        if there(file):
+            return WeightFiles(None, [file], open_file)
+        if there(index):
+            return WeightFiles(index, [folder / shard for shard in _shards(index)], open_file)
     raise CheckpointError(f"{folder}: no weights; a model folder has a model.safetensors or a pytorch_model.bin")
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names, all of them in its own folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map is missing or broken; download it again")
+    for shard in sorted(set(weight_map.values())):
+        if shard in ("", ".", "..") or not shard.isprintable() or set(shard) & set("/\\:"):
+            raise CheckpointError(f"{index}: '{printable(shard, 60)}' is not the plain name of a file beside it")
+    return sorted(set(weight_map.values()))
+
+
+def open_weights(folder: Path) -> dict[str, Stored]:
+    """All tensors of a folder by canonical name: in one file, or in shards with an index. Raises FileError, CheckpointError."""
+    files, tensors = weight_files(folder), dict[str, Stored]()
+    for shard in files.shards:
+        for key, tensor in files.open_file(shard).items():
+            name = _canonical(key)
+            if name in tensors:
+                raise TensorError(f"{shard}: tensor {printable(key, 60)} is there twice, here and in {tensors[name].file.name}")
+            tensors[name] = tensor
+    return tensors
 
 
 def _canonical(name: str) -> str:

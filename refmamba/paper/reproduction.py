@@ -42,7 +42,7 @@ class Settings:
 
 
 def evaluate_model(choice: ModelChoice, run: Settings) -> ModelTables:
-    """Every scheme on every task, the ablations and the outliers. Raises RefmambaError."""
+    """Every scheme on every task; the ablations and the outliers under fp32. choice: names no scheme. Raises RefmambaError."""
     config = open_model(choice).float_checkpoint().config
     rows, bits = {}, {}
     counts = [len(data.documents[: run.limit]) for data in run.datasets]
@@ -54,7 +54,7 @@ def evaluate_model(choice: ModelChoice, run: Settings) -> ModelTables:
         outcomes = [Outcome(who, d, n, run.store.load(who.key(d))) for d, n in zip(run.datasets, counts, strict=True)]
         rows[scheme] = cells(choice.model, scheme, outcomes)
         bits[scheme] = text_perplexity(session_of(who.job), run.text).bits_per_byte
-    who = subject(choice, MAX_LENGTH)
+    who = subject(replace(choice, scheme="fp32"), MAX_LENGTH)
     report = report_on(session_of(who.job), run.text)
     ablation = ablate.Ablation(who, run.text, run.datasets, run.limit, run.store, run.scorer)
     ablated = list(ablate.ablate(ablation, report, run.sites, run.draws, seed=0))

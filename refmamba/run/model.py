@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refmamba.backends import DEFAULT_BACKEND
 from refmamba.errors import DataError
 from refmamba.formats.tokenizer import Tokenizer
-from refmamba.run.generate import Generation, Sampler
+from refmamba.run.generate import Generation, Look, Sampler
 from refmamba.run.perplexity import Perplexity, text_perplexity
 from refmamba.run.session import (
     DEFAULT_MODEL,
@@ -27,7 +28,8 @@ from refmamba.spec.scheme import Scheme
 from refmamba.spec.trace import Trace
 
 StrPath = str | os.PathLike[str]
-Text = str | Sequence[int] | IntArray  # a text, or its tokens
+Tokens = Sequence[int] | NDArray[np.integer[Any]]
+Text = str | Tokens
 
 
 class Model:
@@ -79,7 +81,7 @@ class Model:
         """Write what follows a text: its `text`, `tokens` and `logits_sha256`. `str` of it is the text.
 
         temperature 0 takes the likeliest token; else tokens are drawn, of the top_k likeliest (0: of all), and of the fewest
-        that hold a share top_p of the probability. The same seed draws the same tokens. The end token ends it early.
+        that hold a share top_p of the probability. The same seed draws the same tokens. An end token ends it early.
         Raises DataError, TokenizerError, NonFiniteError.
 
         >>> model = refmamba.load("small", scheme="int8")
@@ -96,11 +98,12 @@ class Model:
 
     def stream(
         self, text: Text, *, max_new_tokens: int = 100, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-        seed: int = 0,
+        seed: int = 0, look: Look | None = None,
     ) -> Generation:  # fmt: skip
         """The same piece by piece: iterate what it gives, a piece of text for each token as soon as it is chosen.
 
-        A piece is empty where a token ends inside a character.
+        A piece is empty where a token ends inside a character. look: is called with the logits (vocabulary,) from which each
+        token was chosen, and the token.
 
         >>> model = refmamba.load("small", scheme="int8")
         >>> for piece in model.stream("She said", max_new_tokens=3):
@@ -109,7 +112,8 @@ class Model:
         ' her'
         '\\n'
         """
-        return Generation(self._session, self._tokens(text), Sampler(temperature, top_k, top_p, seed), max_new_tokens)
+        sampler = Sampler(temperature, top_k, top_p, seed)
+        return Generation(self._session, self._tokens(text), sampler, max_new_tokens, look)
 
     def logits(self, text: Text) -> F32Array:
         """Float32 logits of every position, (L, vocabulary); those of a token are for the one after it.
@@ -138,7 +142,7 @@ class Model:
         return text_perplexity(self._session, text)
 
     def prefill(
-        self, sequences: Sequence[IntArray], state: Any | None = None, *, logits: Positions = "last"
+        self, sequences: Sequence[Tokens], state: Any | None = None, *, logits: Positions = "last"
     ) -> tuple[list[F32Array], Any]:
         """Run sequences of tokens, each (L,), from their state on (None: from the first token).
 
@@ -153,7 +157,7 @@ class Model:
         """
         return self._runner.prefill([self._tokens(tokens) for tokens in sequences], state, logits=logits)
 
-    def step(self, tokens: Sequence[int] | IntArray, state: Any) -> tuple[F32Array, Any]:
+    def step(self, tokens: Tokens, state: Any) -> tuple[F32Array, Any]:
         """One more token for each sequence (batch,): float32 logits (batch, vocabulary), and the new state.
 
         Raises DataError, NonFiniteError.
@@ -180,35 +184,33 @@ class Model:
         return Mamba(self._runner.model).trace(self._tokens(text))
 
     def _tokens(self, text: Text) -> IntArray:
-        """A text's tokens, or tokens as an array (L,). Raises DataError, TokenizerError."""
+        """A text's tokens, or tokens as an array, which the runner checks. Raises DataError, TokenizerError."""
         if isinstance(text, str):
             return self.tokenizer.encode_array(text)
         try:
-            tokens = np.asarray(text)
-        except ValueError:  # rows of different lengths
-            tokens = np.empty((0, 0))
-        if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
-            raise DataError("tokens are whole numbers in one row, like [1, 2, 3]")
-        return tokens.astype(np.int64)
+            return np.asarray(text)
+        except ValueError as error:
+            raise DataError("a sequence is whole numbers in one row; it is rows of different lengths") from error
 
 
 def load(
     model: StrPath = DEFAULT_MODEL, *, revision: str | None = None, scheme: StrPath | Scheme | None = None,
     bits: int | None = None, act_bits: int | None = None, calibrate: StrPath | None = None,
-    backend: str = DEFAULT_BACKEND, device: str | None = None,
+    backend: str = DEFAULT_BACKEND, device: str | None = None, add_bos: bool | None = None,
 ) -> Model:  # fmt: skip
     """Load a model: `small` (inside the package), a folder, or OWNER/NAME on the hub.
 
     revision: branch, tag or commit on the hub. scheme: a name (`int8`), a file (`mine.json`) or a Scheme; else bits=N for
     `wN-all`, and with act_bits=M for `wNaM-all`; else the one that the folder was saved under; else `w8-all`. calibrate: a
     text, or maxima in a .json, for static scales (None: the passage inside the package). backend: `reference`, `cpu`,
-    `torch`, or `package.module:Class`; device: where that has several, as `cuda`. Raises RefmambaError.
+    `torch`, or `package.module:Class`; device: where that has several, as `cuda`. add_bos: whether a text's tokens begin
+    with the begin token (None: as the tokenizer's file says). Raises RefmambaError.
 
     >>> import refmamba
     >>> refmamba.load("small", scheme="int8")
     <refmamba.Model small under int8 on cpu, cpu>
     """
-    return Model(open_session(_choice(model, revision, scheme, bits, act_bits, calibrate, backend, device)))
+    return Model(open_session(_choice(model, revision, scheme, bits, act_bits, calibrate, backend, device, add_bos)))
 
 
 def quantize(
@@ -231,9 +233,10 @@ def quantize(
 
 def _choice(
     model: StrPath, revision: str | None, scheme: StrPath | Scheme | None, bits: int | None, act_bits: int | None,
-    calibrate: StrPath | None, backend: str = DEFAULT_BACKEND, device: str | None = None,
+    calibrate: StrPath | None, backend: str = DEFAULT_BACKEND, device: str | None = None, add_bos: bool | None = None,
 ) -> ModelChoice:  # fmt: skip
     """The words in `str`: a wrong one of another type is then an unknown name."""
     scheme = scheme if scheme is None or isinstance(scheme, Scheme) else str(scheme)
     chosen, file = choose_scheme(scheme, bits, act_bits), None if calibrate is None else Path(calibrate)
-    return ModelChoice(str(model), chosen, str(backend), None if device is None else str(device), revision, file)
+    device = None if device is None else str(device)
+    return ModelChoice(str(model), chosen, str(backend), device, revision, file, add_bos)

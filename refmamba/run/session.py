@@ -38,7 +38,8 @@ class ModelChoice:
     """Which model, under which scheme, on which backend, in words.
 
     scheme: a name, a file or a Scheme; None: the one that the model was saved under, or else the caller's default.
-    calibrate: a text, or maxima in a .json; None: the passage inside the package.
+    calibrate: a text, or maxima in a .json; None: the passage inside the package. add_bos: whether a text's tokens begin with
+    the begin token; None: as the tokenizer says.
     """
 
     model: str = DEFAULT_MODEL
@@ -47,6 +48,7 @@ class ModelChoice:
     device: str | None = None
     revision: str | None = None
     calibrate: Path | None = None
+    add_bos: bool | None = None
 
 
 def choose_scheme(scheme: str | Scheme | None, bits: int | None, act_bits: int | None) -> str | Scheme | None:
@@ -70,9 +72,13 @@ class Opened:
 
     choice: ModelChoice
     files: ModelFiles
-    tokenizer: Tokenizer
     checkpoint: ParameterSource | QuantizedModel
     scheme: Scheme
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, which tokens as numbers do not need. Raises TokenizerError."""
+        return load_tokenizer(self.files, self.checkpoint.config, self.choice.add_bos)
 
     def float_checkpoint(self) -> ParameterSource:
         """The checkpoint, to be quantized or changed. Raises DataError for a model that was saved quantized."""
@@ -103,11 +109,10 @@ def open_model(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> Ope
     named = choice.scheme if isinstance(choice.scheme, Scheme | None) else parse_scheme(choice.scheme)
     files = resolve_model(choice.model, choice.revision)
     checkpoint = open_checkpoint(files.folder)
-    tokenizer = load_tokenizer(files, checkpoint.config)
     saved = checkpoint.scheme if isinstance(checkpoint, QuantizedModel) else None
     if saved is not None and named is not None and named != saved:
         raise SchemeError(f"{choice.model} is saved as {saved.name}; leave out the scheme {named.name}")
-    return Opened(choice, files, tokenizer, checkpoint, named or saved or parse_scheme(default_scheme))
+    return Opened(choice, files, checkpoint, named or saved or parse_scheme(default_scheme))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +132,7 @@ class Session:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
+        """The model's tokenizer. Raises TokenizerError."""
         return self.opened.tokenizer
 
     @cached_property
@@ -139,7 +144,7 @@ class Session:
     def describe(self) -> dict[str, Any]:
         """What every result names."""
         return {"model": self.opened.choice.model, "scheme": self.scheme.name, "backend": self.backend.name,
-                "device": self.backend.device}  # fmt: skip
+                "device": self.backend.device, "added_tokens": self.tokenizer.added}  # fmt: skip
 
 
 def open_session(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> Session:
@@ -160,7 +165,7 @@ def quantize_folder(choice: ModelChoice, folder: Path, calibration_file: Path | 
     if calibration_file is not None:
         save_calibration(opened.calibration, calibration_file)
     with progress(opened.quantized(opened.scheme)) as model:
-        save_quantized(model, folder, opened.files.tokenizer)
+        save_quantized(model, folder, opened.files)
     return opened
 
 

@@ -1,7 +1,8 @@
 """Kernels that stand alone: the probe of exactness, log-softmax, and the polynomials for the conformance vectors."""
 
 from refmamba.backends.cpu.kernels.arithmetic import INFINITY, exp, exp_negative, log_normal, silu, softplus
-from refmamba.backends.cpu.kernels.digits import tiles
+from refmamba.backends.cpu.kernels.digits import COLUMNS, tiles
+from refmamba.backends.cpu.kernels.instructions import LANES
 from refmamba.backends.cpu.kernels.tables import FLOATS, inlined, kernel
 from refmamba.backends.cpu.kernels.vectors import (
     fetch_add,
@@ -24,19 +25,19 @@ def probe(rank, run):
     """What the exactness of products by digits rests on, for `check_exact` to look at: (w, x, k, out)."""
     w, x, k, out = get(run), get(run + 8), get(run + 16), get(run + 24)
     if rank == 0:
-        tiles(False, 1, 8, w, 16 * k, x, k, k, out)
+        tiles(False, 1, COLUMNS, w, LANES * k, x, k, k, out)
 
 
 @inlined
 def logit_vector(x, s, n):
     """Vector s of a row of n logits, filled up with -infinity."""
-    return load_any(x + s * FLOATS) if 16 * s + 16 <= n else load_first(x + s * FLOATS, n - 16 * s)
+    return load_any(x + s * FLOATS) if LANES * s + LANES <= n else load_first(x + s * FLOATS, n - LANES * s)
 
 
 @kernel()
 def log_softmax_row(x, y, terms, n):
     """Eq. (25): n logits at x to log-probabilities at y. terms: room for n float32, up to whole vectors."""
-    vectors = (n + 15) // 16
+    vectors = (n + LANES - 1) // LANES
     m = splat_f(-INFINITY)
     for s in range(vectors):
         v = logit_vector(x, s, n)
@@ -54,10 +55,10 @@ def log_softmax_row(x, y, terms, n):
         filled = min(filled, width)
     total_of_terms = splat_f(lane_tree(load_f(terms)))
     log = log_normal(total_of_terms) + (total_of_terms - total_of_terms)  # a NaN stays one
-    for s in range(n // 16):
+    for s in range(n // LANES):
         store_any(y + s * FLOATS, load_any(x + s * FLOATS) - m - log)
-    if n % 16:
-        store_first(y + n // 16 * FLOATS, logit_vector(x, n // 16, n) - m - log, n % 16)
+    if n % LANES:
+        store_first(y + n // LANES * FLOATS, logit_vector(x, n // LANES, n) - m - log, n % LANES)
 
 
 @kernel(cache=True)

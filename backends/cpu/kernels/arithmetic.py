@@ -21,6 +21,7 @@ LOG2_E, LN2_HIGH, LN2_LOW, EXP_LOW, EXP_HIGH = arith.LOG2_E, arith.LN2_HIGH, ari
 E0, E1, E2, E3, E4 = arith.EXP_TERMS
 G0, G1, G2, G3, G4, G5, G6, G7 = arith.LOG_TERMS
 SQRT_HALF_BITS, SOFTPLUS_LINEAR = int(arith.SQRT_HALF_BITS), arith.SOFTPLUS_LINEAR
+FRACTION_BITS, BIAS = 23, 127  # of a float32: its fraction, and what is added to its exponent
 ZERO, HALF, ONE, INFINITY = f32(0), f32(0.5), f32(1), f32(np.inf)
 
 
@@ -38,7 +39,7 @@ def exp_parts(a):
 
 @inlined
 def two_to(n):
-    return from_bits((n + splat_i(127)) << splat_i(23))
+    return from_bits((n + splat_i(BIAS)) << splat_i(FRACTION_BITS))
 
 
 @inlined
@@ -59,15 +60,15 @@ def exp_negative(x):
     No result is subnormal, so that the exact product by 2^n is an addition to the exponent's bits.
     """
     n, p = exp_parts(x)
-    return from_bits(where_i(x < splat_f(EXP_LOW), splat_i(0), bits(p) + (n << splat_i(23))))
+    return from_bits(where_i(x < splat_f(EXP_LOW), splat_i(0), bits(p) + (n << splat_i(FRACTION_BITS))))
 
 
 @inlined
 def log_normal(u):
     """Eq. (2) of normal numbers above zero, which are none of its special cases."""
     whole = bits(u)
-    k = (whole - splat_i(SQRT_HALF_BITS)) >> splat_i(23)
-    f = from_bits(whole - (k << splat_i(23))) - splat_f(ONE)
+    k = (whole - splat_i(SQRT_HALF_BITS)) >> splat_i(FRACTION_BITS)
+    f = from_bits(whole - (k << splat_i(FRACTION_BITS))) - splat_f(ONE)
     n = to_float(k)
     p = splat_f(G0) * f + splat_f(G1)
     p = p * f + splat_f(G2)

@@ -4,10 +4,12 @@ import math
 
 import numpy as np
 
-from refmamba.backends.cpu.kernels.arithmetic import ONE, ZERO, magnitude
+from refmamba.backends.cpu.kernels.arithmetic import BIAS, FRACTION_BITS, ONE, ZERO, magnitude
+from refmamba.backends.cpu.kernels.bound import ROW_NORM_ROOM
+from refmamba.backends.cpu.kernels.instructions import LANES
 from refmamba.backends.cpu.kernels.regions import meet, share
 from refmamba.backends.cpu.kernels.rows import CONV_ROWS, conv_rows, norm_row
-from refmamba.backends.cpu.kernels.tables import BLOCK, FLOATS, LINE, Layer, Mode, Run, Site, at, f32, inlined, kernel
+from refmamba.backends.cpu.kernels.tables import DOUBLE_FLOATS, FLOATS, LINE, Layer, Mode, Run, Site, at, f32, inlined, kernel
 from refmamba.backends.cpu.kernels.vectors import (
     double,
     float_of,
@@ -32,9 +34,11 @@ from refmamba.backends.cpu.kernels.vectors import (
     where_i,
     widen,
 )
-from refmamba.spec.codes import ABSMAX_ZERO
+from refmamba.spec.codes import ABSMAX_ZERO, ACTIVATION_BITS, BLOCK
 
-INFINITE = 0x7F800000
+INFINITE = 0x7F800000  # bits of infinity: those of a NaN are more
+BORROWS = 0x00808080  # 128 in each of the three lower bytes of an int32
+CODE_REGIONS = 2  # of `code_rows`, at most
 ABSMAX_ZERO_BITS = int(ABSMAX_ZERO.view(np.int32))
 
 
@@ -43,7 +47,7 @@ def value(source, s, step, smooth):
     """A strip of a row, divided by SmoothQuant's factors where there are any: eq. (29)."""
     v = load_f(source + s * step)
     if smooth != 0:
-        v = single(double(v) * load_d(smooth + 2 * s * FLOATS))
+        v = single(double(v) * load_d(smooth + s * DOUBLE_FLOATS))
     return v
 
 
@@ -55,7 +59,7 @@ def by_panels(site, rows):
 
 @inlined
 def code_bytes(k):
-    """Bytes of a row of codes for panels: an odd number of lines, so that rows do not share their cache sets."""
+    """Bytes of a row of k codes for panels: an odd number of lines, so that rows do not share their cache sets."""
     return 8 * k + LINE
 
 
@@ -77,11 +81,17 @@ def row_absmax(run, source, strips, smooth, number, sequence):
 
 
 @inlined
+def power_of_two(e):
+    """2^e as a float32."""
+    return float_of((e + BIAS) << FRACTION_BITS)
+
+
+@inlined
 def factors(mode, most, m, static):
     """For an absolute maximum: what to multiply by, what to divide the product by, and the power of two to take off."""
-    if mode == Mode.NONE:  # eq. (10); for 2^(E-1) <= m < 2^E the bits of m hold E + 126
-        e = min(126, 30 - ((m >> 23) - 126))
-        return (ZERO, ONE, ONE) if m == 0 else (float_of((e + 127) << 23), ONE, float_of((127 - e) << 23))
+    if mode == Mode.NONE:  # eq. (10); for 2^(E-1) <= m < 2^E the bits of m hold E + BIAS - 1
+        e = min(BIAS - 1, ACTIVATION_BITS - ((m >> FRACTION_BITS) - (BIAS - 1)))
+        return (ZERO, ONE, ONE) if m == 0 else (power_of_two(e), ONE, power_of_two(-e))
     if mode == Mode.STATIC:
         return (ZERO, ONE, ONE) if static == ZERO else (static, static, ONE)
     if m == 0:
@@ -93,7 +103,7 @@ def factors(mode, most, m, static):
 @kernel()
 def code_row(run, site, source, row, m, panels):
     """Codes of a row, eq. (8) or (10), and its factors. By digits: slices, and the codes' sum, a block of K at a time. By
-    panels: float64, and what is not below the square root of the sum of their squares."""
+    panels: float64, and a bound on the norm of the row (see bound.py)."""
     slices, k, step = at(site, Site.SLICES), at(site, Site.K), at(run, Run.STRIDE) * FLOATS
     smooth, most = at(site, Site.SMOOTH), at(site, Site.IN_LARGEST)
     multiplier, scale, power = factors(at(site, Site.IN), most, m, get_f(at(site, Site.IN_SCALE)))
@@ -105,30 +115,30 @@ def code_row(run, site, source, row, m, panels):
     if panels:
         codes = at(run, Run.CODES) + row * code_bytes(k)
         squares = splat_f(ZERO)
-        for s in range(k // 16):
+        for s in range(k // LANES):
             v = value(source, s, step, smooth) * by
             v = rint(where(v > high, high, where(v < low, low, v)))
             squares = squares + v * v
-            store_d(codes + 2 * s * FLOATS, double(v))
-        put_f(sums, f32(1.01) * math.sqrt(lane_tree(squares)))
+            store_d(codes + s * DOUBLE_FLOATS, double(v))
+        put_f(sums, ROW_NORM_ROOM * math.sqrt(lane_tree(squares)))
         return
     block = 0
     while block * BLOCK < k:
         s_sum = splat_l(0)
-        for s in range(block * BLOCK // 16, min(k, (block + 1) * BLOCK) // 16):
+        for s in range(block * BLOCK // LANES, min(k, (block + 1) * BLOCK) // LANES):
             v = value(source, s, step, smooth) * by
             v = where(v > high, high, where(v < low, low, v))
             q = to_int(rint(v))
             s_sum = s_sum + widen(q)
             if slices == 1:
-                store_bytes(codes + 16 * s, q)
+                store_bytes(codes + LANES * s, q)
             else:
-                # Adding 128 to the three lower bytes carries what a balanced digit borrows; ^ 128 takes it off again.
-                digits = (q + splat_i(0x00808080)) ^ splat_i(0x00808080)
-                store_bytes(codes + 16 * s, digits)
-                store_bytes(codes + k + 16 * s, digits >> splat_i(8))
-                store_bytes(codes + 2 * k + 16 * s, digits >> splat_i(16))
-                store_bytes(codes + 3 * k + 16 * s, digits >> splat_i(24))
+                # The sum carries what a byte of 128 or more borrows from the next; the xor takes the 128 off each byte again.
+                digits = (q + splat_i(BORROWS)) ^ splat_i(BORROWS)
+                store_bytes(codes + LANES * s, digits)
+                store_bytes(codes + k + LANES * s, digits >> splat_i(8))
+                store_bytes(codes + 2 * k + LANES * s, digits >> splat_i(16))
+                store_bytes(codes + 3 * k + LANES * s, digits >> splat_i(24))
         put(sums + 8 * block, total(s_sum))
         block += 1
 
@@ -153,7 +163,7 @@ def code_rows(run, work, layer, index, site, source, counter):
     rows = at(run, Run.OUT_ROWS) if head else at(run, Run.ROWS)
     sequences = at(run, Run.OUT_SEQUENCE) if head else at(run, Run.SEQUENCE)
     starts = at(run, Run.OUT_START) if head else at(run, Run.START)
-    strips, whole = at(site, Site.K) // 16, at(site, Site.IN) == Mode.TENSOR
+    strips, whole = at(site, Site.K) // LANES, at(site, Site.IN) == Mode.TENSOR
     panels = by_panels(site, rows)
     mine = 0
     first, last = share(run, counter, rows)
@@ -165,13 +175,13 @@ def code_rows(run, work, layer, index, site, source, counter):
                 norm_row(run, at(layer, Layer.NORM), get(at(run, Run.OUT_ROW) + 8 * row), row)
             elif work == CONV_ROW and (row - first) % CONV_ROWS == 0:
                 conv_rows(run, layer, index, row, min(last, row + CONV_ROWS))
-            here = source + row * FLOATS
+            row_at = source + row * FLOATS
             sequence = get(sequences + 8 * row)
-            m = row_absmax(run, here, strips, at(site, Site.SMOOTH), 2 * at(site, Site.NUMBER), sequence)
+            m = row_absmax(run, row_at, strips, at(site, Site.SMOOTH), 2 * at(site, Site.NUMBER), sequence)
             if whole:
                 put(at(run, Run.ABSMAX) + 8 * row, m)
             else:
-                code_row(run, site, here, row, m, panels)
+                code_row(run, site, row_at, row, m, panels)
         mine += last - first
         first, last = share(run, counter, rows)
     counter = meet(counter, rows, mine)

@@ -1,7 +1,20 @@
 """Products by digits: integer products of 8-bit digits, joined exactly."""
 
 from refmamba.backends.cpu.kernels.output import finish
-from refmamba.backends.cpu.kernels.tables import BLOCK, FLOATS, Kind, Run, Site, at, f32, inlined, kernel
+from refmamba.backends.cpu.kernels.tables import (
+    DOUBLE_FLOATS,
+    FIXED_OFFSET,
+    FLOATS,
+    Kind,
+    Run,
+    Site,
+    at,
+    f32,
+    inlined,
+    kernel,
+    offset_of,
+    vector_bytes,
+)
 from refmamba.backends.cpu.kernels.tiles import tile
 from refmamba.backends.cpu.kernels.vectors import (
     REGISTERS_32,
@@ -20,8 +33,13 @@ from refmamba.backends.cpu.kernels.vectors import (
     to_float,
     widen,
 )
+from refmamba.spec.codes import BLOCK
 
 ROWS_OF_TILE = 64  # rows of one item of a product by digits
+COLUMNS = 8  # slices of rows that are multiplied together, at most
+PLANE_BYTES = COLUMNS * 2 * FLOATS  # of the sums of a pair of strips
+# A thread's own: three planes of sums, and the float64 totals of one.
+DIGITS_SCRATCH = int(3 * PLANE_BYTES + COLUMNS * 2 * DOUBLE_FLOATS)
 STRIPS = 2 if REGISTERS_32 else 1  # of a tile
 BYTES_8, BYTES_4, BYTES_1 = tile(False, STRIPS, 8, 1), tile(False, STRIPS, 4, 1), tile(False, STRIPS, 1, 4)
 PACKED_8, PACKED_4, PACKED_1 = tile(True, STRIPS, 8, 1), tile(True, STRIPS, 4, 1), tile(True, STRIPS, 1, 2)
@@ -35,20 +53,20 @@ def tiles(packed, slices, count, w, w_stride, x, x_stride, k, out):
         w_at, out_at = w + strip * w_stride, out + strip * FLOATS
         column = 0
         while column < columns:
-            x_at, here, left = x + column * x_stride, out_at + column * 2 * FLOATS, columns - column
+            x_at, sums_at, left = x + column * x_stride, out_at + column * 2 * FLOATS, columns - column
             if packed:
                 if REGISTERS_32 and left >= 8:
-                    PACKED_8(w_at, w_stride, x_at, x_stride, k, here)
+                    PACKED_8(w_at, w_stride, x_at, x_stride, k, sums_at)
                 elif left >= 4:
-                    PACKED_4(w_at, w_stride, x_at, x_stride, k, here)
+                    PACKED_4(w_at, w_stride, x_at, x_stride, k, sums_at)
                 else:
-                    PACKED_1(w_at, w_stride, x_at, x_stride, k, here)
+                    PACKED_1(w_at, w_stride, x_at, x_stride, k, sums_at)
             elif REGISTERS_32 and left >= 8:
-                BYTES_8(w_at, w_stride, x_at, x_stride, k, here)
+                BYTES_8(w_at, w_stride, x_at, x_stride, k, sums_at)
             elif left >= 4:
-                BYTES_4(w_at, w_stride, x_at, x_stride, k, here)
+                BYTES_4(w_at, w_stride, x_at, x_stride, k, sums_at)
             else:
-                BYTES_1(w_at, w_stride, x_at, x_stride, k, here)
+                BYTES_1(w_at, w_stride, x_at, x_stride, k, sums_at)
             column += 8 if REGISTERS_32 and left >= 8 else (4 if left >= 4 else 1)
         strip += STRIPS
 
@@ -68,25 +86,22 @@ def joined(sums, slices):
 def exact(kind, slices, sums, plane, codes):
     """One block's product in float64, eq. (11, 12). codes: the sum of the row's codes."""
     if kind == Kind.FIXED:
-        # The weight's three digits give a number of up to 65 bits. In two parts it is rounded once, as high * 4096 + low is.
+        # The weight's three digits give a number of up to 65 bits. In two parts, high 2^16 + low, it is rounded once.
         low = joined(sums, slices) + (joined(sums + plane, slices) << splat_l(8))
-        high = joined(sums + 2 * plane, slices) - splat_l(codes << 7)
+        high = joined(sums + 2 * plane, slices) - splat_l((FIXED_OFFSET >> 16) * codes)
         high = high + (low >> splat_l(16))
         return to_double(high) * double(splat_f(f32(65536))) + to_double(low & splat_l(65535))
-    offset = 8 if kind == Kind.PACKED else 128
-    return to_double(joined(sums, slices) - splat_l(offset * codes))
+    return to_double(joined(sums, slices) - splat_l(offset_of(kind) * codes))
 
 
 @kernel()
 def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes, limit, residual):
     """Rows first to last of a pair of strips of a product: eq. (11, 12, 13), the bias and the residual. limit: rows of w."""
     kind, slices, k = at(site, Site.KIND), at(site, Site.SLICES), at(site, Site.K)
-    packed, planes = kind == Kind.PACKED, max(1, kind)
-    plane_bytes = 8 * k if packed else 16 * k  # of one strip's digits
+    packed, planes, plane_bytes = kind == Kind.PACKED, max(1, kind), vector_bytes(kind) * k  # of a strip's digits
     weights = at(site, Site.CODES) + 2 * pair * planes * plane_bytes
     sums = at(run, Run.SCRATCH) + rank * at(run, Run.SCRATCH_BYTES)
-    plane = 16 * FLOATS  # of sums
-    totals = sums + 3 * plane
+    plane, totals = PLANE_BYTES, sums + 3 * PLANE_BYTES
     blocks = (k + BLOCK - 1) // BLOCK
     row = first
     while row < last:
@@ -100,7 +115,7 @@ def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes
             x = at(run, Run.CODES) + row * k
             tiles(packed, slices, count, weights, plane_bytes, x, k, k, sums)
             for j in range(count):
-                offset = splat_i((8 if packed else 128) * get(at(run, Run.SUMS) + 8 * (row + j) * at(run, Run.SUM_BLOCKS)))
+                offset = splat_i(offset_of(kind) * get(at(run, Run.SUMS) + 8 * (row + j) * at(run, Run.SUM_BLOCKS)))
                 for s in range(2):
                     y = to_float(load_i(sums + (2 * j + s) * FLOATS) - offset)
                     finish(run, site, row + j, y, out, 2 * pair + s, strip_bytes, row_bytes, limit, residual)
@@ -110,7 +125,7 @@ def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes
             start, width = block * BLOCK, min(BLOCK, k - block * BLOCK)
             x = at(run, Run.CODES) + row * slices * k + start
             for p in range(planes):
-                w = weights + p * plane_bytes + (start * 8 if packed else start * 16)
+                w = weights + p * plane_bytes + start * vector_bytes(kind)
                 tiles(packed, slices, count, w, planes * plane_bytes, x, k, width, sums + p * plane)
             for j in range(count):
                 codes = get(at(run, Run.SUMS) + 8 * ((row + j) * at(run, Run.SUM_BLOCKS) + block))

@@ -13,13 +13,20 @@ have 8 bits or fewer, else four, the balanced base-256 digits of a 31-bit code; 
 of the row's codes. By panels, where enough rows share the work: a strip of weights is spread out once to float64, and
 multiplied with rows [row][K] of the same. What 31-bit and 23-bit codes give does not fit float64, but its error has a bound,
 and where that leaves the rounding to float32 open, which is rare, the exact sum decides: eq. (12) either way.
+
+docs/CPU.md has all of this as a picture, and derives what makes it exact.
 """
 
-from refmamba.backends.cpu.kernels.codes import CONV_ROW, LAST_NORM_ROW, NORM_ROW, NOTHING, code_rows
-from refmamba.backends.cpu.kernels.output import ADD, SET, requantize_rows
-from refmamba.backends.cpu.kernels.products import linear, product
-from refmamba.backends.cpu.kernels.scan import scan
-from refmamba.backends.cpu.kernels.tables import FLOATS, Layer, Mode, Run, Site, at, kernel
+from refmamba.backends.cpu.kernels.codes import CODE_REGIONS, CONV_ROW, LAST_NORM_ROW, NORM_ROW, NOTHING, code_rows
+from refmamba.backends.cpu.kernels.output import ADD, OUTPUT_REGIONS, SET, requantize_rows
+from refmamba.backends.cpu.kernels.products import PRODUCT_REGIONS, linear, product
+from refmamba.backends.cpu.kernels.scan import SCAN_REGIONS, scan
+from refmamba.backends.cpu.kernels.tables import FLOATS, LINE, Layer, Mode, Run, Site, at, kernel
+from refmamba.backends.cpu.kernels.vectors import put
+from refmamba.spec.scheme import LINEAR_LAYERS
+
+# Of a layer, at most: its four products, and the scan. The head's is one product.
+REGIONS = len(LINEAR_LAYERS) * (CODE_REGIONS + PRODUCT_REGIONS + OUTPUT_REGIONS) + SCAN_REGIONS
 
 
 @kernel(cache=True)
@@ -29,7 +36,8 @@ def run_layers(rank, run):
     rows, x, normed, xz = at(run, Run.ROWS), at(run, Run.X), at(run, Run.NORMED), at(run, Run.XZ)
     u, xbc, delta = at(run, Run.U), at(run, Run.XBC), at(run, Run.DELTA)
     counter = at(run, Run.COUNTERS)
-    for index in range(at(run, Run.FIRST), at(run, Run.LAST)):
+    first, lines = at(run, Run.FIRST), at(run, Run.REGIONS)
+    for index in range(first, at(run, Run.LAST)):
         layer = at(run, Run.LAYER_TABLES) + 8 * index * Layer.SIZE
         in_proj, x_proj = layer + 8 * Layer.IN_PROJ, layer + 8 * Layer.X_PROJ
         dt_proj, out_proj = layer + 8 * Layer.DT_PROJ, layer + 8 * Layer.OUT_PROJ
@@ -46,6 +54,9 @@ def run_layers(rank, run):
         else:
             counter = product(rank, run, out_proj, rows, normed, step, FLOATS, SET, SET, counter)
             counter = requantize_rows(run, out_proj, normed, x, ADD, counter)
+        if counter > at(run, Run.COUNTERS) + (index + 1 - first) * lines * LINE:
+            put(at(run, Run.OVERRUN), 1)
+            return
     out_rows = at(run, Run.OUT_ROWS)
     if out_rows > 0:
         head = at(run, Run.HEAD)

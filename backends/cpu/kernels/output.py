@@ -4,6 +4,7 @@ import numpy as np
 
 from refmamba.backends.cpu.kernels.arithmetic import ONE
 from refmamba.backends.cpu.kernels.codes import factors, row_absmax, tensor_absmax
+from refmamba.backends.cpu.kernels.instructions import LANES
 from refmamba.backends.cpu.kernels.regions import meet, share
 from refmamba.backends.cpu.kernels.tables import FLOATS, Mode, Run, Site, at, f32, inlined, kernel
 from refmamba.backends.cpu.kernels.vectors import (
@@ -21,7 +22,8 @@ from refmamba.backends.cpu.kernels.vectors import (
     where,
 )
 
-SET, ADD = np.arange(2)
+SET, ADD = np.arange(2)  # whether a result is added to what is there: the residual
+OUTPUT_REGIONS = 2  # of `requantize_rows`
 
 
 @inlined
@@ -31,14 +33,14 @@ def finish(run, site, row, y, out, strip, strip_bytes, row_bytes, limit, residua
     bias = 0 if at(site, Site.OUT) != Mode.NONE else at(site, Site.BIAS)
     if bias != 0:
         y = y + load_f(bias + strip * FLOATS)
-    here = out + strip * strip_bytes + row * row_bytes
+    place = out + strip * strip_bytes + row * row_bytes
     if limit:
-        if 16 * strip + 16 <= limit:
-            store_any(here, y)
+        if LANES * strip + LANES <= limit:
+            store_any(place, y)
         else:
-            store_first(here, y, limit - 16 * strip)
+            store_first(place, y, limit - LANES * strip)
     else:
-        store_f(here, load_f(here) + y if residual else y)
+        store_f(place, load_f(place) + y if residual else y)
 
 
 @kernel()
@@ -72,8 +74,8 @@ def requantize_rows(run, site, source, target, residual, counter):
                 y = to_float(to_int(rint(where(v > high, high, where(v < low, low, v))))) / over
                 if bias != 0:
                     y = y + load_f(bias + s * FLOATS)
-                here = target + s * step + row * FLOATS
-                store_f(here, load_f(here) + y if residual else y)
+                place = target + s * step + row * FLOATS
+                store_f(place, load_f(place) + y if residual else y)
         mine += last - first
         first, last = share(run, counter, rows)
     return meet(counter, rows, mine)

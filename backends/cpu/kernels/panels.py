@@ -1,8 +1,23 @@
 """Products by panels: float64 sums with a bound on their error, and the exact sum where that leaves a bit open."""
 
+from refmamba.backends.cpu.kernels.bound import PANEL
 from refmamba.backends.cpu.kernels.codes import code_bytes
+from refmamba.backends.cpu.kernels.instructions import LANES
 from refmamba.backends.cpu.kernels.output import finish
-from refmamba.backends.cpu.kernels.tables import BLOCK, FLOATS, LINE, Kind, Run, Site, at, inlined, kernel
+from refmamba.backends.cpu.kernels.tables import (
+    DOUBLE_FLOATS,
+    FIXED_OFFSET,
+    FLOATS,
+    LINE,
+    Kind,
+    Run,
+    Site,
+    at,
+    inlined,
+    kernel,
+    offset_of,
+    vector_bytes,
+)
 from refmamba.backends.cpu.kernels.tiles import panel_tile
 from refmamba.backends.cpu.kernels.vectors import (
     DOUBLES,
@@ -26,10 +41,12 @@ from refmamba.backends.cpu.kernels.vectors import (
     store_d,
     whole_double,
 )
+from refmamba.spec.codes import BLOCK, LOW_PART
 
 ROWS_OF_PANEL = 96  # and by panels
-PANEL = 256  # columns of a panel
-PANEL_BYTES = 8 * 16 * PANEL
+PANEL_BYTES = PANEL * int(DOUBLE_FLOATS)
+# A thread's own: a panel, and of each row a sum, its high and its low part, and the place of one in doubt.
+PANELS_SCRATCH = PANEL_BYTES + ROWS_OF_PANEL * (3 * int(DOUBLE_FLOATS) + 8)
 PANEL_12, PANEL_6, PANEL_2, PANEL_1 = panel_tile(12), panel_tile(6), panel_tile(2), panel_tile(1)
 
 
@@ -37,34 +54,33 @@ PANEL_12, PANEL_6, PANEL_2, PANEL_1 = panel_tile(12), panel_tile(6), panel_tile(
 def spread(site, strip, start, width, out):
     """The codes of 16 rows of a weight, `width` columns from `start` on, as `panel_tile` takes them."""
     kind, k = at(site, Site.KIND), at(site, Site.K)
-    packed, planes = kind == Kind.PACKED, max(1, kind)
-    plane_bytes = 8 * k if packed else 16 * k
-    digits = at(site, Site.CODES) + strip * planes * plane_bytes + (8 if packed else 16) * start
+    packed, planes, plane_bytes = kind == Kind.PACKED, max(1, kind), vector_bytes(kind) * k
+    digits = at(site, Site.CODES) + strip * planes * plane_bytes + vector_bytes(kind) * start
     low, apart = splat_i(255), 8 * DOUBLES * width
     for group in range(width // 4):  # of four columns
-        here = digits + (group // 2 if packed else group) * LINE
-        v = load_i(here)
+        group_at = digits + (group // 2 if packed else group) * LINE
+        v = load_i(group_at)
         if packed:
             v = (v >> splat_i(group % 2 * 4)) & splat_i(0x0F0F0F0F)
         for j in range(4):
             place, shift = out + (4 * group + j) * 8 * DOUBLES, splat_i(8 * j)
             q = (v >> shift) & low
             if kind == Kind.FIXED:
-                q = q + (((load_i(here + plane_bytes) >> shift) & low) << splat_i(8))
-                q = q + (((load_i(here + 2 * plane_bytes) >> shift) & low) << splat_i(16))
-                store_apart(place, apart, whole_double(q - splat_i(1 << 23)))
+                q = q + (((load_i(group_at + plane_bytes) >> shift) & low) << splat_i(8))
+                q = q + (((load_i(group_at + 2 * plane_bytes) >> shift) & low) << splat_i(16))
+                store_apart(place, apart, whole_double(q - splat_i(FIXED_OFFSET)))
             else:
-                store_apart(place, apart, whole_double(q - splat_i(8 if packed else 128)))
+                store_apart(place, apart, whole_double(q - splat_i(offset_of(kind))))
 
 
 @inlined
 def multiply(w, width, x, step, rows, sums):
     """Add the product of a panel with rows of codes to their sums."""
-    for part in range(16 // DOUBLES):
+    for part in range(LANES // DOUBLES):
         panel, out = w + part * 8 * DOUBLES * width, sums + part * 8 * DOUBLES
         row = 0
         while row < rows:
-            left, codes, out_row = rows - row, x + row * step, out + row * 2 * FLOATS
+            left, codes, out_row = rows - row, x + row * step, out + row * DOUBLE_FLOATS
             if REGISTERS_32 and left >= 12:
                 PANEL_12(panel, codes, step, width, out_row)
                 row += 12
@@ -82,12 +98,12 @@ def multiply(w, width, x, step, rows, sums):
 @kernel()
 def exact_sums(site, strip, x, step, w, sums, doubtful, count):
     """The exact float64 product of `count` rows, eq. (12), where it was in doubt. doubtful: their places in x and in `sums`."""
-    k, stride = at(site, Site.K), ROWS_OF_PANEL * 2 * FLOATS  # from the sums to those of the high parts and of the low parts
-    nothing, part = splat_d(0.0), splat_d(4096.0)
+    k, stride = at(site, Site.K), ROWS_OF_PANEL * DOUBLE_FLOATS  # from the sums to those of the high parts and of the low parts
+    zero, part = splat_d(0.0), splat_d(float(LOW_PART))
     for i in range(count):
-        at_sum = sums + get(doubtful + 8 * i) * 2 * FLOATS
+        at_sum = sums + get(doubtful + 8 * i) * DOUBLE_FLOATS
         for place in range(3):
-            store_d(at_sum + place * stride, nothing)
+            store_d(at_sum + place * stride, zero)
     start = 0
     while start < k:
         width = min(PANEL, k - start)
@@ -95,16 +111,16 @@ def exact_sums(site, strip, x, step, w, sums, doubtful, count):
         ends = start + width == k or (start + width) % BLOCK == 0
         for i in range(count):
             row = get(doubtful + 8 * i)
-            at_sum, codes = sums + row * 2 * FLOATS, x + row * step + 8 * start
+            at_sum, codes = sums + row * DOUBLE_FLOATS, x + row * step + 8 * start
             high, low = load_d(at_sum + stride), load_d(at_sum + 2 * stride)
             for column in range(width):
                 v, q = load_apart(w + column * 8 * DOUBLES, 8 * DOUBLES * width), splat_d(get_d(codes + 8 * column))
-                v_high = rint_d(v * splat_d(1 / 4096))
+                v_high = rint_d(v * splat_d(1 / LOW_PART))
                 high = high + q * v_high
                 low = low + q * (v - v_high * part)
             if ends:
                 store_d(at_sum, load_d(at_sum) + (high * part + low))
-                high, low = nothing, nothing
+                high, low = zero, zero
             store_d(at_sum + stride, high)
             store_d(at_sum + 2 * stride, low)
         start += width
@@ -116,10 +132,10 @@ def panel_item(rank, run, site, strip, first, last, out, strip_bytes, row_bytes,
     k, rows = at(site, Site.K), last - first
     w = at(run, Run.SCRATCH) + rank * at(run, Run.SCRATCH_BYTES)
     sums, step = w + PANEL_BYTES, code_bytes(k)
-    doubtful, count = sums + 3 * ROWS_OF_PANEL * 2 * FLOATS, 0
+    doubtful, count = sums + 3 * ROWS_OF_PANEL * DOUBLE_FLOATS, 0
     x = at(run, Run.CODES) + first * step
     for i in range(rows):
-        store_d(sums + i * 2 * FLOATS, splat_d(0.0))
+        store_d(sums + i * DOUBLE_FLOATS, splat_d(0.0))
     start = 0
     while start < k:
         width = min(PANEL, k - start)
@@ -132,7 +148,7 @@ def panel_item(rank, run, site, strip, first, last, out, strip_bytes, row_bytes,
         row = first + i
         by = double(splat_f(get_f(at(run, Run.FACTOR) + 4 * row))) * factor
         error = double(splat_f(get_f(at(run, Run.SUMS) + 8 * row * at(run, Run.SUM_BLOCKS)))) * bound
-        acc = load_d(sums + i * 2 * FLOATS)
+        acc = load_d(sums + i * DOUBLE_FLOATS)
         y = single((acc - error) * by)
         if differ(y, single((acc + error) * by)):
             put(doubtful + 8 * count, i)
@@ -145,5 +161,5 @@ def panel_item(rank, run, site, strip, first, last, out, strip_bytes, row_bytes,
         i = get(doubtful + 8 * n)
         row = first + i
         by = double(splat_f(get_f(at(run, Run.FACTOR) + 4 * row))) * factor
-        y = single(load_d(sums + i * 2 * FLOATS) * by)
+        y = single(load_d(sums + i * DOUBLE_FLOATS) * by)
         finish(run, site, row, y, out, strip, strip_bytes, row_bytes, limit, residual)

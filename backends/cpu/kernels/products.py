@@ -7,6 +7,8 @@ from refmamba.backends.cpu.kernels.panels import ROWS_OF_PANEL, panel_item
 from refmamba.backends.cpu.kernels.regions import meet, share
 from refmamba.backends.cpu.kernels.tables import FLOATS, Mode, Run, Site, at, kernel
 
+PRODUCT_REGIONS = 1  # of `product`
+
 
 @kernel()
 def product(rank, run, site, rows, out, strip_bytes, row_bytes, limit, residual, counter):

@@ -1,9 +1,23 @@
 """The selective scan, with the step size before it and the gate after it."""
 
 from refmamba.backends.cpu.kernels.arithmetic import ZERO, exp_negative, silu, softplus
+from refmamba.backends.cpu.kernels.instructions import LANES
 from refmamba.backends.cpu.kernels.regions import meet, share
 from refmamba.backends.cpu.kernels.tables import FLOATS, Layer, Run, at, inlined, kernel
 from refmamba.backends.cpu.kernels.vectors import get, get_f, load_f, splat_f, store_f
+
+SCAN_REGIONS = 1  # of `scan`
+
+
+def scan_scratch(states: int) -> int:
+    """A thread's own: a vector for each term of the tree sum, whose first level is added as the terms come."""
+    return int(FLOATS) << (states - 1).bit_length()
+
+
+@inlined
+def lane_of(channel, step):
+    """Where a channel lies in the first row of its strips."""
+    return channel // LANES * step + channel % LANES * 4
 
 
 @inlined
@@ -52,21 +66,21 @@ def scan_strip(rank, run, layer, index, sequence, s):
     first, last = get(at(run, Run.START) + 8 * sequence), get(at(run, Run.START) + 8 * sequence + 8)
     # Step sizes and gates in loops of their own: rows that do not wait for each other fill the processor better.
     for row in range(first, last):
-        here = row * FLOATS
-        store_f(dt_strip + here, softplus(load_f(dt_strip + here) + bias))
+        at_row = row * FLOATS
+        store_f(dt_strip + at_row, softplus(load_f(dt_strip + at_row) + bias))
     for row in range(first, last):
-        here = row * FLOATS
-        u, delta = load_f(u_strip + here), load_f(dt_strip + here)
+        at_row = row * FLOATS
+        u, delta = load_f(u_strip + at_row), load_f(dt_strip + at_row)
         delta_u = delta * u
         # The tree's first level as the terms come; states that fill up to a power of two are zeros.
         for i in range(pairs):
             j = i + half
-            lane, other = i // 16 * step + i % 16 * 4 + here, j // 16 * step + j % 16 * 4 + here
+            lane, other = lane_of(i, step) + at_row, lane_of(j, step) + at_row
             term = scan_term(delta, delta_u, A + i * FLOATS, h + i * FLOATS, B + lane, C + lane)
             term = term + scan_term(delta, delta_u, A + j * FLOATS, h + j * FLOATS, B + other, C + other)
             store_f(terms + i * FLOATS, term)
         for i in range(pairs, half):
-            lane = i // 16 * step + i % 16 * 4 + here
+            lane = lane_of(i, step) + at_row
             term = scan_term(delta, delta_u, A + i * FLOATS, h + i * FLOATS, B + lane, C + lane)
             store_f(terms + i * FLOATS, term + splat_f(ZERO) if n > 1 else term)
         width = half
@@ -74,10 +88,10 @@ def scan_strip(rank, run, layer, index, sequence, s):
             width //= 2
             for i in range(width):
                 store_f(terms + i * FLOATS, load_f(terms + i * FLOATS) + load_f(terms + (i + width) * FLOATS))
-        store_f(dt_strip + here, load_f(terms) + D * u)
+        store_f(dt_strip + at_row, load_f(terms) + D * u)
     for row in range(first, last):
-        here = row * FLOATS
-        store_f(dt_strip + here, load_f(dt_strip + here) * silu(load_f(z_strip + here)))
+        at_row = row * FLOATS
+        store_f(dt_strip + at_row, load_f(dt_strip + at_row) * silu(load_f(z_strip + at_row)))
 
 
 @kernel()

@@ -141,8 +141,8 @@ def panel_tile(columns: int) -> Any:
             codes = load(b, b.add(w_at, ir.Constant(i64, 8 * DOUBLES * u)), kind, 64)
             for c in range(columns):
                 offset = b.add(b.mul(x_stride, ir.Constant(i64, c)), ir.Constant(i64, 8 * u))
-                one = splat(b, load(b, b.add(x_at, offset), f64, 8), DOUBLES)
-                new[c] = call(b, f"llvm.fmuladd.v{DOUBLES}f64", kind, codes, one, new[c])
+                code_of_column = splat(b, load(b, b.add(x_at, offset), f64, 8), DOUBLES)
+                new[c] = call(b, f"llvm.fmuladd.v{DOUBLES}f64", kind, codes, code_of_column, new[c])
         for c in range(columns):
             sums[c].add_incoming(ir.Constant(kind, [0.0] * DOUBLES), before)
             sums[c].add_incoming(new[c], loop)

@@ -1,0 +1,107 @@
+"""The options of the command line: what several commands share is the same everywhere, and stands in one order."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from refmamba.commands.main import COMMANDS, refmamba
+from refmamba.errors import DataError, RefmambaError, SchemeError
+
+MODEL = ["--model", "--revision", "--scheme", "--bits", "--act-bits", "--calibrate", "--backend", "--device"]
+RUNS_A_MODEL = ("ablate", "bench", "eval", "generate", "logits", "outliers", "perplexity", "smooth-search")
+# Whose meaning depends on the command, and so its words.
+OWN_WORDS = {"--text", "--out", "--schemes", "--tasks", "--draws", "--seed", "--sigma", "--over"}
+
+
+def options(command: str) -> dict[str, str]:
+    """The options of a command in the order of its --help, each with its words there."""
+    shown = CliRunner().invoke(refmamba, [command, "--help"], terminal_width=1000)
+    assert shown.exit_code == 0, shown.output
+    lines = re.findall(r"^  (--[a-z-]+)(.*)$", shown.output.partition("Options:")[2], re.MULTILINE)
+    return {name: " ".join(words.split()) for name, words in lines}
+
+
+HELP = {command: options(command) for command in COMMANDS}
+
+
+def test_every_command_that_runs_a_model_begins_with_the_same_options() -> None:
+    assert {command for command in COMMANDS if list(HELP[command])[: len(MODEL)] == MODEL} == set(RUNS_A_MODEL)
+
+
+def test_the_shared_options_stand_in_one_order() -> None:
+    """Each --help gives an order of its options; together they must not contradict each other."""
+    before: dict[str, set[str]] = {}
+    for names in HELP.values():
+        for first, second in itertools.pairwise(names):
+            before.setdefault(second, set()).add(first)
+    order = list(TopologicalSorter(before).static_order())  # raises CycleError, which names the options
+    assert order[-1] == "--help"
+
+
+def test_a_shared_option_has_the_same_words_everywhere() -> None:
+    for name in {name for names in HELP.values() for name in names} - OWN_WORDS:
+        words = {
+            HELP[command][name] for command in COMMANDS if name in HELP[command] and (command, name) != ("verify", "--model")
+        }
+        assert len(words) == 1, (name, words)
+
+
+def refused(words: Sequence[str]) -> RefmambaError:
+    done = CliRunner().invoke(refmamba, words)
+    assert isinstance(done.exception, RefmambaError), done.output
+    assert done.stdout == ""
+    assert "\n" not in str(done.exception)
+    return done.exception
+
+
+@pytest.mark.parametrize("command", ["eval", "reproduce", "verify"])
+@pytest.mark.parametrize("names", ["", " , "])
+def test_a_list_that_names_nothing_is_refused(command: str, names: str, tmp_path: Path) -> None:
+    folder = [str(tmp_path / "out")] if command == "reproduce" else []
+    error = refused([command, *folder, "--schemes", names])
+    assert isinstance(error, DataError)
+    assert f"--schemes '{names}': names nothing" in str(error)
+
+
+def test_all_tasks_are_those_without_a_name(tmp_path: Path) -> None:
+    words = ["reproduce", str(tmp_path / "out"), "--dry-run", "--schemes", "fp32", "--sites", ""]
+    plans = [
+        CliRunner().invoke(refmamba, [*words, *more]).stdout for more in ([], ["--tasks", "all"], ["--tasks", "copa, copa"])
+    ]
+    assert "Time for 120 documents" in plans[0]
+    assert "Time for 120 documents" in plans[1]
+    assert "Time for 20 documents" in plans[2]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["quantize", "small", "q", "--bits", "8", "--save-calibration"], ["outliers", "--save-calibration"],
+     ["smooth-search", "--out"]],
+)  # fmt: skip
+def test_a_json_that_would_not_be_known_again_is_refused(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert str(refused([*words, "maxima.txt"])) == f"{words[-1]} maxima.txt: the name must end in .json"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "scheme"),
+    [(["--bits", "4"], "w4-all"), (["--bits", "8", "--act-bits", "8"], "w8a8-all"), (["--scheme", "w4-mlp"], "w4-mlp")],
+)  # fmt: skip
+def test_quantize_takes_bits_as_the_other_commands_do(words: list[str], scheme: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(refmamba, ["quantize", "small", str(tmp_path / "q"), *words])
+    assert done.stdout == f"{tmp_path / 'q'}: small as {scheme}\n"
+
+
+def test_quantize_needs_a_scheme(tmp_path: Path) -> None:
+    error = refused(["quantize", "small", str(tmp_path / "q")])
+    assert isinstance(error, SchemeError)
+    assert "--scheme NAME, or --bits N" in str(error)
+    assert not (tmp_path / "q").exists()
