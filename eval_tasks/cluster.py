@@ -19,9 +19,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from refmamba.errors import BackendError, DataError
+from refmamba.errors import BackendError, DataError, FileError
 from refmamba.eval_tasks.evaluate import Block, Job, score_block
 from refmamba.eval_tasks.results import Result
+from refmamba.formats.reading import TEXT_BYTES, read_bytes
 
 WAIT_SECONDS = 5.0  # until it is asked whether there are workers at all
 Scores = Callable[[Job, Sequence[Block]], Iterator[list[Result]]]
@@ -89,9 +90,9 @@ def _inputs(job: Job) -> str:
     for file in (Path(scheme) if isinstance(scheme, str) else None, job.choice.calibrate):  # a Scheme is in the job itself
         if file and file.is_absolute():  # a scheme's name is not
             try:
-                total.update(file.read_bytes() + b"\0")
-            except OSError as error:
-                raise DataError(f"{file}: cannot be read on {socket.gethostname()}: {error.strerror}") from error
+                total.update(read_bytes(file, TEXT_BYTES) + b"\0")
+            except FileError as error:
+                raise DataError(f"on {socket.gethostname()}: {error}") from error
     return total.hexdigest()
 
 

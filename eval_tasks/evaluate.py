@@ -16,7 +16,9 @@ from refmamba.eval_tasks.progress import Progress
 from refmamba.eval_tasks.results import Key, Result, Results
 from refmamba.eval_tasks.score import requests, score
 from refmamba.eval_tasks.task import Document
+from refmamba.formats.folder import opened_files
 from refmamba.formats.hub import ModelFiles
+from refmamba.formats.reading import TEXT_BYTES, read_bytes, regular
 from refmamba.run.session import ModelChoice, Session, open_session
 from refmamba.spec import SPEC_VERSION
 from refmamba.spec.calibrate import passage
@@ -24,7 +26,6 @@ from refmamba.spec.parameters import QuantizedModel
 from refmamba.spec.scheme import Scheme
 
 BLOCK = 16  # documents scored and saved together
-HASHED = ("config.json", "tokenizer_config.json", "*.safetensors", "pytorch_model*.bin", "*.index.json")
 
 Block = list[tuple[int, Document]]
 
@@ -90,6 +91,7 @@ class Subject:
     calibration: str
     backend: Backend
     max_length: int
+    added_tokens: list[int]
 
     @property
     def job(self) -> Job:
@@ -102,7 +104,7 @@ class Subject:
         inexact = (self.backend.name, self.backend.device, str(getattr(self.backend, "dtype", "float32")))
         return Key(
             self.model_sha256, json.dumps(self.scheme.to_json(), sort_keys=True), self.calibration, data.task.name,
-            data.sha256, SPEC_VERSION, self.max_length, *(exact if self.backend.exact else inexact),
+            data.sha256, SPEC_VERSION, self.max_length, self.choice.add_bos, *(exact if self.backend.exact else inexact),
         )  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
@@ -111,21 +113,28 @@ class Subject:
             "model": self.choice.model, "model_sha256": self.model_sha256, "scheme": self.scheme.name,
             "scheme_map": self.scheme.to_json(), "calibration_sha256": self.calibration or None,
             "backend": self.backend.name, "device": self.backend.device, "exact": self.backend.exact,
-            "spec_version": SPEC_VERSION, "max_length": self.max_length,
+            "spec_version": SPEC_VERSION, "max_length": self.max_length, "added_tokens": self.added_tokens,
         }  # fmt: skip
 
 
-@functools.lru_cache
 def model_sha256(files: ModelFiles) -> str:
-    """A hash of a model's files. Raises DataError."""
+    """A hash of the files that are read of a model. Raises RefmambaError."""
     total = hashlib.sha256()
-    for file in sorted({files.tokenizer, *(f for pattern in HASHED for f in files.folder.glob(pattern))}):
-        try:
-            with file.open("rb") as stream:
-                total.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read: {error.strerror}; a model folder needs it") from error
+    for file in opened_files(files):
+        status = regular(file).stat()
+        digest = _file_sha256(file, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+        total.update(f"{file.name} {digest}\n".encode())
     return total.hexdigest()
+
+
+@functools.lru_cache
+def _file_sha256(file: Path, version: tuple[int, ...]) -> str:
+    """Of a file while it stays the same: a run under several schemes reads it once."""
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}; a model folder needs it") from error
 
 
 def subject(choice: ModelChoice, max_length: int) -> Subject:
@@ -133,16 +142,20 @@ def subject(choice: ModelChoice, max_length: int) -> Subject:
     session = open_session(choice)
     opened, calibration = session.opened, ""
     if session.scheme.needs_calibration and not isinstance(opened.checkpoint, QuantizedModel):
-        text = passage().encode() if choice.calibrate is None else _bytes(choice.calibrate)
+        text = passage().encode() if choice.calibrate is None else read_bytes(choice.calibrate, TEXT_BYTES)
         calibration = hashlib.sha256(text).hexdigest()
-    return Subject(choice, model_sha256(opened.files), session.scheme, calibration, session.backend, max_length)
+    sha256, added = model_sha256(opened.files), session.tokenizer.added
+    return Subject(choice, sha256, session.scheme, calibration, session.backend, max_length, added)
 
 
-def _bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+def finished_results(results: Results, key: Key, data: Dataset) -> dict[int, Result]:
+    """What there is of a task's results, by doc_id. Raises DataError, JSONError where they are not those of its documents."""
+    found = results.load(key)
+    for doc_id, result in found.items():
+        choices = len(data.documents[doc_id].continuations) if 0 <= doc_id < len(data.documents) else 0
+        if len(result.scores) != choices:
+            raise DataError(f"the result of document {doc_id} of {data.task.name} is broken; give another --results FILE")
+    return found
 
 
 def evaluate(subject: Subject, data: Dataset, limit: int | None, results: Results, scorer: Scorer, progress: Progress) -> None:
@@ -157,7 +170,7 @@ def evaluate_all(
     given = []
     for subject, data in wanted:
         key = subject.key(data)
-        documents, there = data.documents[:limit], results.load(key)
+        documents, there = data.documents[:limit], finished_results(results, key, data)
         missing = [(i, document) for i, document in enumerate(documents) if i not in there]
         missing.sort(key=lambda item: len(item[1].contexts[0]) + sum(map(len, item[1].continuations)), reverse=True)
         finished = scorer(subject.job, [missing[i : i + BLOCK] for i in range(0, len(missing), BLOCK)])

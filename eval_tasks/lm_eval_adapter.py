@@ -28,7 +28,7 @@ NEW_TOKENS = 256  # generated where a task does not say
 
 @register_model("refmamba")
 class RefmambaLM(TemplateLM):  # type: ignore[misc]
-    """A model of refmamba. Arguments: pretrained, scheme, backend, device, revision, calibrate, max_length.
+    """A model of refmamba. Arguments: pretrained, scheme, backend, device, revision, calibrate, max_length, add_bos_token.
 
     batch_size and max_batch_size come from the harness and change nothing. Another argument is a TypeError.
     """
@@ -36,13 +36,13 @@ class RefmambaLM(TemplateLM):  # type: ignore[misc]
     def __init__(
         self, pretrained: str = "small", scheme: str | None = None, backend: str = "cpu", device: str | None = None,
         revision: str | None = None, calibrate: str | None = None, max_length: int = MAX_LENGTH,
-        batch_size: Any = None, max_batch_size: Any = None,
+        add_bos_token: bool | None = None, batch_size: Any = None, max_batch_size: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if backend in ("cpu", "reference"):
             device = None  # they run on the CPU, and the harness asks for cuda:0 unless its user names a device
         file = Path(calibrate) if calibrate is not None else None
-        self._session = open_session(ModelChoice(str(pretrained), scheme, backend, device, revision, file))
+        self._session = open_session(ModelChoice(str(pretrained), scheme, backend, device, revision, file, add_bos_token))
         self.max_length = int(max_length)
 
     @property
@@ -61,8 +61,8 @@ class RefmambaLM(TemplateLM):  # type: ignore[misc]
         return str(self._session.opened.files.tokenizer)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Tokens of a text; a begin token is never added."""
-        return self._session.tokenizer.encode(string)
+        """Tokens of a text, with what the tokenizer adds unless it is told not to."""
+        return self._session.tokenizer.encode(string, special=add_special_tokens is not False)
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
         pending = [token_request(a, b, self.max_length, f"request {i}") for i, (_, a, b) in enumerate(requests)]

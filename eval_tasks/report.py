@@ -66,6 +66,7 @@ def text(outcomes: Sequence[Outcome]) -> str:
     lines = [table(outcomes), ""]
     lines.append(f"model {first.choice.model}, SHA-256 {first.model_sha256[:16]}; specification {SPEC_VERSION}")
     exact = "exact" if first.backend.exact else "not exact"
+    lines += [f"every text has the tokens {first.added_tokens} that the tokenizer adds"] if first.added_tokens else []
     lines.append(f"backend {first.backend.name} ({exact}) on {first.backend.device}; max_length {first.max_length}")
     for data in {outcome.data.task.name: outcome.data for outcome in outcomes}.values():
         note = f": {data.note}" if data.note else ""

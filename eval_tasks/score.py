@@ -51,10 +51,10 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
     """Tokens of a context, never none, and of its continuation.
 
     White space at the context's end moves to the continuation; both are encoded as one text and cut where the context
-    alone ends. An empty context is the prefix token. Raises TokenizerError where there is none.
+    alone ends. An empty context is the prefix token alone. Raises TokenizerError where there is none.
     """
     if not context:
-        prefix, tokens = tokenizer.encode_array("").tolist(), tokenizer.encode(continuation)
+        prefix, tokens = [tokenizer.prefix], tokenizer.encode(continuation, special=False)
         return (tokens[:1], tokens[1:]) if tokens[:1] == prefix else (prefix, tokens)
     stripped = context.rstrip()
     joined, before = tokenizer.encode(context + continuation), tokenizer.encode(stripped)

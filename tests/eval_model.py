@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 from safetensors.numpy import save_file
+from tokenizers import processors
 
 from refmamba.spec.arith import F32Array
 from refmamba.spec.config import MambaConfig
 
+SMALL_TOKENIZER = Path(__file__).parents[1] / "refmamba" / "small_model" / "tokenizer.json"
+END = "<|endoftext|>"  # its token 0
 NEOX = MambaConfig(d_model=32, n_layer=2, vocab_size=50280)  # the published models' vocabulary
 
 
@@ -54,3 +58,23 @@ def write_model(folder: Path, config: MambaConfig = NEOX) -> Path:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(values))
     return folder
+
+
+def write_small(folder: Path, adds: bool = False) -> Path:
+    """A complete folder of small random weights, with the tokenizer of the small model as training would leave it."""
+    folder.mkdir(exist_ok=True)
+    write_model(folder, MambaConfig(d_model=8, n_layer=1, vocab_size=4096))
+    (folder / "tokenizer.json").write_text(trained_tokenizer(adds), "utf-8")
+    return folder
+
+
+def trained_tokenizer(adds: bool) -> str:
+    """The small model's tokenizer as training would leave it; `adds`: with a begin token before every text."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(SMALL_TOKENIZER))
+    if adds:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{END} $A", pair=f"{END} $A $B", special_tokens=[(END, 0)]
+        )
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=16)
+    return tokenizer.to_str()

@@ -15,9 +15,10 @@ import pytest
 from conftest import assert_bits
 from numpy.typing import NDArray
 
-from refmamba.errors import CheckpointError
+from refmamba.errors import CheckpointError, FileError
 from refmamba.formats.checkpoint import Checkpoint
 from refmamba.formats.folder import content_hash, open_checkpoint
+from refmamba.formats.hub import ModelFiles
 from refmamba.formats.quantized import save_quantized
 from refmamba.spec.codes import Codes, FixedPoint
 from refmamba.spec.config import MambaConfig
@@ -72,6 +73,7 @@ def write_safetensors(file: Path, tensors: Arrays, dtype: str = "F32") -> None:
         header[name] = {"dtype": dtype, "shape": value.shape, "data_offsets": [len(data), len(data) + len(raw)]}
         data += raw
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the values are aligned
     file.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
@@ -111,6 +113,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "float32": write_hf,
     "float16": lambda folder: write_hf(folder, dtype="F16"),
     "bfloat16": lambda folder: write_hf(folder, dtype="BF16"),
+    "float64": lambda folder: write_hf(folder, dtype="F64"),
     "sharded": write_sharded,
     "original": write_original,
     "original_bfloat16": lambda folder: write_original(folder, "bfloat16"),
@@ -233,7 +236,7 @@ def test_content_hash_changes_with_one_value_and_with_epsilon(tmp_path: Path) ->
 
 def refuses(folder: Path, *words: str) -> None:
     """Opening ends with one line that has the words."""
-    with pytest.raises(CheckpointError) as raised:
+    with pytest.raises((CheckpointError, FileError)) as raised:
         open_checkpoint(folder)
     message = str(raised.value)
     assert "\n" not in message
@@ -290,7 +293,7 @@ def test_original_config_that_is_not_mamba_1(changes: dict[str, Any], word: str,
 def test_missing_and_broken_json(tmp_path: Path) -> None:
     refuses(tmp_path / "nowhere", "config.json", "no such file")
     (tmp_path / "config.json").mkdir()
-    refuses(tmp_path, "config.json", "cannot be read")
+    refuses(tmp_path, "config.json", "is a folder")
     (tmp_path / "config.json").rmdir()
     for text in (b'{"model_type": "mam', b"\xff\xfe\x00", b""):
         (tmp_path / "config.json").write_bytes(text)
@@ -319,7 +322,9 @@ def test_file_that_git_lfs_did_not_fetch(tmp_path: Path) -> None:
 
 
 def test_types_that_are_not_read(tmp_path: Path) -> None:
-    refuses(write_hf(tmp_path / "model", dtype="F64"), "model.safetensors", "F64")
+    file = write_hf(tmp_path / "model") / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"U32"'))
+    refuses(tmp_path / "model", "model.safetensors", "U32")
 
 
 def test_codes_where_floats_are_expected(tmp_path: Path) -> None:
@@ -402,6 +407,7 @@ def quantized(scheme: Scheme, tmp_path: Path, tied: bool = True) -> QuantizedMod
     if not tied:
         params["lm_head.weight"] = params["embedding.weight"][::-1] / 4
     source = open_float(write_hf(tmp_path / "float", params))
+    (tmp_path / "float" / "tokenizer.json").write_text("{}")
     layers = {f"layers.{i}.{site}": width for i in range(2) for site, width in
               {"in_proj": 8, "x_proj": 16, "dt_proj": 2, "out_proj": 16}.items()}  # fmt: skip
     absmax = {site: np.linspace(0.5, 3, width).astype(np.float32) for site, width in (layers | {"lm_head": 8}).items()}
@@ -409,7 +415,8 @@ def quantized(scheme: Scheme, tmp_path: Path, tied: bool = True) -> QuantizedMod
 
 
 def save(model: QuantizedModel, folder: Path) -> Path:
-    save_quantized(model, folder, folder.parent / "float" / "tokenizer.json")
+    float_folder = folder.parent / "float"
+    save_quantized(model, folder, ModelFiles(float_folder, float_folder / "tokenizer.json"))
     return folder
 
 
@@ -483,11 +490,15 @@ def test_codes_stay_in_the_memory_map(tmp_path: Path) -> None:
 def test_tokenizer_and_end_token_are_saved_too(tmp_path: Path) -> None:
     model = quantized(SCHEMES["w8-all"], tmp_path)
     edit_json(tmp_path / "float" / "config.json", eos_token_id=5)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    tokenizer = {"model": {"type": "BPE", "dropout": 0.5, "vocab": {"é": 0}}, "truncation": {"max_length": 8}, "padding": {}}
+    (tmp_path / "float" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for name in ("tokenizer_config.json", "generation_config.json"):
         (tmp_path / "float" / name).write_text(f'{{"name": "{name}"}}')
     folder = save(model, tmp_path / "saved")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer_config.json", "generation_config.json"):
         assert (folder / name).read_text() == f'{{"name": "{name}"}}'
+    works = {"model": {"type": "BPE", "dropout": None, "vocab": {"é": 0}}, "truncation": None, "padding": None}
+    assert json.loads((folder / "tokenizer.json").read_text("utf-8")) == works
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 5
 
 
@@ -495,20 +506,21 @@ def test_folder_with_files_is_refused_and_an_empty_one_used(tmp_path: Path) -> N
     model = quantized(SCHEMES["w8-all"], tmp_path)
     (tmp_path / "saved").mkdir()
     save(model, tmp_path / "saved")
+    (tmp_path / "saved.txt").write_text("a file")
     before = sorted((file.name, file.read_bytes()) for file in (tmp_path / "saved").iterdir())
-    for target in (tmp_path / "saved", tmp_path / "saved" / "config.json"):
+    for target in (tmp_path / "saved", tmp_path / "saved.txt"):
         with pytest.raises(CheckpointError, match="is there already"):
-            save_quantized(model, target, tmp_path / "tokenizer.json")
+            save(model, target)
     assert sorted((file.name, file.read_bytes()) for file in (tmp_path / "saved").iterdir()) == before
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["float", "saved"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["float", "saved", "saved.txt"]
 
 
 def test_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
     model = quantized(SCHEMES["w8-all"], tmp_path)
-    (tmp_path / "tokenizer.json").mkdir()  # cannot be copied
+    (tmp_path / "float" / "tokenizer_config.json").mkdir()  # cannot be copied
     with pytest.raises(CheckpointError, match="cannot be written"):
-        save_quantized(model, tmp_path / "saved", tmp_path / "tokenizer.json")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["float", "tokenizer.json"]
+        save(model, tmp_path / "saved")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["float"]
 
 
 def test_quantized_folder_that_is_truncated(tmp_path: Path) -> None:

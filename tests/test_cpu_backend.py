@@ -188,7 +188,8 @@ def test_sums_of_which_float64_keeps_too_little(rows: int, backend: Cpu) -> None
 
     Mamba(model).prefill(batch, hook=look)
     backend.load(model).prefill(batch, hook=look)
-    assert_bits(seen[0], seen[1])
+    expected, shown = seen
+    assert_bits(expected, shown)
 
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 31, 33, 65, 255, 257, 5000, 50280])

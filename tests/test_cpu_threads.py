@@ -14,6 +14,7 @@ import pytest
 from conftest import TINY, RandomSource
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from refmamba.backend import load_backend
@@ -46,19 +47,21 @@ def test_an_error_reaches_the_caller(rank: int) -> None:
     assert sorted(ran) == sorted([0, 1, 2] * 3)
 
 
-def _register(context: Any, value: Any) -> Any:
+untyped: Any = cgutils  # numba's own functions have no types
+untyped_njit: Any = numba.njit
+
+
+@intrinsic
+def _set_control(context: Any, value: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        byte, value_type = ir.IntType(8).as_pointer(), ir.IntType(32)
-        place = builder.alloca(value_type)
-        builder.store(builder.trunc(arguments[0], value_type), place)
-        load_register = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [byte]), "llvm.x86.sse.ldmxcsr")
-        builder.call(load_register, [builder.bitcast(place, byte)])
+        byte = ir.IntType(8).as_pointer()
+        place = untyped.alloca_once_value(builder, builder.trunc(arguments[0], ir.IntType(32)))
+        function_type = ir.FunctionType(ir.VoidType(), [byte])
+        function = untyped.get_or_insert_function(builder.module, function_type, "llvm.x86.sse.ldmxcsr")
+        builder.call(function, [builder.bitcast(place, byte)])
         return context.get_dummy_value()
 
     return types.void(types.int64), build
-
-
-_set_control: Any = intrinsic(_register)
 
 
 @pytest.fixture
@@ -66,8 +69,8 @@ def set_control() -> Iterator[Callable[[int], None]]:
     """Sets the x86 register that says whether a thread flushes subnormals; at the end, this thread's as it was."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         pytest.skip("the register is x86's")
-    jit: Any = numba.njit
-    function = jit(lambda value: _set_control(value))
+    set_register: Any = _set_control
+    function: Callable[[int], None] = untyped_njit(lambda value: set_register(value))
     yield function
     function(USUAL)
 

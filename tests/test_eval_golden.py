@@ -31,7 +31,7 @@ class Recorded(Tokenizer):
     def __init__(self) -> None:
         self.eos_token_id = self.bos_token_id = 0
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
         return list(GOLDEN["tokens"][text]) if text else []
 
 

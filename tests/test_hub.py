@@ -12,13 +12,14 @@ import pytest
 from hub_server import HubServer, Repository
 
 import refmamba
-from refmamba.errors import CheckpointError, HubError
+from refmamba.errors import HubError, JSONError
 from refmamba.formats.hub import ModelFiles, resolve_model
 from refmamba.run.session import ModelChoice, open_model
 
 HF = {
     "config.json": b'{"model_type": "mamba"}', "model.safetensors": b"weights of main" * 1000, "tokenizer.json": b"{}",
-    "tokenizer_config.json": b"{ }", "pytorch_model.bin": b"not wanted", "README.md": b"not wanted",
+    "tokenizer_config.json": b"{ }", "generation_config.json": b"{  }", "pytorch_model.bin": b"not wanted",
+    "README.md": b"not wanted",
 }  # fmt: skip
 SHARDED = {
     "config.json": b'{"model_type": "mamba"}', "model.safetensors.index.json": b"{}", "tokenizer.json": b"{}",
@@ -99,7 +100,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_download_has_one_format_of_the_weights(hub: HubServer, client: Client) -> None:
     files = client.resolve("state/hf")
-    names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    names = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert contents(files.folder) == {name: HF[name] for name in names}
     assert files.tokenizer == files.folder / "tokenizer.json"
     assert hub.downloads() == names
@@ -220,5 +221,5 @@ def test_a_broken_config_asks_the_hub_for_nothing(tmp_path: Path, monkeypatch: p
     (tmp_path / "config.json").write_text('{"d_model": 768', encoding="utf-8")
     monkeypatch.setattr("refmamba.formats.hub._download_neox_tokenizer", lambda: pytest.fail("asked the hub"))
     assert resolve_model(str(tmp_path)) == ModelFiles(tmp_path, tmp_path / "tokenizer.json")
-    with pytest.raises(CheckpointError, match=r"config\.json: not JSON"):
+    with pytest.raises(JSONError, match=r"config\.json: not JSON"):
         open_model(ModelChoice(str(tmp_path)))

@@ -1,21 +1,25 @@
 """Text to tokens and back, for every text; and streams that never end inside a character."""
 
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from eval_model import END, SMALL_TOKENIZER, trained_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HubTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from refmamba.errors import TokenizerError
+from refmamba.errors import JSONError, TokenizerError
+from refmamba.eval_tasks.score import encode_pair
 from refmamba.formats.hub import ModelFiles
 from refmamba.formats.tokenizer import Tokenizer, load_tokenizer
 from refmamba.spec.config import MambaConfig
 
-END = "<|endoftext|>"
 MODEL = MambaConfig(d_model=8, n_layer=1, vocab_size=320)
 
 
@@ -114,7 +118,7 @@ def test_empty_text_is_the_prefix_token(trained: HubTokenizer, tokenizer: Tokeni
     nameless = HubTokenizer.from_str(trained.to_str().replace(END, "<pad>"))
     without = load_tokenizer(write(nameless, tmp_path), MODEL)
     assert (without.eos_token_id, without.bos_token_id, without.prefix_token_id) == (None, None, None)
-    with pytest.raises(TokenizerError, match="the text is empty"):
+    with pytest.raises(TokenizerError, match="no begin or end token"):
         without.encode_array("")
 
 
@@ -151,10 +155,170 @@ def test_missing_and_broken_files(trained: HubTokenizer, tmp_path: Path) -> None
         load_tokenizer(files, MODEL)
     for text in ("", '{"version": "1.0", "model"', "[]", "\xff"):
         files.tokenizer.write_bytes(text.encode("latin-1"))
-        with pytest.raises(TokenizerError, match=r"tokenizer\.json: cannot be read") as raised:
+        with pytest.raises(JSONError, match=r"tokenizer\.json: not (JSON|a JSON object)"):
             load_tokenizer(files, MODEL)
-        assert "\n" not in str(raised.value)
+    for text in ("{}", '{"version": "1.0", "model": {"type": "BPE"}}'):
+        files.tokenizer.write_text(text)
+        with pytest.raises(TokenizerError, match=r"tokenizer\.json: cannot be read as a tokenizer"):
+            load_tokenizer(files, MODEL)
     write(trained, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: not JSON"):
+    with pytest.raises(JSONError, match=r"tokenizer_config\.json: not JSON"):
         load_tokenizer(files, MODEL)
+
+
+# --- what the files beside it and its own settings say ----------------------------------------------------------------
+
+GOLDEN = json.loads((Path(__file__).parent / "vectors" / "begin_golden.json").read_text("utf-8"))
+SMALL = MambaConfig(d_model=8, n_layer=1, vocab_size=4096)
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: f"adds={case['adds']},add_bos={case['add_bos']}")
+def test_tokens_are_the_harness_s_whatever_training_left_in_the_file(case: dict[str, Any], tmp_path: Path) -> None:
+    """Truncation to 8 and padding to 16 tokens are in the file; vectors/begin_golden.json has the harness's tokens."""
+    (tmp_path / "tokenizer.json").write_text(trained_tokenizer(case["adds"]), "utf-8")
+    loaded = load_tokenizer(ModelFiles(tmp_path, tmp_path / "tokenizer.json"), SMALL, case["add_bos"])
+    for text, ids in case["texts"]:
+        assert loaded.encode(text) == ids, text
+    for context, continuation, *both in case["pairs"]:
+        assert list(encode_pair(loaded, context, continuation)) == both, (context, continuation)
+    assert loaded.added == ([0] if case["adds"] and case["add_bos"] is None else [])
+
+
+def test_a_begin_token_can_be_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(trained_tokenizer(adds=False), "utf-8")
+    files = ModelFiles(tmp_path, tmp_path / "tokenizer.json")
+    asked, plain = load_tokenizer(files, SMALL, add_bos=True), load_tokenizer(files, SMALL)
+    assert asked.encode("The old man") == [0, *plain.encode("The old man")]
+    assert asked.encode(f"{END}The old man") == plain.encode(f"{END}The old man")
+    assert asked.added == [0]
+    (tmp_path / "tokenizer.json").write_text(trained_tokenizer(adds=False).replace(END, "<pad>"), "utf-8")
+    with pytest.raises(TokenizerError, match="no begin token"):
+        load_tokenizer(files, SMALL, add_bos=True)
+
+
+def test_dropout_of_merges_is_for_training(trained: HubTokenizer, tmp_path: Path) -> None:
+    values = json.loads(trained.to_str())
+    values["model"]["dropout"] = 1.0
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    loaded = load_tokenizer(ModelFiles(tmp_path, tmp_path / "tokenizer.json"), MODEL)
+    assert loaded.encode("the cat sat on the mat") == trained.encode("the cat sat on the mat").ids
+
+
+@pytest.mark.parametrize(
+    ("beside", "ends"),
+    [
+        ({"generation_config": {"eos_token_id": [0, 223]}, "config": {"eos_token_id": 9}}, {0, 223}),
+        ({"generation_config": {"eos_token_id": 223}, "tokenizer_config": {"eos_token": "t"}}, {223}),
+        ({"generation_config": {"eos_token_id": None}, "config": {"eos_token_id": 9}}, {9}),
+        ({"generation_config": {}, "config": {"eos_token_id": [9, 10]}}, {9, 10}),
+        ({"tokenizer_config": {"eos_token": "</s>"}, "config": {"eos_token_id": 9}}, {9}),
+        ({}, {0}),
+    ],
+)
+def test_what_ends_a_text(beside: dict[str, Any], ends: set[int], trained: HubTokenizer, tmp_path: Path) -> None:
+    assert load_tokenizer(write(trained, tmp_path, **beside), MODEL).end_token_ids == ends
+
+
+@pytest.mark.parametrize("index", [True, "0", -1, 320, 10**15, [0, None], 1.5])
+@pytest.mark.parametrize("name", ["config", "generation_config"])
+def test_end_tokens_that_are_none(name: str, index: Any, trained: HubTokenizer, tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=rf"{name}\.json: eos_token_id has .*no token of the model"):
+        load_tokenizer(write(trained, tmp_path, **{name: {"eos_token_id": index}}), MODEL)
+
+
+# --- every kind of tokenizer ------------------------------------------------------------------------------------------
+
+CORPUS = [
+    "The old man went out of the house, and there he sat; it wasn't raining.",
+    "naïve café — €5, 日本語 😀 don't, can't!",
+] * 9
+SEQUENCES = 400  # of tokens, of each kind
+
+
+def llama() -> HubTokenizer:
+    """Byte fallback: a character without a token is a run of byte tokens, decoded as one."""
+    tokenizer = HubTokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False))
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return tokenizer
+
+
+def word_piece() -> HubTokenizer:
+    """BERT's: a space before a token unless it begins with ##, and none before punctuation."""
+    tokenizer = HubTokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]", "[CLS]"], show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.decoder = decoders.WordPiece(cleanup=True)
+    return tokenizer
+
+
+def metaspace() -> HubTokenizer:
+    """SentencePiece's unigrams: the first token's space is none."""
+    tokenizer = HubTokenizer(models.Unigram())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def characters() -> HubTokenizer:
+    """No decoder: a space between all tokens."""
+    words = {letter: i for i, letter in enumerate(["[UNK]", *sorted(set("".join(CORPUS)))])}
+    return HubTokenizer(models.WordLevel(words, unk_token="[UNK]"))
+
+
+def fused() -> HubTokenizer:
+    """No space between them."""
+    tokenizer = characters()
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def suffix() -> HubTokenizer:
+    """GPT-1's: a word's last token ends in </w>, which is a space unless it is the last token of all."""
+    tokenizer = HubTokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>"], end_of_word_suffix="</w>", show_progress=False
+    )  # fmt: skip
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+    return tokenizer
+
+
+def byte_level() -> HubTokenizer:
+    """GPT-2's and GPT-NeoX's."""
+    return HubTokenizer.from_file(str(SMALL_TOKENIZER))
+
+
+@pytest.mark.parametrize("kind", [byte_level, llama, word_piece, metaspace, characters, fused, suffix])
+def test_every_kind_streams_what_it_decodes(kind: Callable[[], HubTokenizer]) -> None:
+    """Random tokens, half of them of the lowest 300, where bytes and special tokens are; some have no text, like padding."""
+    tokenizer, rng = Tokenizer(kind(), None, None), random.Random(0)
+    for _ in range(SEQUENCES):
+        largest = rng.choice([min(300, tokenizer.n_ids), tokenizer.n_ids + 3])
+        ids = [rng.randrange(largest) for _ in range(rng.randint(1, 40))]
+        pieces = streamed(tokenizer, ids)
+        assert "".join(pieces) == tokenizer.decode(ids), ids
+
+
+def test_bytes_are_given_once_no_later_one_can_change_them() -> None:
+    tokenizer = Tokenizer(llama(), None, None)
+    euro = [tokenizer.encode(f"<0x{byte:02X}>")[-1] for byte in "€".encode()]
+    letter = tokenizer.encode("<0x41>")[-1]
+    word = tokenizer.encode("man")[-1]
+    assert streamed(tokenizer, [word, *euro, word])[1:4] == ["", "", ""]
+    assert "".join(streamed(tokenizer, [letter, *euro, word])).startswith("A€")
+    assert "".join(streamed(tokenizer, [letter, *euro[:2], word])).startswith("\ufffd" * 3)
+
+
+def test_a_long_stream_costs_no_more_than_a_short_one(tokenizer: Tokenizer) -> None:
+    stream = tokenizer.stream()
+    for token in [*tokenizer.encode("the cat sat on the mat") * 20, *[tokenizer.encode("€")[0]] * 100]:
+        stream.put(token)
+    assert len(stream._tokens) <= 4

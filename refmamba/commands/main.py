@@ -9,8 +9,8 @@ import click
 from refmamba import __version__
 
 COMMANDS = (
-    "ablate", "bench", "eval", "generate", "logits", "outliers", "perplexity", "quantize", "reproduce", "smooth-search",
-    "verify",
+    "ablate", "bench", "eval", "generate", "logits", "outliers", "perplexity", "quantize", "replay", "reproduce",
+    "smooth-search", "step", "trace", "verify",
 )  # fmt: skip
 
 

@@ -121,7 +121,7 @@ def json_file_option(name: str, *parameter: str, help: str) -> Decorator:
 model_option = click.option("--model", default="small", show_default=True, help="`small`, a folder, or OWNER/NAME on the hub.")
 revision_option = click.option("--revision", help="Branch, tag or commit of a model on the hub.")
 scheme_option = click.option(
-    "--scheme", help="fp32, wN-mlp, wN-all, wNaM-mlp, wNaM-all, int8, int8-static, int8-smooth, FILE.json."
+    "--scheme", help="fp32, int8, int4, wN-all, wNaM-all, ..., FILE.json: docs/SPEC.md, section 4, has them all."
 )
 bits_option = click.option("--bits", type=int, help="N: the scheme wN-all.")
 act_bits_option = click.option("--act-bits", type=int, help="M, with --bits N: the scheme wNaM-all.")
@@ -129,10 +129,33 @@ calibrate_option = click.option("--calibrate", type=InputFile(), help="Text or .
 save_calibration_option = json_file_option(
     "--save-calibration", "calibration_file", help="Write the maxima of every channel to this .json, for --calibrate."
 )
+receipt_option = json_file_option("--receipt", help="Write what was computed to this .json, for `refmamba replay`.")
 backend_option = click.option(
     "--backend", default=DEFAULT_BACKEND, show_default=True, help="reference, cpu, torch, or module:Class."
 )
+add_bos_option = click.option(
+    "--add-bos/--no-add-bos", default=None, help="Begin texts with the begin token, or not.  [default: as the tokenizer says]"
+)
 device_option = click.option("--device", help="cpu, cuda, cuda:1: where the backend offers it.")
+
+
+def parse_tokens(text: str) -> list[int]:
+    """`1,2,3` as tokens. Raises DataError."""
+    try:
+        tokens = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise DataError(f"--tokens {text}: give whole numbers with commas between, like 1,2,3") from None
+    if any(abs(token) > MOST for token in tokens):
+        raise DataError(f"--tokens {text}: no model has so large a token")
+    return tokens
+
+
+def text_or_tokens(text: str | None, tokens: str | None) -> str | list[int]:
+    """What --text or --tokens names, where a command takes either. Raises DataError for both, and for none."""
+    words = text if tokens is None else parse_tokens(tokens)
+    if words is None or None not in (text, tokens):
+        raise DataError("give either --text or --tokens")
+    return words
 
 
 def text_option(help: str, *, required: bool = False) -> Decorator:
@@ -160,7 +183,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 MODEL_OPTIONS = (
     model_option, revision_option, scheme_option, bits_option, act_bits_option, calibrate_option, backend_option,
-    device_option,
+    device_option, add_bos_option,
 )  # fmt: skip
 
 

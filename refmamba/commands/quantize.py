@@ -6,6 +6,7 @@ import click
 
 from refmamba.commands.options import (
     act_bits_option,
+    add_bos_option,
     bits_option,
     calibrate_option,
     model_options,
@@ -19,7 +20,7 @@ from refmamba.run.session import ModelChoice, quantize_folder
 @click.command("quantize")
 @click.argument("model")
 @click.argument("folder", type=click.Path(path_type=Path))
-@model_options(revision_option, scheme_option, bits_option, act_bits_option, calibrate_option)
+@model_options(revision_option, scheme_option, bits_option, act_bits_option, calibrate_option, add_bos_option)
 @save_calibration_option
 def command(choice: ModelChoice, folder: Path, calibration_file: Path | None) -> None:
     """Save MODEL quantized in FOLDER, which every command loads."""

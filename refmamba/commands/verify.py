@@ -12,9 +12,9 @@ from refmamba.conformance.models import SCHEMES
 from refmamba.conformance.operations import Row
 from refmamba.conformance.verify import count_checks, run_checks
 from refmamba.errors import DataError
+from refmamba.formats.scheme import open_scheme
 from refmamba.run.progress import bar, say
 from refmamba.spec import SPEC_VERSION
-from refmamba.spec.scheme import parse_scheme
 
 
 def table_line(row: Row) -> str:
@@ -33,7 +33,7 @@ def table_line(row: Row) -> str:
 def command(model: str | None, backend: str, device: str | None, schemes: tuple[str, ...], as_json: bool) -> None:
     """Compare a backend with the specification, bit by bit; exit status 1 if it differs."""
     for scheme in schemes:
-        parse_scheme(scheme)
+        open_scheme(scheme)
     implementation = load_backend(backend, device)
     if not implementation.exact:
         raise DataError(f"backend '{backend}' does not claim the specification's bits, so there is nothing to verify")

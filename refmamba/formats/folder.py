@@ -7,9 +7,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from refmamba.errors import CheckpointError, ForeignModelError
 from refmamba.formats.checkpoint import Checkpoint, read_config
-from refmamba.formats.files import read_json
+from refmamba.formats.foreign import what_is_there
+from refmamba.formats.hub import ModelFiles
 from refmamba.formats.quantized import arrays, open_quantized
+from refmamba.formats.reading import read_json, there
+from refmamba.formats.weights import weight_files
 from refmamba.spec.config import ParameterSource
 from refmamba.spec.parameters import QuantizedModel
 
@@ -17,15 +21,29 @@ from refmamba.spec.parameters import QuantizedModel
 def open_checkpoint(folder: Path) -> ParameterSource | QuantizedModel:
     """The model in a folder: a QuantizedModel where `save_quantized` wrote it, else a float checkpoint.
 
-    Raises CheckpointError, which names the file and says what to do, for a file that is missing, truncated or not what it
-    should be, for a model that is not a Mamba-1, and for a tensor that is missing, superfluous, or of
-    another shape or type.
+    Raises FileError or CheckpointError, which names the file and says what to do, for a file that is missing, truncated or not
+    what it should be, for a model that is not a Mamba-1, and for a tensor that is missing, superfluous, or of another shape or
+    type.
     """
     file = folder / "config.json"
+    if not there(file):
+        foreign = what_is_there(folder)
+        if isinstance(foreign, ForeignModelError):
+            raise foreign
+        raise CheckpointError(f"{file}: no such file; a model folder has a config.json and the weights")
     values = read_json(file)
     if "refmamba" in values:
         return open_quantized(folder, read_config(file, values), values["refmamba"])
     return Checkpoint(folder, read_config(file, values))
+
+
+def opened_files(files: ModelFiles) -> list[Path]:
+    """Every file that is read of a model: what it is, and so its results, depend on these alone. Raises FileError."""
+    beside = [files.tokenizer.with_name("tokenizer_config.json"), files.folder / "generation_config.json"]
+    return [
+        files.folder / "config.json", *weight_files(files.folder).names(), files.tokenizer,
+        *(file for file in beside if there(file)),
+    ]  # fmt: skip
 
 
 def content_hash(model: ParameterSource | QuantizedModel) -> str:

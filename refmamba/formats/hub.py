@@ -4,18 +4,18 @@ The hub is reached through huggingface-hub alone, so its cache, HF_HUB_OFFLINE, 
 mean there, and its progress bars go to stderr.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from refmamba.errors import HubError
+from refmamba.errors import FileError, HubError
+from refmamba.formats.reading import folder_there, read_json, there
 
 SMALL = "small"  # the model inside the package; ./small is a folder of that name
 NEOX = "EleutherAI/gpt-neox-20b"  # whose tokenizer the original state-spaces repositories use and do not ship
-BESIDE_WEIGHTS = ["config.json", "tokenizer.json", "tokenizer_config.json"]
+BESIDE_WEIGHTS = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 SAFETENSORS = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 TORCH = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
 
@@ -35,24 +35,23 @@ def resolve_model(name: str, revision: str | None = None) -> ModelFiles:
     tokenizer gets GPT-NeoX's from the hub. Raises HubError.
     """
     folder = Path(str(resources.files("refmamba") / "small_model")) if name == SMALL else Path(name)
-    if not (name and folder.is_dir()):
+    if not (name and folder_there(folder)):
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise HubError(f"model {name}: no such folder; give `small`, a folder, or OWNER/NAME on the hub")
         folder = _download(name, revision)
     elif revision is not None:
         raise HubError(f"model {name} is a folder and has no revision {revision}; revisions are of models on the hub")
     tokenizer = folder / "tokenizer.json"
-    if not tokenizer.exists() and _original_layout(folder):
+    if not there(tokenizer) and _original_layout(folder):
         tokenizer = _download_neox_tokenizer()
     return ModelFiles(folder, tokenizer)
 
 
 def _original_layout(folder: Path) -> bool:
     try:
-        values = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):  # the checkpoint's reader will say what is wrong with it
+        return "model_type" not in read_json(folder / "config.json")
+    except FileError:  # the checkpoint's reader will say what is wrong with it
         return False
-    return isinstance(values, dict) and "model_type" not in values
 
 
 def _download(name: str, revision: str | None) -> Path:

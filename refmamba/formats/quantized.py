@@ -17,32 +17,41 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from refmamba.errors import CheckpointError, SchemeError
+from refmamba.errors import CheckpointError, SchemeError, TensorError
 from refmamba.formats.checkpoint import HUGGING_FACE
-from refmamba.formats.files import read_json
+from refmamba.formats.hub import ModelFiles
+from refmamba.formats.reading import TABLE_BYTES, read_json, there
+from refmamba.formats.tokenizer import as_it_works
 from refmamba.formats.weights import FLOAT32, INT8, INT32, UINT8, checked, open_safetensors, refuse_others
 from refmamba.formats.writing import new_folder
 from refmamba.spec import SPEC_VERSION
-from refmamba.spec.coders import UnquantizedMatrix
-from refmamba.spec.codes import Codes, FixedPoint, Param, pack4, unpack4
-from refmamba.spec.config import MambaConfig
-from refmamba.spec.parameters import QuantizedModel, kind_of, parameter_coder, quantize_parameter, site_values
+from refmamba.spec.coders import ParameterGrouped, UnquantizedMatrix
+from refmamba.spec.codes import STEPPED, WEIGHT_BITS, Codes, FixedPoint, Param, pack4, unpack4
+from refmamba.spec.config import MambaConfig, kind_of
+from refmamba.spec.parameters import QuantizedModel, parameter_coder, quantize_parameter, site_values
 from refmamba.spec.scheme import scheme_from_json
 
+# What the values of a model that was saved can be: positive scales; exponents of eq. (10), of a float32's row; of eq. (28).
+SCALES = (float(np.finfo(np.float32).smallest_subnormal), float(np.finfo(np.float32).max))
+EXPONENTS = (WEIGHT_BITS - 128, 126)
+FARTHEST = 150
 
-def save_quantized(model: QuantizedModel, folder: Path, tokenizer: Path) -> None:
-    """Save a model, and its tokenizer.json with what lies beside that, in a new folder: whole or not at all.
 
-    Raises CheckpointError for a folder that exists and is not empty, or that cannot be written.
+def save_quantized(model: QuantizedModel, folder: Path, files: ModelFiles) -> None:
+    """Save a model, with the tokenizer and the end tokens of its files, in a new folder: whole or not at all.
+
+    The tokenizer is saved as it works here, without truncation and padding. Raises CheckpointError for a folder that exists
+    and is not empty, or that cannot be written.
     """
     config = {key: getattr(model.config, field) for field, (key, _, _) in HUGGING_FACE.items()}
-    if tokenizer.with_name("config.json").is_file():  # it names the end token where tokenizer_config.json does not
-        source = read_json(tokenizer.with_name("config.json"))
-        config |= {key: source[key] for key in ("bos_token_id", "eos_token_id") if key in source}
+    source = read_json(files.folder / "config.json")  # it names the end token where tokenizer_config.json does not
+    config |= {key: source[key] for key in ("bos_token_id", "eos_token_id") if key in source}
     saved = {"spec_version": SPEC_VERSION, "scheme": model.scheme.to_json()}
     with new_folder(folder) as aside:
-        for file in (tokenizer, tokenizer.with_name("tokenizer_config.json")):
-            if file.exists():
+        tokenizer = as_it_works(read_json(files.tokenizer, TABLE_BYTES))
+        (aside / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
+        for file in (files.tokenizer.with_name("tokenizer_config.json"), files.folder / "generation_config.json"):
+            if there(file):
                 shutil.copyfile(file, aside / file.name)
         text = json.dumps({"model_type": "refmamba", **config, "refmamba": saved}, indent=2)
         (aside / "config.json").write_text(text + "\n", "utf-8")
@@ -62,6 +71,8 @@ def arrays(model: QuantizedModel) -> Iterator[tuple[str, NDArray[Any]]]:
         if isinstance(param, Codes):
             yield f"{name}.q", pack4(np.atleast_2d(param.q)) if param.bits <= 4 else param.q
             yield f"{name}.scale", np.asarray(param.scale)
+            if param.steps is not None:
+                yield f"{name}.steps", param.steps
         elif isinstance(param, FixedPoint):
             yield f"{name}.q", param.q
             yield f"{name}.exponent", param.exponent
@@ -80,24 +91,40 @@ def open_quantized(folder: Path, config: MambaConfig, saved: Any) -> QuantizedMo
     tensors = open_safetensors(folder / "model.safetensors")
     shapes, taken, params = config.shapes(), set[str](), dict[str, Param]()
 
-    def take(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    def take(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], low: float, high: float) -> NDArray[Any]:
         taken.add(name)
-        return checked(folder, tensors, name, shape, dtype)
+        return within(name, checked(folder, tensors, name, shape, dtype), low, high)
+
+    def within(name: str, array: NDArray[Any], low: float, high: float) -> NDArray[Any]:
+        if not (array.min() >= low and array.max() <= high):  # a NaN is neither
+            raise TensorError(
+                f"{tensors[name].file}: tensor {name} has values outside {low:g} to {high:g}, which are no codes; "
+                "quantize the model again"
+            )
+        return array
 
     for name, shape in shapes.items():
         coder = parameter_coder(kind_of(name), scheme)
         if coder is None:
-            params[name] = take(name, shape, FLOAT32)
-        elif isinstance(coder, UnquantizedMatrix):
-            exponent = take(f"{name}.exponent", coder.scale_shape(shape), INT32)
-            params[name] = FixedPoint(take(f"{name}.q", shape, INT32), exponent)
+            taken.add(name)
+            params[name] = checked(folder, tensors, name, shape, FLOAT32)
+            continue
+        largest = 2**WEIGHT_BITS if isinstance(coder, UnquantizedMatrix) else 2 ** (coder.bits - 1) - 1
+        if isinstance(coder, UnquantizedMatrix):
+            q = take(f"{name}.q", shape, INT32, -largest, largest)
+            params[name] = FixedPoint(q, take(f"{name}.exponent", coder.scale_shape(shape), INT32, *EXPONENTS))
+            continue
+        if coder.bits <= 4:
+            rows, columns = (1, *shape)[-2:]
+            packed = take(f"{name}.q", (rows, -(-columns // 2)), UINT8, 0, 255)
+            q = within(f"{name}.q", unpack4(packed, columns).reshape(shape), -largest, largest)
         else:
-            if coder.bits <= 4:
-                rows, columns = (1, *shape)[-2:]
-                q = unpack4(take(f"{name}.q", (rows, -(-columns // 2)), UINT8), columns).reshape(shape)
-            else:
-                q = take(f"{name}.q", shape, INT8)
-            params[name] = Codes(q, take(f"{name}.scale", coder.scale_shape(shape), FLOAT32), coder.bits)
+            q = take(f"{name}.q", shape, INT8, -largest, largest)
+        scale = take(f"{name}.scale", coder.scale_shape(shape), FLOAT32, *SCALES)
+        params[name] = Codes(q, scale, coder.bits)
+        if isinstance(coder, ParameterGrouped):
+            steps = take(f"{name}.steps", coder.steps_shape(shape), UINT8, 1, STEPPED // largest)
+            params[name] = Codes(q, scale, coder.bits, steps, coder.group)
     if config.tie_embeddings:
         embedding = params["embedding.weight"]
         if isinstance(embedding, np.ndarray):
@@ -105,6 +132,7 @@ def open_quantized(folder: Path, config: MambaConfig, saved: Any) -> QuantizedMo
         else:
             params["lm_head.weight"] = embedding
     for name, (shape, dtype) in site_values(config, scheme).items():
-        params[name] = take(name, shape, np.dtype(dtype))
+        low, high = (0, SCALES[1]) if dtype is np.float32 else (-FARTHEST, FARTHEST)
+        params[name] = take(name, shape, np.dtype(dtype), low, high)
     refuse_others(tensors, taken)
     return QuantizedModel(config, scheme, params)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from refmamba.backends import DEFAULT_BACKEND
 from refmamba.errors import DataError
 from refmamba.formats.tokenizer import Tokenizer
-from refmamba.run.generate import Generation, Sampler
+from refmamba.run.generate import Generation, Look, Sampler
 from refmamba.run.perplexity import Perplexity, text_perplexity
 from refmamba.run.session import (
     DEFAULT_MODEL,
@@ -81,7 +81,7 @@ class Model:
         """Write what follows a text: its `text`, `tokens` and `logits_sha256`. `str` of it is the text.
 
         temperature 0 takes the likeliest token; else tokens are drawn, of the top_k likeliest (0: of all), and of the fewest
-        that hold a share top_p of the probability. The same seed draws the same tokens. The end token ends it early.
+        that hold a share top_p of the probability. The same seed draws the same tokens. An end token ends it early.
         Raises DataError, TokenizerError, NonFiniteError.
 
         >>> model = refmamba.load("small", scheme="int8")
@@ -98,11 +98,12 @@ class Model:
 
     def stream(
         self, text: Text, *, max_new_tokens: int = 100, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-        seed: int = 0,
+        seed: int = 0, look: Look | None = None,
     ) -> Generation:  # fmt: skip
         """The same piece by piece: iterate what it gives, a piece of text for each token as soon as it is chosen.
 
-        A piece is empty where a token ends inside a character.
+        A piece is empty where a token ends inside a character. look: is called with the logits (vocabulary,) from which each
+        token was chosen, and the token.
 
         >>> model = refmamba.load("small", scheme="int8")
         >>> for piece in model.stream("She said", max_new_tokens=3):
@@ -111,7 +112,8 @@ class Model:
         ' her'
         '\\n'
         """
-        return Generation(self._session, self._tokens(text), Sampler(temperature, top_k, top_p, seed), max_new_tokens)
+        sampler = Sampler(temperature, top_k, top_p, seed)
+        return Generation(self._session, self._tokens(text), sampler, max_new_tokens, look)
 
     def logits(self, text: Text) -> F32Array:
         """Float32 logits of every position, (L, vocabulary); those of a token are for the one after it.
@@ -194,20 +196,21 @@ class Model:
 def load(
     model: StrPath = DEFAULT_MODEL, *, revision: str | None = None, scheme: StrPath | Scheme | None = None,
     bits: int | None = None, act_bits: int | None = None, calibrate: StrPath | None = None,
-    backend: str = DEFAULT_BACKEND, device: str | None = None,
+    backend: str = DEFAULT_BACKEND, device: str | None = None, add_bos: bool | None = None,
 ) -> Model:  # fmt: skip
     """Load a model: `small` (inside the package), a folder, or OWNER/NAME on the hub.
 
     revision: branch, tag or commit on the hub. scheme: a name (`int8`), a file (`mine.json`) or a Scheme; else bits=N for
     `wN-all`, and with act_bits=M for `wNaM-all`; else the one that the folder was saved under; else `w8-all`. calibrate: a
     text, or maxima in a .json, for static scales (None: the passage inside the package). backend: `reference`, `cpu`,
-    `torch`, or `package.module:Class`; device: where that has several, as `cuda`. Raises RefmambaError.
+    `torch`, or `package.module:Class`; device: where that has several, as `cuda`. add_bos: whether a text's tokens begin
+    with the begin token (None: as the tokenizer's file says). Raises RefmambaError.
 
     >>> import refmamba
     >>> refmamba.load("small", scheme="int8")
     <refmamba.Model small under int8 on cpu, cpu>
     """
-    return Model(open_session(_choice(model, revision, scheme, bits, act_bits, calibrate, backend, device)))
+    return Model(open_session(_choice(model, revision, scheme, bits, act_bits, calibrate, backend, device, add_bos)))
 
 
 def quantize(
@@ -230,9 +233,10 @@ def quantize(
 
 def _choice(
     model: StrPath, revision: str | None, scheme: StrPath | Scheme | None, bits: int | None, act_bits: int | None,
-    calibrate: StrPath | None, backend: str = DEFAULT_BACKEND, device: str | None = None,
+    calibrate: StrPath | None, backend: str = DEFAULT_BACKEND, device: str | None = None, add_bos: bool | None = None,
 ) -> ModelChoice:  # fmt: skip
     """The words in `str`: a wrong one of another type is then an unknown name."""
     scheme = scheme if scheme is None or isinstance(scheme, Scheme) else str(scheme)
     chosen, file = choose_scheme(scheme, bits, act_bits), None if calibrate is None else Path(calibrate)
-    return ModelChoice(str(model), chosen, str(backend), None if device is None else str(device), revision, file)
+    device = None if device is None else str(device)
+    return ModelChoice(str(model), chosen, str(backend), device, revision, file, add_bos)

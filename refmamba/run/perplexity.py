@@ -17,7 +17,7 @@ CALL = 512  # tokens a call; where a scheme takes a scale over a call, that is w
 
 @dataclass(frozen=True)
 class Perplexity:
-    """tokens: scored ones; nats: their negative log-likelihood in all; n_bytes: UTF-8 bytes of the text."""
+    """tokens: scored ones; nats: their negative log-likelihood in all; n_bytes: of the text, as its file has them."""
 
     tokens: int
     nats: float
@@ -56,9 +56,13 @@ def perplexity(runner: Runner, tokens: IntArray, n_bytes: int) -> Perplexity:
 
 
 def text_perplexity(session: Session, text: str) -> Perplexity:
-    """Score a text from its first token on, given the token that begins a text. Raises DataError, NonFiniteError."""
+    """Score a text from its first token on, given the token that begins a text, which is not scored.
+
+    A byte order mark is no part of a text that was read from a file, and is not counted. Raises DataError, NonFiniteError.
+    """
     if not text:
         raise DataError("the text is empty, so that there is nothing to score")
-    tokenizer = session.tokenizer
-    tokens = np.concatenate([tokenizer.encode_array(""), tokenizer.encode_array(text)])
+    tokens, prefix = session.tokenizer.encode_array(text), session.tokenizer.prefix
+    if tokens[0] != prefix:
+        tokens = np.concatenate([[prefix], tokens])
     return perplexity(session.runner, tokens, len(text.encode()))

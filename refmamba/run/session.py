@@ -21,6 +21,7 @@ from refmamba.formats.calibration import SUFFIX, load_calibration, save_calibrat
 from refmamba.formats.folder import open_checkpoint
 from refmamba.formats.hub import ModelFiles, resolve_model
 from refmamba.formats.quantized import save_quantized
+from refmamba.formats.scheme import open_scheme
 from refmamba.formats.text import read_text
 from refmamba.formats.tokenizer import Tokenizer, load_tokenizer
 from refmamba.formats.writing import check_folder
@@ -30,7 +31,7 @@ from refmamba.spec.calibrate import calibrate, passage
 from refmamba.spec.codes import Param
 from refmamba.spec.config import MambaConfig, ParameterSource
 from refmamba.spec.parameters import QuantizedModel, quantize_model
-from refmamba.spec.scheme import Scheme, parse_scheme
+from refmamba.spec.scheme import Scheme
 
 DEFAULT_MODEL, DEFAULT_SCHEME = "small", "w8-all"
 
@@ -40,7 +41,8 @@ class ModelChoice:
     """Which model, under which scheme, on which backend, in words.
 
     scheme: a name, a file or a Scheme; None: the one that the model was saved under, or else the caller's default.
-    calibrate: a text, or maxima in a .json; None: the passage inside the package.
+    calibrate: a text, or maxima in a .json; None: the passage inside the package. add_bos: whether a text's tokens begin with
+    the begin token; None: as the tokenizer says.
     """
 
     model: str = DEFAULT_MODEL
@@ -49,6 +51,7 @@ class ModelChoice:
     device: str | None = None
     revision: str | None = None
     calibrate: Path | None = None
+    add_bos: bool | None = None
 
 
 def choose_scheme(scheme: str | Scheme | None, bits: int | None, act_bits: int | None) -> str | Scheme | None:
@@ -72,9 +75,13 @@ class Opened:
 
     choice: ModelChoice
     files: ModelFiles
-    tokenizer: Tokenizer
     checkpoint: ParameterSource | QuantizedModel
     scheme: Scheme
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, which tokens as numbers do not need. Raises TokenizerError."""
+        return load_tokenizer(self.files, self.checkpoint.config, self.choice.add_bos)
 
     def float_checkpoint(self) -> ParameterSource:
         """The checkpoint, to be quantized or changed. Raises DataError for a model that was saved quantized."""
@@ -88,7 +95,7 @@ class Opened:
         """Absolute maxima of each linear layer's input channels, (K,) float32 a site. Raises RefmambaError."""
         file = self.choice.calibrate
         if file is not None and file.suffix == SUFFIX:
-            return load_calibration(file)
+            return load_calibration(file, self.checkpoint.config)
         text = passage() if file is None else read_text(file)
         print(f"calibrating on {file or 'the passage inside the package'}", file=sys.stderr)
         source = self.float_checkpoint()
@@ -104,14 +111,13 @@ class Opened:
 
 def open_model(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> Opened:
     """Find and open a model's files. Raises RefmambaError, so SchemeError where it was saved under another scheme."""
-    named = choice.scheme if isinstance(choice.scheme, Scheme | None) else parse_scheme(choice.scheme)
+    named = choice.scheme if isinstance(choice.scheme, Scheme | None) else open_scheme(choice.scheme)
     files = resolve_model(choice.model, choice.revision)
     checkpoint = open_checkpoint(files.folder)
-    tokenizer = load_tokenizer(files, checkpoint.config)
     saved = checkpoint.scheme if isinstance(checkpoint, QuantizedModel) else None
     if saved is not None and named is not None and named != saved:
         raise SchemeError(f"{choice.model} is saved as {saved.name}; leave out the scheme {named.name}")
-    return Opened(choice, files, tokenizer, checkpoint, named or saved or parse_scheme(default_scheme))
+    return Opened(choice, files, checkpoint, named or saved or open_scheme(default_scheme))
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +137,7 @@ class Session:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
+        """The model's tokenizer. Raises TokenizerError."""
         return self.opened.tokenizer
 
     @cached_property
@@ -143,7 +149,7 @@ class Session:
     def describe(self) -> dict[str, Any]:
         """What every result names."""
         return {"model": self.opened.choice.model, "scheme": self.scheme.name, "backend": self.backend.name,
-                "device": self.backend.device}  # fmt: skip
+                "device": self.backend.device, "added_tokens": self.tokenizer.added}  # fmt: skip
 
 
 def open_session(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> Session:
@@ -165,7 +171,7 @@ def quantize_folder(choice: ModelChoice, folder: Path, calibration_file: Path | 
     if calibration_file is not None:
         save_calibration(opened.calibration, calibration_file)
     with progress(opened.quantized(opened.scheme)) as model:
-        save_quantized(model, folder, opened.files.tokenizer)
+        save_quantized(model, folder, opened.files)
     return opened
 
 

@@ -1,5 +1,6 @@
 """`refmamba bench`: how fast a model runs here, beside what the machine's memory allows."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,8 +16,9 @@ from refmamba.run.peers import LLAMA_TYPES, Apart, LlamaCpp, Peer, Transformers,
 from refmamba.run.progress import bar
 from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec.arith import IntArray
-from refmamba.spec.config import ParameterSource
-from refmamba.spec.parameters import QuantizedModel, kind_of, linear_sites, parameter_coder
+from refmamba.spec.coders import ParameterGrouped
+from refmamba.spec.config import ParameterSource, kind_of
+from refmamba.spec.parameters import QuantizedModel, linear_sites, parameter_coder
 
 REPEATS = 3  # the fastest counts: what else ran on the machine only ever slows
 READ_BYTES = 512 * 2**20
@@ -34,6 +36,8 @@ def weight_bytes(model: QuantizedModel) -> int:
         )
         assert coder is not None
         total += rows * ((columns + 1) // 2 if coder.bits <= 4 else columns * -(-coder.bits // 8))
+        if isinstance(coder, ParameterGrouped):
+            total += math.prod(coder.steps_shape((rows, columns)))
     return total
 
 

@@ -13,6 +13,8 @@ have 8 bits or fewer, else four, the balanced base-256 digits of a 31-bit code; 
 of the row's codes. By panels, where enough rows share the work: a strip of weights is spread out once to float64, and
 multiplied with rows [row][K] of the same. What 31-bit and 23-bit codes give does not fit float64, but its error has a bound,
 and where that leaves the rounding to float32 open, which is rare, the exact sum decides: eq. (12) either way.
+
+docs/CPU.md has all of this as a picture, and derives what makes it exact.
 """
 
 from refmamba.backends.cpu.kernels.codes import CODE_REGIONS, CONV_ROW, LAST_NORM_ROW, NORM_ROW, NOTHING, code_rows
