@@ -176,12 +176,12 @@ def test_one_operation_is_compared_alone(tmp_path: Path) -> None:
 
 def test_an_operation_of_codes(tmp_path: Path) -> None:
     x = np.array([[1.0, -2.0, 0.25]], np.float32)
-    arrays = {"arguments.0": x, "result.q": np.array([[64, -127, 16]]), "result.scale": np.float32([[63.5]])}
+    arrays = {"arguments.0": x, "result.q": np.array([[64, -127, 16]]), "result.scale": np.array([[63.5]], np.float32)}
     about = {"operation": "code", "arguments": {"1": 8, "2": "x", "3": "per_row"}, "bits": 8}
     assert against(operation_dump(tmp_path / "a.npz", arrays, **about)).returncode == 0  # 63.5 and 15.875, half to even
     arrays["result.q"] = np.array([[63, -127, 16]])
     assert against(operation_dump(tmp_path / "a.npz", arrays, **about)).returncode == 1
-    product = {"arguments.0.q": np.array([[2, -3]]), "arguments.0.scale": np.float32(1), "arguments.1.q": np.array([[4, 5]]),
+    product = {"arguments.0.q": np.array([[2, -3]]), "arguments.0.scale": np.array(1, np.float32), "arguments.1.q": np.array([[4, 5]]),
                "arguments.1.exponent": np.array([0]), "result": np.array([[-7.0]])}  # fmt: skip
     about = {"operation": "integer_product", "arguments": {"0": {"bits": 8}}}
     assert against(operation_dump(tmp_path / "b.npz", product, **about)).returncode == 0
@@ -236,8 +236,8 @@ def test_the_dump_of_transformers(tmp_path: Path, dtype: str) -> None:
     out, tokens = tmp_path / "dump.safetensors", "3,10,17,24,31,38,45,52"
     script = [sys.executable, str(ROOT / "tools" / "dump_transformers.py"), str(tmp_path / "model"), "--tokens", tokens]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([*script, "--out", str(out), "--dtype", dtype], capture_output=True, text=True, check=False, cwd=tmp_path,
-                          env=environment)  # fmt: skip
+    command = [*script, "--out", str(out), "--dtype", dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     if dtype == "float32":
         within = against(out, "--tolerance", "float32")

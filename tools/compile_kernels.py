@@ -29,8 +29,8 @@ from refmamba.conformance.operations import check_vector
 from refmamba.conformance.vectors import read_vectors
 from refmamba.spec.coders import UnquantizedMatrix
 from refmamba.spec.codes import Codes, FixedPoint, Param
-from refmamba.spec.config import MambaConfig
-from refmamba.spec.parameters import QuantizedModel, kind_of, parameter_coder, site_values
+from refmamba.spec.config import MambaConfig, kind_of
+from refmamba.spec.parameters import QuantizedModel, parameter_coder, site_values
 from refmamba.spec.scheme import Scheme, parse_scheme
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_120")

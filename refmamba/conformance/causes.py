@@ -100,8 +100,8 @@ class RoundedInput:
 
     rounded: Callable[[F32Array], F32Array]
 
-    def call(self, x: F32Array) -> Call:
-        """See `refmamba.spec.coders.Transform`."""
+    def call(self, x: F32Array, site: str) -> Call:
+        """See `refmamba.spec.transforms.Transform`."""
         return self.rounded, (np.ascontiguousarray(x),)
 
 
@@ -192,8 +192,8 @@ def _computed_in_16_bits(
             continue
         noise = distance(fit(short, arrays), {k: v for k, v in fit(expected, arrays).items() if k in arrays})
         if at_first <= SIXTEEN_BITS_NOISE * noise:
-            return (f"computed in {name}: every value is such a 16-bit number, and the reference with weights and results rounded to "
-                    f"it is as far off, {noise:.1e} (the dump: {at_first:.1e}); load the model as float32")  # fmt: skip
+            return (f"computed in {name}: every value is such a 16-bit number, and the reference with weights and results "
+                    f"rounded to it is as far off, {noise:.1e} (the dump: {at_first:.1e}); load the model as float32")  # fmt: skip
     return None
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import save
 
 from refmamba.errors import DataError
-from refmamba.formats.files import write_file
+from refmamba.formats.writing import write_file
 from refmamba.spec.arith import IntArray
 from refmamba.spec.mamba1 import Mamba, check_tokens
 from refmamba.spec.trace import Step, Tracer
