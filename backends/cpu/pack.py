@@ -33,7 +33,7 @@ def kind_of(w: Codes | FixedPoint) -> int:
     """How a weight's codes are stored."""
     if isinstance(w, FixedPoint):
         return int(Kind.FIXED)
-    return int(Kind.PACKED if w.bits <= 4 else Kind.BYTES)
+    return int(Kind.PACKED if w.bits <= 4 and w.steps is None else Kind.BYTES)
 
 
 def packed_bytes(w: Codes | FixedPoint, rows: int) -> int:
@@ -50,7 +50,9 @@ def pack(w: Codes | FixedPoint, order: IntArray, out: NDArray[np.uint8]) -> None
     for start in range(0, len(order), PACK_ROWS):
         rows = order[start : start + PACK_ROWS]
         q = np.zeros((len(rows), k), np.uint32 if kind == Kind.FIXED else np.uint8)
-        q[rows >= 0, :columns] = w.q[rows[rows >= 0]].astype(q.dtype)
+        chosen = rows[rows >= 0]
+        codes = w.rows(chosen).integers() if isinstance(w, Codes) else w.q[chosen]
+        q[rows >= 0, :columns] = codes.astype(q.dtype)
         q += q.dtype.type(OFFSET[Kind(kind)])
         strips = len(rows) // LANES
         if kind == Kind.PACKED:
@@ -90,6 +92,8 @@ class Packed:
     bits: int  # 0 in fixed point
     scale: NDArray[Any]
     norms: F32Array  # of the rows in fixed point, none too small; else 0: their products need no bound of an error
+    steps: NDArray[np.uint8] | None = None  # of a weight in groups
+    group: int = 0
 
     @classmethod
     def of(cls, w: Codes | FixedPoint, order: IntArray) -> "Packed":
@@ -102,16 +106,20 @@ class Packed:
             squares = np.einsum("ij,ij->i", w.q, w.q, dtype=np.float64)
             norms = (np.sqrt(squares) * WEIGHT_NORM_ROOM).astype(np.float32)
             return cls(digits, places, kind_of(w), columns, 0, w.exponent, norms)
-        return cls(digits, places, kind_of(w), columns, w.bits, w.scale, np.zeros((), np.float32))
+        return cls(digits, places, kind_of(w), columns, w.bits, w.scale, np.zeros((), np.float32), w.steps, w.group)
 
     def rows(self, rows: IntArray) -> IntArray:
-        """The codes of some rows: (len(rows), columns)."""
+        """The integers of some rows, codes times their steps: (len(rows), columns)."""
         return unpack(self.kind, strips_of(self.columns) * LANES, self.digits, self.places[rows])[:, : self.columns]
 
     def param(self) -> Codes | FixedPoint:
         """The weight again."""
         q = self.rows(np.arange(len(self.places)))
-        return FixedPoint(q, self.scale) if self.kind == Kind.FIXED else Codes(q, self.scale, self.bits)
+        if self.kind == Kind.FIXED:
+            return FixedPoint(q, self.scale)
+        if self.steps is not None:
+            q = q // np.repeat(self.steps.astype(np.int8), self.group, axis=1)[:, : self.columns]
+        return Codes(q, self.scale, self.bits, self.steps, self.group)
 
 
 class Params(Mapping[str, Param]):

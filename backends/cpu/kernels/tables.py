@@ -6,7 +6,7 @@ import numba
 import numpy as np
 
 from refmamba.backends.cpu.kernels.instructions import LANES
-from refmamba.backends.cpu.kernels.vectors import get
+from refmamba.backends.cpu.kernels.vectors import get, load_i, splat_i
 
 f32 = np.float32
 LINE = 64  # bytes of a cache line, and of the longest vector register
@@ -70,6 +70,9 @@ class Run(Table):
     U = auto()  # address, strips: the convolution's result
     XBC = auto()  # address, strips: x_proj's result, dt, B and C
     DELTA = auto()  # address, strips: dt_proj's result, then the scan's, then the gate's
+    PREPARED = auto()  # address, strips: rows after their rotation and without their outliers, where a site has either
+    OUTLIERS = auto()  # address: of each row, how many outliers; their power of two to take off, float32; columns and codes
+    OUTLIER_BYTES = auto()  # bytes of them for each row
     CODES = auto()  # address: rows of codes that go into a product, by digits or by panels
     FACTOR = auto()  # address: of each row of codes, the power of two to take off, float32
     SCALE = auto()  # address: and the scale to divide by, float32
@@ -94,6 +97,8 @@ class Site(Table):
     IN_LARGEST = auto()  # the input's largest code
     IN_SCALE = auto()  # address: the input's static scale, float32; 0: all codes are 0
     SMOOTH = auto()  # address: what to multiply the input's channels by, float64; 0: nothing
+    BLOCK = auto()  # channels that are rotated together; 0: none are
+    OUTLIER = auto()  # bits of the magnitude from which on a value of the input is an outlier; NO_OUTLIER: none is
     OUT = auto()  # where the output's scale comes from, a `Mode`
     OUT_LARGEST = auto()  # the output's largest code
     NUMBER = auto()  # of this site, from 1, for ERRORS: 2 NUMBER for its input, 2 NUMBER + 1 for its output
@@ -125,6 +130,9 @@ class Kind(IntEnum):
 PACKED_OFFSET, BYTES_OFFSET, FIXED_OFFSET = 1 << 3, 1 << 7, 1 << 23
 
 
+NO_OUTLIER = -1  # no magnitude's bits
+
+
 class Mode(IntEnum):
     """Where a site's scale comes from; NONE: not quantized, which on the `in` side is fixed point."""
 
@@ -149,6 +157,24 @@ def offset_of(kind):
 def vector_bytes(kind):
     """Bytes of the digits of 16 rows in one column: a plane of a strip has as many for each column."""
     return LANES // 2 if kind == Kind.PACKED else LANES
+
+
+@inlined
+def column_of(kind, digits, plane_bytes, column):
+    """The codes of the 16 rows of a strip of a weight in one column, int32."""
+    group = column // 4
+    place = digits + (group // 2 if kind == Kind.PACKED else group) * LINE
+    shift = splat_i(8 * (column % 4))
+    q = load_i(place) >> shift
+    if kind == Kind.PACKED:
+        q = (q >> splat_i(4 * (group % 2))) & splat_i(15)
+    else:
+        q = q & splat_i(255)
+    if kind == Kind.FIXED:
+        q = q + (((load_i(place + plane_bytes) >> shift) & splat_i(255)) << splat_i(8))
+        q = q + (((load_i(place + 2 * plane_bytes) >> shift) & splat_i(255)) << splat_i(16))
+        return q - splat_i(FIXED_OFFSET)
+    return q - splat_i(offset_of(kind))
 
 
 @inlined

@@ -265,6 +265,20 @@ def lane_tree(b: Any, x: Any) -> Any:
     return b.extract_element(x, ir.Constant(i32, 0))
 
 
+def butterfly(half: int) -> Any:
+    """An intrinsic: of the lanes l with no bit `half`, lane l + half is added to them, and taken off from them there."""
+
+    def build(b: Any, x: Any) -> Any:
+        other = b.shuffle_vector(x, x, ir.Constant(I.llvm, [lane ^ half for lane in range(LANES)]))
+        chosen = [lane + LANES if lane & half else lane for lane in range(LANES)]
+        return b.shuffle_vector(b.fadd(x, other), b.fsub(other, x), ir.Constant(I.llvm, chosen))
+
+    return machine(D, D)(build)
+
+
+BUTTERFLIES = tuple(butterfly(half) for half in (1, 2, 4, 8))
+
+
 @machine(types.int64, types.int64, types.int64)
 def fetch_add(b: Any, address: Any, amount: Any) -> Any:
     return b.atomic_rmw("add", to_pointer(b, address, i64), amount, "seq_cst")
