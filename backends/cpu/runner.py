@@ -15,7 +15,7 @@ from refmamba.backends.cpu.kernels.digits import DIGITS_SCRATCH
 from refmamba.backends.cpu.kernels.instructions import LANES
 from refmamba.backends.cpu.kernels.panels import PANELS_SCRATCH
 from refmamba.backends.cpu.kernels.scan import scan_scratch
-from refmamba.backends.cpu.kernels.tables import LINE, NO_OUTLIER, Kind, Layer, Mode, Run, Site
+from refmamba.backends.cpu.kernels.tables import LINE, NO_OUTLIER, UNIT, Kind, Layer, Mode, Run, Site
 from refmamba.backends.cpu.kernels.tiles import VNNI
 from refmamba.backends.cpu.kernels.transforms import transform_scratch
 from refmamba.backends.cpu.memory import Pool, address, aligned, strips_of
@@ -70,7 +70,7 @@ class CpuRunner:
         self.config, self.scheme = model.config, model.scheme
         self._threads, self._kept, self._lock = threads, list[NDArray[Any]](), threading.Lock()
         self._pool, self._logits_pool = Pool(), Pool()
-        self._code_bytes, self._outlier_bytes = 0, 0  # of a row's, at most
+        self._code_bytes, self._outlier_bytes, self._start_bytes = 0, 0, 0  # of a row's, at most
         self._prepared = 0  # strips of rows that are rotated or have outliers, at most
         c = self.config
         e, r, n = c.d_inner, c.dt_rank, c.d_state
@@ -114,7 +114,8 @@ class CpuRunner:
             SCRATCH=self._keep(np.zeros(threads.count * scratch, np.uint8)), SCRATCH_BYTES=scratch,
             HEAD=address(self._table[c.n_layer]), EPSILON=self._keep(np.array([c.norm_eps], np.float32)),
             D_MODEL=c.d_model, MODEL_STRIPS=strips_of(c.d_model), INNER_STRIPS=strips_of(e), RANK_STRIPS=strips_of(r),
-            STATE_STRIPS=strips_of(n), OUTLIER_BYTES=self._outlier_bytes, D_STATE=n, TAPS=c.d_conv, VOCABULARY=c.vocab_size,
+            STATE_STRIPS=strips_of(n), OUTLIER_BYTES=self._outlier_bytes,
+ D_STATE=n, TAPS=c.d_conv, VOCABULARY=c.vocab_size,
             SUM_BLOCKS=-(-max(e, c.d_model, r) // BLOCK),
         )  # fmt: skip
 
@@ -150,12 +151,17 @@ class CpuRunner:
                 powers = np.ldexp(1.0, -transform.exponents)
                 smooth = self._keep(np.pad(powers, (0, -len(powers) % LANES)))
         outlier = int(f32(into.threshold).view(np.int32)) if isinstance(into, PerTokenOutliers) else NO_OUTLIER
+        bias = 0 if linear.bias is None else self._rows(linear.bias, order, 0)
+        slices = 4 if fixed or mode == Mode.NONE or isinstance(into, Flattened) else 1
+        steps = bits = units = step_bytes = 0
+        if w.steps is not None:
+            steps, step_bytes, bits = address(w.steps), w.steps[0].size, w.group.bit_length() - 1
+            units = -(-k // min(UNIT, w.group))
+            self._start_bytes = max(self._start_bytes, 4 * slices * units)
         if outlier != NO_OUTLIER:
             self._outlier_bytes = max(self._outlier_bytes, 16 * (k + 1))
         if block or outlier != NO_OUTLIER:
             self._prepared = max(self._prepared, k // LANES)
-        bias = 0 if linear.bias is None else self._rows(linear.bias, order, 0)
-        slices = 4 if fixed or mode == Mode.NONE or isinstance(into, Flattened) else 1
         # Rows that are worth spreading a weight out for: measured with AVX2; VNNI makes the products by digits cheap.
         if fixed:
             panels = 32 if VNNI else 4
@@ -163,7 +169,8 @@ class CpuRunner:
             panels = NEVER if VNNI or slices == 1 else 8
         self._code_bytes = max(self._code_bytes, slices * k, code_bytes.py_func(k) if panels < NEVER else 0)
         fields = {
-            Site.CODES: address(w.digits), Site.KIND: w.kind, Site.PAIRS: len(order) // (2 * LANES),
+            Site.CODES: address(w.digits), Site.KIND: w.kind, Site.STEPS: steps, Site.STEP_BYTES: step_bytes,
+            Site.GROUP_BITS: bits, Site.UNITS: units, Site.PAIRS: len(order) // (2 * LANES),
             Site.K: k, Site.SLICES: slices, Site.PANELS: panels, Site.ERROR: self._rows(w.norms * sum_error(k), order, 0),
             Site.FACTOR: self._rows(np.ldexp(f32(1), -w.scale) if fixed else unit, order, 1),
             Site.SCALE: self._rows(unit if fixed else w.scale, order, 1), Site.BIAS: bias, Site.IN: mode,
@@ -187,8 +194,9 @@ class CpuRunner:
         strips = {"X": model, "NORMED": model, "XZ": 2 * inner, "U": inner, "DELTA": inner,
                   "PREPARED": self._prepared, "XBC": int(get(Run.RANK_STRIPS) + 2 * get(Run.STATE_STRIPS))}  # fmt: skip
         sizes = {name: (count + count % 2) * stride * LANES * 4 for name, count in strips.items()}
-        sizes |= {"OUTLIERS": rows * self._outlier_bytes, "CODES": rows * self._code_bytes, "FACTOR": rows * 4,
-                  "SCALE": rows * 4, "ABSMAX": rows * 8, "SUMS": rows * 8 * int(get(Run.SUM_BLOCKS))}  # fmt: skip
+        sizes |= {"OUTLIERS": rows * self._outlier_bytes, "STARTS": rows * self._start_bytes,
+                  "CODES": rows * self._code_bytes, "FACTOR": rows * 4, "SCALE": rows * 4, "ABSMAX": rows * 8,
+                  "SUMS": rows * 8 * int(get(Run.SUM_BLOCKS))}  # fmt: skip
         needed = sum(size + LINE for size in sizes.values())
         if len(self._workspace) < needed or len(self._workspace) > 4 * needed + 2**25:
             self._workspace = np.zeros(needed + LINE, np.uint8)
@@ -213,10 +221,8 @@ class CpuRunner:
     def _embed(self, tokens: IntArray) -> F32Array:
         """Eq. (15): (L,) -> (L, d_model); from the head's codes where the head is the embedding."""
         embedding = self._embedding
-        if isinstance(embedding, Packed):
-            scale = embedding.scale[tokens] if embedding.scale.ndim else embedding.scale
-            return cast(F32Array, embedding.rows(tokens).astype(np.float32) / scale)
-        return dequantize(embedding.rows(tokens)) if isinstance(embedding, Codes) else embedding[tokens]
+        rows = embedding[tokens] if isinstance(embedding, np.ndarray) else embedding.rows(tokens)
+        return dequantize(rows) if isinstance(rows, Codes) else cast(F32Array, rows)
 
     def _pass(
         self, sequences: Sequence[IntArray], states: IntArray, positions: Sequence[Positions], out: F32Array,

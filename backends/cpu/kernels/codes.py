@@ -10,13 +10,28 @@ from refmamba.backends.cpu.kernels.instructions import LANES
 from refmamba.backends.cpu.kernels.regions import meet, share
 from refmamba.backends.cpu.kernels.rows import CONV_ROWS, conv_rows, norm_row
 from refmamba.backends.cpu.kernels.scales import factors, row_absmax, tensor_absmax, value
-from refmamba.backends.cpu.kernels.tables import DOUBLE_FLOATS, FLOATS, LINE, Layer, Mode, Run, Site, at, f32, inlined, kernel
+from refmamba.backends.cpu.kernels.tables import (
+    DOUBLE_FLOATS,
+    FLOATS,
+    LINE,
+    UNIT,
+    Layer,
+    Mode,
+    Run,
+    Site,
+    at,
+    f32,
+    inlined,
+    kernel,
+)
+from refmamba.backends.cpu.kernels.tiles import store_start
 from refmamba.backends.cpu.kernels.transforms import prepared_place, prepared_row
 from refmamba.backends.cpu.kernels.vectors import (
     double,
     get,
     get_f,
     lane_tree,
+    load_bytes,
     put,
     put_f,
     rint,
@@ -89,6 +104,22 @@ def code_row(run, site, source, row, m, panels):
                 store_bytes(codes + 3 * k + LANES * s, digits >> splat_i(24))
         put(sums + 8 * block, total(s_sum))
         block += 1
+    if at(site, Site.UNITS) != 0:
+        start_units(run, site, codes, row)
+
+
+@kernel()
+def start_units(run, site, codes, row):
+    """What the sums of a row's products start from where a weight's codes are in groups: see `tiles.store_start`."""
+    units, k, width = at(site, Site.UNITS), at(site, Site.K), min(UNIT, 1 << at(site, Site.GROUP_BITS))
+    slices = at(site, Site.SLICES)
+    starts = at(run, Run.STARTS) + row * slices * units * 4
+    for piece in range(slices):
+        for unit in range(units):
+            together = splat_i(0)
+            for column in range(unit * width, min(k, unit * width + width), LANES):
+                together = together + load_bytes(codes + piece * k + column)
+            store_start(starts + 4 * (piece * units + unit), together)
 
 
 # What makes the rows that are coded, and whether a product is added to the residual.

@@ -13,7 +13,6 @@ from refmamba.backends.cpu.kernels.tables import (
     column_of,
     inlined,
     kernel,
-    vector_bytes,
 )
 from refmamba.backends.cpu.kernels.tiles import panel_tile
 from refmamba.backends.cpu.kernels.vectors import (
@@ -48,13 +47,10 @@ PANEL_12, PANEL_6, PANEL_2, PANEL_1 = panel_tile(12), panel_tile(6), panel_tile(
 @kernel()
 def spread(site, strip, start, width, out):
     """The codes of 16 rows of a weight, `width` columns from `start` on, as `panel_tile` takes them."""
-    kind, k = at(site, Site.KIND), at(site, Site.K)
-    planes, plane_bytes = max(1, kind), vector_bytes(kind) * k
-    digits = at(site, Site.CODES) + strip * planes * plane_bytes + vector_bytes(kind) * start
     apart = 8 * DOUBLES * width
     for group in range(width // 4):  # of four columns, whose digits lie in one vector
         for column in range(4 * group, 4 * group + 4):
-            store_apart(out + column * 8 * DOUBLES, apart, whole_double(column_of(kind, digits, plane_bytes, column)))
+            store_apart(out + column * 8 * DOUBLES, apart, whole_double(column_of(site, strip, start + column)))
 
 
 @inlined

@@ -14,7 +14,6 @@ from refmamba.backends.cpu.kernels.tables import (
     column_of,
     inlined,
     kernel,
-    vector_bytes,
 )
 from refmamba.backends.cpu.kernels.vectors import (
     BUTTERFLIES,
@@ -128,17 +127,14 @@ def prepared_row(rank, run, site, source, row, sequence):
 @kernel()
 def outlier_values(run, site, strip, row):
     """The product of a row's outliers with 16 rows of the weight, eq. (11, 12, 13): few columns, so one after the other."""
-    kind, k = at(site, Site.KIND), at(site, Site.K)
-    planes, plane_bytes = max(1, kind), vector_bytes(kind) * k
-    digits, part = at(site, Site.CODES) + strip * planes * plane_bytes, splat_d(float(LOW_PART))
-    outliers = at(run, Run.OUTLIERS) + row * at(run, Run.OUTLIER_BYTES)
+    part, outliers = splat_d(float(LOW_PART)), at(run, Run.OUTLIERS) + row * at(run, Run.OUTLIER_BYTES)
     total, high, low, end = splat_d(0.0), splat_d(0.0), splat_d(0.0), BLOCK
     for i in range(1, get(outliers) + 1):
         column, q = get(outliers + 16 * i), double(splat_f(get_f(outliers + 16 * i + 8)))
         while column >= end:
             total = total + (high * part + low)
             high, low, end = splat_d(0.0), splat_d(0.0), end + BLOCK
-        w = whole_double(column_of(kind, digits, plane_bytes, column))
+        w = whole_double(column_of(site, strip, column))
         w_high = rint_d(w * splat_d(1 / LOW_PART))
         high, low = high + q * w_high, low + q * (w - w_high * part)
     total = total + (high * part + low)

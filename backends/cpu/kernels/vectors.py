@@ -59,6 +59,18 @@ def load_i(b: Any, address: Any) -> Any:
     return load(b, address, I.llvm, 64)
 
 
+@machine(I, types.int64)
+def load_bytes(b: Any, address: Any) -> Any:
+    """16 int8."""
+    return b.sext(load(b, address, ir.VectorType(i8, LANES), 16), I.llvm)
+
+
+@machine(I, types.int64)
+def load_steps(b: Any, address: Any) -> Any:
+    """16 uint8."""
+    return b.zext(load(b, address, ir.VectorType(i8, LANES), 16), I.llvm)
+
+
 @machine(D, types.int64)
 def load_d(b: Any, address: Any) -> Any:
     return load(b, address, D.llvm, 64)
