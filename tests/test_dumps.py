@@ -181,8 +181,10 @@ def test_an_operation_of_codes(tmp_path: Path) -> None:
     assert against(operation_dump(tmp_path / "a.npz", arrays, **about)).returncode == 0  # 63.5 and 15.875, half to even
     arrays["result.q"] = np.array([[63, -127, 16]])
     assert against(operation_dump(tmp_path / "a.npz", arrays, **about)).returncode == 1
-    product = {"arguments.0.q": np.array([[2, -3]]), "arguments.0.scale": np.array(1, np.float32), "arguments.1.q": np.array([[4, 5]]),
-               "arguments.1.exponent": np.array([0]), "result": np.array([[-7.0]])}  # fmt: skip
+    product = {
+        "arguments.0.q": np.array([[2, -3]]), "arguments.0.scale": np.array(1, np.float32),
+        "arguments.1.q": np.array([[4, 5]]), "arguments.1.exponent": np.array([0]), "result": np.array([[-7.0]]),
+    }  # fmt: skip
     about = {"operation": "integer_product", "arguments": {"0": {"bits": 8}}}
     assert against(operation_dump(tmp_path / "b.npz", product, **about)).returncode == 0
 

@@ -193,7 +193,7 @@ def _computed_in_16_bits(
         noise = distance(fit(short, arrays), {k: v for k, v in fit(expected, arrays).items() if k in arrays})
         if at_first <= SIXTEEN_BITS_NOISE * noise:
             return (f"computed in {name}: every value is such a 16-bit number, and the reference with weights and results "
-                    f"rounded to it is as far off, {noise:.1e} (the dump: {at_first:.1e}); load the model as float32")  # fmt: skip
+                    f"rounded to it is as far off, {noise:.1e} (the dump: {at_first:.1e}); load it as float32")  # fmt: skip
     return None
 
 
