@@ -27,7 +27,7 @@ from refmamba.backends.triton.model import Mamba
 from refmamba.conformance.models import SCHEMES
 from refmamba.conformance.operations import check_vector
 from refmamba.conformance.vectors import read_vectors
-from refmamba.spec.coders import UnquantizedMatrix
+from refmamba.spec.coders import ParameterGrouped, UnquantizedMatrix
 from refmamba.spec.codes import Codes, FixedPoint, Param
 from refmamba.spec.config import MambaConfig, kind_of
 from refmamba.spec.parameters import QuantizedModel, parameter_coder, site_values
@@ -125,7 +125,11 @@ class Hollow(Mapping[str, Param]):
             return np.broadcast_to(np.float32(0), shape)
         if isinstance(coder, UnquantizedMatrix):
             return FixedPoint(np.broadcast_to(np.int32(0), shape), np.zeros(shape[0], np.int32))
-        return Codes(np.broadcast_to(np.int8(0), shape), np.ones(coder.scale_shape(shape), np.float32), coder.bits)
+        scale = np.ones(coder.scale_shape(shape), np.float32)
+        q = np.broadcast_to(np.int8(0), shape)
+        if isinstance(coder, ParameterGrouped):
+            return Codes(q, scale, coder.bits, np.ones(coder.steps_shape(shape), np.uint8), coder.group)
+        return Codes(q, scale, coder.bits)
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self.shapes, *self.sites])

@@ -14,7 +14,7 @@ from refmamba.backends.triton.kernels.arithmetic import (
     softplus,
     tree,
 )
-from refmamba.backends.triton.kernels.codes import exponent_of, quantize, rescale, scale_of, to_fixed_point
+from refmamba.backends.triton.kernels.codes import exponent_of, quantize, quantize_wide, rescale, scale_of, to_fixed_point
 from refmamba.backends.triton.kernels.layers import ACTIVATION_BITS, convolution, product, rms_root, store_conv_state
 from refmamba.spec import codes
 
@@ -57,6 +57,8 @@ def elementwise_kernel(x_ptr, z_ptr, y_ptr, n, largest, OP: tl.constexpr, BLOCK:
             y = x * z
         elif OP == "quantize":
             y = quantize(x, z, largest)
+        elif OP == "quantize_wide":
+            y = quantize_wide(x, z)
         elif OP == "fixed_point":
             y = to_fixed_point(x, z)
     tl.store(y_ptr + i, y, mask=ok)
@@ -106,8 +108,8 @@ def product_kernel(
     row = tl.program_id(0) * M + tl.arange(0, M)
     c = tl.program_id(1) * BN + tl.arange(0, BN)
     row_ok = row < rows
-    acc = product(None, 0, None, None, None, 0, None, q_ptr, row, row, row, row_ok, row, row, w_ptr, c, N, K, 0.0, "codes", 1,
-                  CODER, DIGITS, DIGITS, PLANES, False, M, BN, BK)  # fmt: skip
+    acc = product(None, 0, None, None, None, 0, None, 0.0, q_ptr, row, row, row, row_ok, row, row, w_ptr, None, c, N, K, 0.0,
+                  "codes", 1, "all", CODER, DIGITS, DIGITS, PLANES, False, 0, M, BN, BK)  # fmt: skip
     tl.store(y_ptr + row[:, None] * N + c[None, :], acc.to(tl.float64), mask=row_ok[:, None] & (c < N)[None, :])
 
 

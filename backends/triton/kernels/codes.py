@@ -37,6 +37,12 @@ def quantize(x, scale, largest):
 
 
 @triton.jit
+def quantize_wide(x, scale):
+    """Eq. (33) as int32: held within +-2^30 only."""
+    return quantize(x, scale, LARGEST_FIXED_POINT)
+
+
+@triton.jit
 def to_fixed_point(x, exponent):
     """Eq. (10) as int32: x * 2^exponent rounds only where it is too small for any code but 0."""
     y = x * two_to(exponent)
