@@ -234,10 +234,3 @@ def progress(model: QuantizedModel) -> Iterator[QuantizedModel]:
     what, total = f"quantizing {model.scheme.name}", len(model.params) - model.shares_codes  # which are taken once
     with bar(total, what, "tensor") as taken:
         yield replace(model, params=_Counted(model.params, taken))
-
-
-# TO GO with its last caller, refmamba.conformance.verify, which can do these two lines itself.
-def load_model(choice: ModelChoice) -> tuple[ModelFiles, Tokenizer, QuantizedModel]:
-    """An opened model's files, its tokenizer, and the model under its scheme."""
-    opened = open_model(choice)
-    return opened.files, opened.tokenizer, opened.quantized(opened.scheme)
