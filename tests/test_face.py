@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PROMPT = "The old man"
 NAMES = {
     "load", "quantize", "Model", "Scheme", "SPEC_VERSION", "__version__",
-    "RefmambaError", "SchemeError", "CheckpointError", "HubError", "TokenizerError", "DataError", "BackendError",
+    "RefmambaError", "FileError", "SchemeError", "CheckpointError", "HubError", "TokenizerError", "DataError", "BackendError",
     "NonFiniteError",
 }  # fmt: skip
 

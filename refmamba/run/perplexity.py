@@ -24,8 +24,11 @@ class Perplexity:
 
     @property
     def per_token(self) -> float:
-        """exp of the mean negative log-likelihood of a token."""
-        return math.exp(self.nats / self.tokens)
+        """exp of the mean negative log-likelihood of a token; infinite where that is more than a float holds."""
+        try:
+            return math.exp(self.nats / self.tokens)
+        except OverflowError:
+            return math.inf
 
     @property
     def bits_per_byte(self) -> float:
