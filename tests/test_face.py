@@ -260,7 +260,7 @@ def as_any(value: Any) -> Any:
         (lambda _: refmamba.load("small", backend=as_any(None)), refmamba.BackendError, "unknown backend 'None'"),
         (lambda _: refmamba.load("small", device="cuda"), refmamba.BackendError, "'cuda'"),
         (lambda _: refmamba.load("small", revision="main"), refmamba.HubError, "has no revision main"),
-        (lambda _: refmamba.load("small", scheme="int8-static", calibrate="no.txt"), refmamba.DataError, "no.txt"),
+        (lambda _: refmamba.load("small", scheme="int8-static", calibrate="no.txt"), refmamba.FileError, "no.txt"),
         (lambda _: refmamba.quantize("small", "q"), refmamba.SchemeError, "name what to save the model as"),
         (lambda _: refmamba.quantize("small", ROOT, scheme="int8"), refmamba.CheckpointError, "not an empty folder"),
         (lambda model: model.generate("x", max_new_tokens=0), refmamba.DataError, "max_new_tokens is 0"),
