@@ -18,5 +18,6 @@ BACKENDS = {
     "reference": Entry("refmamba.backends.reference:Reference", "", "the specification itself, NumPy"),
     "cpu": Entry("refmamba.backends.cpu.backend:Cpu", "", "numba kernels on packed codes, fast"),
     "torch": Entry("refmamba.backends.torch_eager.backend:Torch", "torch", "eager PyTorch, on a CPU or a GPU"),
+    "triton": Entry("refmamba.backends.triton.backend:Triton", "triton", "Triton kernels, fast on a CUDA GPU"),
 }
 DEFAULT_BACKEND = "cpu"

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from refmamba.formats.files import write_text
+from refmamba.formats.writing import write_text
 from refmamba.run.peers import LLAMA_TYPES, LlamaCpp, Peer, Transformers, installed, write_gguf
 from refmamba.run.timing import Ours, peak_rss, read_bandwidth, seconds, weight_bytes
 from refmamba.spec.arith import F32Array

@@ -9,6 +9,7 @@ first result stays.
 import json
 import math
 import sqlite3
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,11 +18,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tqdm import tqdm
+
 from refmamba.errors import DataError, printable
 from refmamba.eval_tasks.score import Score
 from refmamba.formats.reading import parse_json, regular, there
 
-WAIT_SECONDS = 60.0  # for another writer's transaction
+QUIET_SECONDS, WAIT_SECONDS = 2.0, 60.0  # for another writer's transaction: without a word, and at all
 APPLICATION = 0x72666D62  # marks the file as ours
 TABLES = (
     f"PRAGMA application_id = {APPLICATION}",
@@ -69,34 +72,42 @@ class Results:
         if there(file):
             regular(file)
         try:
-            self._database = sqlite3.connect(file, timeout=WAIT_SECONDS, isolation_level=None)
+            self._database = sqlite3.connect(file, timeout=0.5, isolation_level=None)
             self._open()
         except sqlite3.Error as error:
             raise DataError(f"{file}: cannot be used as a results file: {error}; give another --results FILE") from error
 
     def _open(self) -> None:
-        until = time.monotonic() + WAIT_SECONDS
+        with self._transaction():
+            if self._one("SELECT count(*) FROM sqlite_master") == 0:
+                for statement in TABLES:
+                    self._database.execute(statement)
+            elif self._one("PRAGMA application_id") != APPLICATION:
+                raise sqlite3.DatabaseError("it is another program's database")
+        self._execute("PRAGMA journal_mode = WAL")  # readers and one writer at a time, safe against kill -9
+
+    def _execute(self, statement: str, *parameters: Any) -> sqlite3.Cursor:
+        """A statement that may find the file locked by another process: wait for that, and say so."""
+        start, said = time.monotonic(), False
         while True:
             try:
-                with self._transaction():
-                    if self._one("SELECT count(*) FROM sqlite_master") == 0:
-                        for statement in TABLES:
-                            self._database.execute(statement)
-                    elif self._one("PRAGMA application_id") != APPLICATION:
-                        raise sqlite3.DatabaseError("it is another program's database")
-                self._database.execute("PRAGMA journal_mode = WAL")  # readers and one writer at a time, safe against kill -9
-                return
-            except sqlite3.OperationalError as error:  # a change of journal mode does not wait for another process
-                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                return self._database.execute(statement, parameters)
+            except sqlite3.OperationalError as error:
+                waited = time.monotonic() - start
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or waited > WAIT_SECONDS:
                     raise
-                time.sleep(0.02)
+            if waited > QUIET_SECONDS and not said:
+                words = f"{self._file} is locked by another process; waiting for it, {WAIT_SECONDS:.0f} seconds at most"
+                tqdm.write(words, file=sys.stderr)
+                said = True
+            time.sleep(0.02)  # a change of journal mode does not wait by itself
 
     def _one(self, query: str) -> Any:
         return self._database.execute(query).fetchone()[0]
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._database.execute("BEGIN IMMEDIATE")
+        self._execute("BEGIN IMMEDIATE")
         try:
             yield
             self._database.execute("COMMIT")
@@ -115,7 +126,7 @@ class Results:
         """The finished results under a key, by doc_id. Raises DataError, JSONError where the file is broken."""
         query = "SELECT doc_id, loglikelihoods, greedy FROM result JOIN run ON run.id = run WHERE key = ?"
         try:
-            rows = self._database.execute(query, [_text(key)]).fetchall()
+            rows = self._execute(query, _text(key)).fetchall()
         except (sqlite3.Error, OverflowError) as error:
             raise DataError(f"{self._file}: cannot be read: {error}") from error
         return {row[0]: self._result(*row) for row in rows}

@@ -98,4 +98,9 @@ def load_backend(name: str, device: str | None = None) -> Backend:
         raise BackendError(f"backend '{name}' cannot be imported: {error}{hint}") from error
     except AttributeError as error:
         raise BackendError(f"backend '{name}': {module} has no {attribute}") from error
+    except (TypeError, ValueError) as error:  # no name of a module, or nothing that is made with device=
+        raise BackendError(f"backend '{name}' is no backend: {error}") from error
+    parts = ("name", "device", "exact", "supports", "load", "operations")
+    if missing := [part for part in parts if not hasattr(backend, part)]:
+        raise BackendError(f"backend '{name}' is no backend: it has no {', '.join(missing)}")
     return backend

@@ -19,7 +19,7 @@ from refmamba.spec.operations import OPERATIONS
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("reference", "torch", "cpu")
 NOT_OFFERED = {
-    "torch": {"sample", "pack4", "unpack4"},  # they run on the host
+    "torch": {"sample", "pack4", "unpack4", "code_grouped"},  # they run on the host
     "cpu": set(OPERATIONS) - {"exp", "softplus", "silu", "log_softmax"},  # the others are fused: whole models show their bits
 }
 MODELS = tiny_models(SCHEMES)

@@ -29,6 +29,7 @@ from refmamba.formats.folder import open_checkpoint
 from refmamba.formats.hub import resolve_model
 from refmamba.formats.tokenizer import load_tokenizer
 from refmamba.run.session import ModelChoice
+from refmamba.spec import SPEC_VERSION
 from refmamba.spec.scheme import parse_scheme
 
 TWO = ("--schemes", "int8,w8-all")
@@ -108,7 +109,12 @@ def test_json_has_the_harness_s_layout_and_names_everything(whole: dict[str, Any
         assert one["config"]["documents_asked_for"]["rte"] == 20
         assert one["higher_is_better"]["lambada"] == {"perplexity": False, "acc": True}
         config = one["config"]
-        assert (config["model"], config["scheme"], config["backend"], config["spec_version"]) == ("small", scheme, "cpu", "1.0")
+        assert (config["model"], config["scheme"], config["backend"], config["spec_version"]) == (
+            "small",
+            scheme,
+            "cpu",
+            SPEC_VERSION,
+        )
         assert config["scheme_map"]["weights"]["in_proj.weight"]["bits"] == 8
         assert len(config["data"]["piqa"]["sha256"]) == len(config["model_sha256"]) == 64
         assert "not the benchmark" in config["data"]["piqa"]["note"]
@@ -125,7 +131,7 @@ def test_samples_give_the_metrics_again(whole: dict[str, Any]) -> None:
             for row in rows:
                 assert row["scheme_map"] == one["config"]["scheme_map"]
                 assert row["data_sha256"] == one["config"]["data"][task]["sha256"]
-                assert (row["model"], row["backend"], row["spec_version"]) == ("small", "cpu", "1.0")
+                assert (row["model"], row["backend"], row["spec_version"]) == ("small", "cpu", SPEC_VERSION)
                 assert len(row["contexts"]) == len(row["continuations"]) == len(row["loglikelihoods"]) == len(row["greedy"])
                 if task in ("hellaswag", "piqa"):
                     per_character = [x / (len(c) - 1) for x, c in zip(row["loglikelihoods"], row["continuations"], strict=True)]

@@ -17,15 +17,18 @@ RULES: dict[str, set[str]] = {
     "backend": {"errors", "spec", "backends"},  # of backends the registry, which is names as text only
     "backends": set(),
     "backends.reference": {"errors", "spec", "backend"},
-    "backends.torch_eager": {"errors", "spec", "backend"},
+    "backends.adapter": {"spec"},  # for the backends that compute on tensors
+    "backends.torch_eager": {"errors", "spec", "backend", "backends.adapter"},
+    "backends.triton": {"errors", "spec", "backend", "backends.adapter"},
     "backends.cpu": {"errors", "spec", "backend"},
     "formats": {"errors", "spec"},
     "run": {"errors", "spec", "backend", "backends", "formats"},
     "conformance": {"errors", "spec", "backend", "backends", "formats", "run"},
     "eval_tasks": {"refmamba", "errors", "spec", "backend", "backends", "formats", "run"},
     "paper": {"errors", "spec", "backend", "backends", "formats", "run", "eval_tasks"},
+    "teach": {"errors", "spec", "backend", "formats", "run", "conformance"},
     "commands": {
-        "refmamba", "errors", "spec", "backend", "backends", "formats", "run", "conformance", "eval_tasks", "paper",
+        "refmamba", "errors", "spec", "backend", "backends", "formats", "run", "conformance", "eval_tasks", "paper", "teach",
     },
     "refmamba": {"errors", "spec", "run"},
     "__main__": {"commands"},

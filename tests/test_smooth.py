@@ -141,9 +141,10 @@ def test_calibration_sees_the_inputs_of_a_forward_with_weights_in_codes(tiny: Pa
     seen: dict[str, F32Array] = {}
     Mamba(quantize_model(tiny, coded)).prefill([TOKENS], logits="all", hook=lambda name, x: seen.__setitem__(name, x))
     found = calibrate(tiny, TOKENS)
-    assert set(found) == {f"layers.{i}.{layer}" for i in range(2) for layer in LINEAR_LAYERS} | {"lm_head"}
-    for site, maxima in found.items():
-        assert_bits(np.abs(seen[f"{site}.in"]).max(axis=0), maxima, site)
+    layers = {f"layers.{i}.{layer}" for i in range(2) for layer in LINEAR_LAYERS}
+    assert set(found) == layers | {f"{layer}.rotated" for layer in layers} | {"lm_head"}
+    for site in (*layers, "lm_head"):
+        assert_bits(np.abs(seen[f"{site}.in"]).max(axis=0), found[site], site)
 
 
 def test_smoothing_undoes_a_planted_power_of_two_exactly(tiny: ParameterSource) -> None:

@@ -156,6 +156,43 @@ def fixed_point(x: Floats, magnitude_bits: int) -> tuple[list[int], int]:
     return [round(Fraction(v) * Fraction(2) ** exponent) for v in x], exponent
 
 
+def grouped(row: Floats, bits: int, group: int) -> tuple[list[int], list[int], float]:
+    """Eq. (30), one row: codes, steps, scale. Squared errors in exact rational numbers; raises where two are so close that the
+    rounding of the sums could decide, but for equal ones."""
+    m, largest = absmax(row), 2 ** (bits - 1) - 1
+    if not m:
+        return [0] * len(row), [1] * -(-len(row) // group), 1.0
+    s = div(126.0, m)
+    codes: list[int] = []
+    steps: list[int] = []
+    for start in range(0, len(row), group):
+        t = [Fraction(v) * Fraction(s) for v in row[start : start + group]]
+        top = min(126 // largest, max(1, math.ceil(max(abs(v) for v in t) / largest)))
+        tried = {}
+        for step in range(top, max(0, top - 6), -1):
+            q = [max(-largest, min(largest, round(v / step))) for v in t]
+            tried[step] = (sum(((v - c * step) ** 2 for v, c in zip(t, q, strict=True)), Fraction(0)), q)
+        least = min(error for error, _ in tried.values())
+        close = [step for step, (error, _) in tried.items() if error != least and error < least * (1 + Fraction(1, 10**9))]
+        assert not close, close
+        step = max(step for step, (error, _) in tried.items() if error == least)
+        steps.append(step)
+        codes += tried[step][1]
+    return codes, steps, s
+
+
+def rotated(row: Floats) -> Floats:
+    """Eq. (31), one row: Hadamard's matrix by its definition on the fixed-point codes, each sum rounded once."""
+    q, e = fixed_point(row, 30)
+    block = len(row) & -len(row)
+    out = []
+    for start in range(0, len(row), block):
+        for i in range(block):
+            total = sum((-1) ** (i & j).bit_count() * q[start + j] for j in range(block))
+            out.append(rounded(Fraction(total) / Fraction(2) ** e))
+    return out
+
+
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """Eq. (16), one token."""
     root = sqrt(add(div(tree([mul(v, v) for v in x]), float(len(x))), f32(eps)))
@@ -188,3 +225,31 @@ def log_softmax(x: Floats) -> Floats:
     shifted = [sub(v, max(x)) for v in x]
     total = log(tree([exp(v) for v in shifted]))
     return [sub(v, total) for v in shifted]
+
+
+def split_product(x: list[int], w: list[int]) -> float:
+    """Eq. (12), one row by one row: blocks of 4096 columns, each joined with one rounding to float64, added in order."""
+    total = 0.0
+    for start in range(0, len(x), 4096):
+        block = x[start : start + 4096]
+        low = [(v + 2048) % 4096 - 2048 for v in w[start : start + 4096]]
+        high = [(v - part) // 4096 for v, part in zip(w[start : start + 4096], low, strict=True)]
+        both = [sum(a * b for a, b in zip(block, part, strict=True)) for part in (high, low)]
+        total += float(both[0] * 4096 + both[1])
+    return total
+
+
+def sample(logits: Floats, draw: float, temperature: float, top_k: int, top_p: float) -> int:
+    """Eq. (26). The running sums are float64, as Python's own floats are."""
+    largest, t = max(logits), f32(temperature)
+    if t == 0:
+        return logits.index(largest)
+    weights = [exp(div(sub(v, largest), t)) for v in logits]
+    order = sorted(range(len(weights)), key=lambda i: -weights[i])[: top_k or None]
+    running, total = [], 0.0
+    for i in order:
+        total += weights[i]
+        running.append(total)
+    if top_p < 1:
+        running = running[: next(i for i, v in enumerate(running) if v >= top_p * total) + 1]
+    return order[next(i for i, v in enumerate(running) if v > draw * running[-1])]

@@ -1,7 +1,7 @@
-"""Write tests/vectors: `python tools/make_vectors.py [operations | tiny | small]`; the same bytes on every run.
+"""Write tests/vectors: `python tools/make_vectors.py [operations | models | small]`; the same bytes on every run.
 
 operations: one file an operation; results by hand, from rational arithmetic (tools/exact.py) or from mpmath.
-tiny:       the tiny generated model, and the SHA-256 of its logits under each scheme; transformers' float64 logits.
+models:     the generated models, and the SHA-256 of their logits under each scheme; transformers' float64 logits.
 small:      the SHA-256 of the logits of the small model inside the package, to be written again when it is retrained.
 """
 
@@ -10,6 +10,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
@@ -22,14 +23,15 @@ import numpy as np
 from refmamba.conformance.models import SCHEMES, sha256_of
 from refmamba.conformance.vectors import encode
 from refmamba.formats.calibration import save_calibration
+from refmamba.formats.checkpoint import read_config
 from refmamba.formats.folder import open_checkpoint
 from refmamba.spec.arith import F32Array
 from refmamba.spec.calibrate import calibrate
 from refmamba.spec.codes import Codes, FixedPoint
-from refmamba.spec.config import MambaConfig
+from refmamba.spec.config import ParameterSource
 from refmamba.spec.mamba1 import Mamba
-from refmamba.spec.parameters import QuantizedModel, quantize_model
-from refmamba.spec.scheme import parse_scheme
+from refmamba.spec.parameters import QuantizedModel, linear_sites, quantize_model
+from refmamba.spec.scheme import parse_scheme, scheme_from_json
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "vectors"
 FRACTIONS = f"independent:fractions, Python {platform.python_version()}"
@@ -196,6 +198,10 @@ def codes() -> None:
         )
     add("code_static", "zero", HAND, [array([[1, -2]]), array(0), 8, "site"], Codes(np.zeros((1, 2), np.int8), array(1), 8),
         "a site that calibration saw only zeros at")  # fmt: skip
+    for name, maximum in (("below 2^-100", 1e-35), ("subnormal", 1e-41)):
+        add("code_static", f"zero, {name}", HAND, [array([[1e-35, -5e-36, 0, 1]]), array(maximum), 8, "site"],
+            Codes(np.zeros((1, 4), np.int8), array(1), 8), "a calibrated absmax below 2^-100 counts as zero too")  # fmt: skip
+    twice()
     rows = np.concatenate([normal(r, 3, 5), array([[1, 2, 4, -4, 0.5], [0] * 5, [below] * 5,
                            [2.0**-99, 2.0**-110, 0, 2.0**-140, 0],
                            [3e38, -1, 2.0**-149, 0, 1], [1, 2.0**-31, 3 * 2.0**-31, -(2.0**-31), 1 + 2.0**-23]])])  # fmt: skip
@@ -222,6 +228,98 @@ def codes() -> None:
     add("unpack4", "every code", HAND, [packed, 16], all_codes, "all sixteen")
 
 
+def twice() -> None:
+    """Vectors of quantize, code and code_static where x*s rounds to a half, which then rounds to an even integer."""
+    comment = "x*s is rounded to float32 first: in float64, or fused, it is not the half that it becomes"
+    step = 2.0**-23
+    add("quantize", "rounded twice", HAND, [array([3.5 - 4 * step, 2.5 - 2 * step]), array(1 + step), 8],
+        np.array([4, 2], np.int8), comment)  # fmt: skip
+    for bits, codes_at in ((8, range(126)), (16, range(16384, 16500))):
+        largest = 1.3
+        s = exact.scale(exact.f32(largest), bits)
+        near_halves = dict.fromkeys(exact.f32((i + 0.5) / s + sign * 2.0**-25) for i in codes_at for sign in (-1, 0, 1))
+        x = [v for v in near_halves if exact.quantize(v, s, bits) != round(Fraction(v) * Fraction(s))][:16]
+        kind: Any = np.int8 if bits == 8 else np.int16
+        q = np.array([[exact.quantize(v, s, bits) for v in [*x, exact.f32(largest)]]], kind)
+        row, coded = array([[*x, largest]]), Codes(q, array(s), bits)
+        add("code_static", f"{bits} bits, rounded twice", FRACTIONS, [row, array(largest), bits, "site"], coded, comment)
+        for granularity in ("per_tensor", "per_row"):
+            shaped = coded if granularity == "per_tensor" else Codes(q, array([[s]]), bits)
+            add(
+                "code",
+                f"{bits} bits, rounded twice, {granularity}",
+                FRACTIONS,
+                [row, bits, "site", granularity],
+                shaped,
+                comment,
+            )
+
+
+def groups() -> None:
+    """code_grouped, code_flattened and rotate."""
+    r = generator(30)
+
+    def grouped(name: str, source: str, x: Any, bits: int, group: int, comment: str) -> None:
+        rows = [exact.grouped(row, bits, group) for row in x.tolist()]
+        q, steps = np.array([row[0] for row in rows], np.int8), np.array([row[1] for row in rows], np.uint8)
+        result = Codes(q, array([[row[2]] for row in rows]), bits, steps, group)
+        add("code_grouped", name, source, [x, bits, group, "w"], result, comment)
+
+    by_hand = array([[126, 63, 7, -1]])
+    add("code_grouped", "by hand", HAND, [by_hand, 4, 2, "w"],
+        Codes(np.array([[7, 4, 7, -1]], np.int8), array([[1]]), 4, np.array([[17, 1]], np.uint8), 2),
+        "18 would clamp nothing and is off by 81 in squares, 17 by 74")  # fmt: skip
+    tie = array([[126] + [0] * 15 + [15, 2] + [0] * 14])
+    add("code_grouped", "equal errors", HAND, [tie, 4, 16, "w"],
+        Codes(np.array([[7] + [0] * 15 + [5, 1] + [0] * 14], np.int8), array([[1]]), 4, np.array([[18, 3]], np.uint8), 16),
+        "the larger of two steps that are equally good")  # fmt: skip
+    grouped(
+        "zeros",
+        FRACTIONS,
+        array([[0, 0, 0], [1e-35, -1e-36, 0], [1, 0, -0.5]]),
+        4,
+        16,
+        "a row of zeros, and one that counts as such",
+    )
+    for bits in (2, 3, 4):
+        x = normal(r, 3, 40) * array([[0.02], [1], [300]])
+        grouped(f"{bits} bits, groups of 16", FRACTIONS, x, bits, 16, "the last group is shorter")
+    grouped("groups of 64", FRACTIONS, normal(r, 2, 130) * array([[1], [1e-20]]), 4, 64, "the last group has two columns")
+    grouped(
+        "one outlier",
+        FRACTIONS,
+        np.where(np.arange(64) == 5, array(900), normal(r, 1, 64)),
+        4,
+        16,
+        "small groups keep their codes",
+    )
+    raises("code_grouped", "NaN", [array([[1, np.nan]]), 4, 16, "w"], "a maximum that drops NaN")
+
+    def flattened(name: str, x: Any, threshold: float, bits: int, comment: str) -> None:
+        limit = array(threshold)
+        s = exact.scale(exact.absmax([float(limit)]), bits)
+        held = [max(min(Fraction(exact.mul(v, s)), Fraction(2**30)), Fraction(-(2**30))) for v in x.ravel().tolist()]
+        q = [0 if exact.absmax([float(limit)]) == 0 else round(v) for v in held]
+        result = Codes(np.array(q, np.int32).reshape(x.shape), array(s), bits)
+        add("code_flattened", name, FRACTIONS, [x, limit, bits, "x"], result, comment)
+
+    flattened("beyond the threshold", array([[2, -1, 0.5, 100, -3.7]]), 1, 8, "held at 127")
+    flattened("beyond 2^30", array([[1e30, -1e30, 1]]), 1, 8, "an integer that wraps around")
+    flattened("a tiny threshold", array([[1, -1]]), 1e-35, 8, "counts as zero: every code is 0")
+    flattened("random", normal(r, 3, 9) * array(5), 2.5, 8, "ordinary values")
+    raises("code_flattened", "infinity", [array([[1, np.inf]]), array(1), 8, "x"], "an infinity that is held at 2^30")
+
+    def turned(name: str, x: Any, comment: str) -> None:
+        add("rotate", name, FRACTIONS, [x, "x"], array([exact.rotated(row) for row in x.tolist()]), comment)
+
+    turned("whole numbers", array([[1, 2, 3, 4], [1, 0, 0, 0]]), "Sylvester's order of the signs")
+    turned("blocks of four", normal(r, 2, 12), "12 channels are three blocks, not one of 16")
+    turned("no block", normal(r, 2, 7), "an odd number of channels is left alone")
+    turned("one outlier", np.where(np.arange(64) == 9, array(3e4), normal(r, 1, 64)), "sums in float32 lose the small ones")
+    turned("large and small", normal(r, 2, 32) * array([[1e30], [1e-30]]), "the power of two is taken off exactly")
+    raises("rotate", "NaN", [array([[np.nan, 1]]), "x"], "a NaN that becomes a code")
+
+
 def products() -> None:
     """Vectors of integer_product and rescale."""
     r = generator(3)
@@ -239,22 +337,17 @@ def products() -> None:
         return np.array(rows, np.float64)
 
     def split(x: FixedPoint, w: FixedPoint) -> Any:
-        def in_blocks(p: list[int], q: list[int]) -> float:
-            total = 0.0
-            for start in range(0, len(p), 4096):
-                lo = [(v + 2048) % 4096 - 2048 for v in q[start : start + 4096]]
-                hi = [(v - low) // 4096 for v, low in zip(q[start : start + 4096], lo, strict=True)]
-                block = p[start : start + 4096]
-                high, low = (sum(a * b for a, b in zip(block, part, strict=True)) for part in (hi, lo))
-                total += float(high * 4096 + low)
-            return total
-
-        return np.array([[in_blocks(p, q) for q in w.q.tolist()] for p in x.q.tolist()], np.float64)
+        return np.array([[exact.split_product(p, q) for q in w.q.tolist()] for p in x.q.tolist()], np.float64)
 
     def product(name: str, x: Any, w: Any, comment: str) -> None:
         fixed_by_fixed = isinstance(x, FixedPoint) and isinstance(w, FixedPoint)
         add("integer_product", name, FRACTIONS, [x, w], split(x, w) if fixed_by_fixed else integer(x, w), comment, "value")
 
+    stepped = Codes(np.array([[1, -7, 3, 2, 7], [7, 7, 7, 7, 7]], np.int8), array([[4], [1]]), 4,
+                    np.array([[2, 18], [18, 18]], np.uint8), 3)  # fmt: skip
+    x = Codes(np.array([[1, 1, 1, 1, 1], [0, 0, 0, 0, -127]], np.int8), array(1), 8)
+    by_step = np.array([[156, 630], [-16002, -16002]], np.float64)  # 2 - 14 + 6 + 36 + 126, and 5 times 126
+    add("integer_product", "groups with steps", HAND, [x, stepped], by_step, "codes without their steps", "value")
     for k in (1, 3, 48, 97):
         product(f"8 by 8 bits, K = {k}", codes_of(8, 2, k), codes_of(8, 3, k), "any length; 48 is the largest dt_rank")
         product(f"fixed by 8 bits, K = {k}", fixed(30, 2, k), codes_of(8, 3, k), "unquantized activations")
@@ -277,6 +370,11 @@ def products() -> None:
         FixedPoint(np.full((1, 4099), 2**22 - 1, np.int32), zero),
         "two blocks, joined in order",
     )
+    other = generator(32)  # the first seed whose sum tells every other length of the blocks
+    long_x = other.integers(-(2**30), 2**30 + 1, (1, 4200)).astype(np.int32)
+    long_w = other.integers(-(2**22), 2**22 + 1, (1, 4200)).astype(np.int32)
+    product("blocks of 4096", FixedPoint(long_x, zero), FixedPoint(long_w, zero),
+            "one sum over all 4200 columns, or blocks of another length, rounds to another integer")  # fmt: skip
     product(
         "a zero of length 1",
         Codes(np.array([[-3]], np.int8), array(1), 8),
@@ -452,12 +550,25 @@ def block() -> None:
         array([[0, -200], [0, -2e30]]),
         "the small ones are exp's +0",
     )
+    add("log_softmax", "all negative", FRACTIONS, [array([[-1, -2, -3]])], array([exact.log_softmax([-1.0, -2.0, -3.0])]),
+        "the maximum is -1, not 0")  # fmt: skip
     four = array([5, 5, 5, 5, -1e9])
     for draw, token in ((0.0, 0), (0.2499, 0), (0.25, 1), (0.5, 2), (0.9999, 3)):
         add("sample", f"draw {draw}", HAND, [four, draw], token, "a running sum that equals the draw is passed over")
     add("sample", "temperature 0", HAND, [array([1, 3, 2, 3]), 0.9, 0.0], 1, "the first largest")
     add("sample", "top 2", HAND, [four, 0.75, 1.0, 2], 1, "equal ones by index: 0 and 1 are left")
     add("sample", "top half", HAND, [four, 0.75, 1.0, 0, 0.5], 1, "two hold half exactly, so no third is taken")
+    add("sample", "the draw is of what is kept", HAND, [four, 0.3, 1.0, 0, 0.5], 0,
+        "0.3 of 2, not of the 4 before the cut")  # fmt: skip
+    add("sample", "top_k before top_p", HAND, [four, 0.75, 1.0, 2, 0.5], 0, "half of the 2 that top_k keeps is one")
+    add("sample", "temperature below float32", HAND, [array([1, 3, 2, 3]), 0.9, 1e-50], 1, "as float32 it is 0")
+    warm = array([1.3, 0.2, -0.5, 0.9, 2.1])
+    tail = array([0, *[-18] * 40])
+    for name, logits, draw, t, comment in (
+        ("temperature in float32", warm, 0.580450985, 0.8, "0.8 in float64 moves the border past the draw"),
+        ("running sums in float64", tail, 0.9999999, 1.0, "in float32 the 40 small weights add nothing"),
+    ):
+        add("sample", name, FRACTIONS, [logits, draw, t], exact.sample(logits.tolist(), draw, t, 0, 1.0), comment)
     add("sample", "cold", HAND, [array([0, 1]), 0.0, 0.01], 1, "e^-100 is +0: only the largest is left, and it comes first")
 
 
@@ -484,6 +595,7 @@ def write_operations() -> None:
     """Write tests/vectors/operations."""
     functions()
     codes()
+    groups()
     products()
     block()
     folder = FOLDER / "operations"
@@ -494,57 +606,195 @@ def write_operations() -> None:
         (folder / f"{operation}.json").write_text(f"{head}{lines}\n]}}\n", encoding="utf-8")
 
 
-def write_tiny() -> None:
-    """Write tests/vectors/tiny: the model, its calibration, and what comes out."""
-    import torch
-    import transformers
+@dataclass(frozen=True)
+class Generated:
+    """A generated model: its config.json, the seed of its weights, its sequences, its schemes by name and as JSON values."""
+
+    config: dict[str, Any]
+    seed: int
+    sequences: list[list[int]]
+    schemes: tuple[str, ...]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def hugging_face(hidden: int, layers: int, vocabulary: int, **others: Any) -> dict[str, Any]:
+    """A config.json; the last entry is only for transformers."""
+    sizes: dict[str, Any] = {
+             "hidden_size": hidden, "num_hidden_layers": layers, "vocab_size": vocabulary, "state_size": 16, "conv_kernel": 4,
+             "expand": 2, "time_step_rank": 3, "layer_norm_epsilon": 1e-5, "use_bias": True, "use_conv_bias": True,
+             "tie_word_embeddings": True, "hidden_act": "silu"}  # fmt: skip
+    sizes |= others
+    sizes["intermediate_size"] = sizes["expand"] * hidden
+    return {"model_type": "mamba", "architectures": ["MambaForCausalLM"], **sizes}
+
+
+def sequences_of(seed: int, vocabulary: int, *lengths: int) -> list[list[int]]:
+    """Random sequences of these lengths."""
+    r = generator(seed)
+    return [r.integers(0, vocabulary, length).tolist() for length in lengths]
+
+
+def chosen(scale: str, **bits: int) -> dict[str, Any]:
+    """Sites of a scheme with one kind of scale; __ stands for the dot."""
+    return {site.replace("__", "."): {"bits": n, "scale": scale} for site, n in bits.items()}
+
+
+MIXED = {
+    "name": "mixed",
+    "weights": chosen("per_channel", embedding__weight=5, lm_head__weight=5, in_proj__weight=3, dt_proj__weight=7,
+                      conv1d__weight=6, A_log=7)
+    | chosen("per_tensor", x_proj__weight=5, out_proj__weight=6, D=5, norm__weight=7, norm_f__weight=6),
+    "inputs": chosen("per_token", in_proj=7, dt_proj=6, lm_head=5) | chosen("static", x_proj=5, out_proj=3),
+    "outputs": chosen("per_token", in_proj=9, x_proj=11, dt_proj=5, out_proj=7),
+}  # fmt: skip
+WHOLE = {
+    "name": "whole",
+    "weights": chosen("per_channel", x_proj__weight=3, out_proj__weight=5) | chosen("per_tensor", dt_proj__weight=6),
+    "inputs": chosen("per_tensor", in_proj=6, x_proj=7, dt_proj=5, lm_head=3),
+    "outputs": chosen("per_tensor", in_proj=10, dt_proj=3) | chosen("per_token", x_proj=12, out_proj=15),
+}
+METHODS = {
+    "name": "methods",
+    "weights": {
+        "in_proj.weight": {"bits": 3, "scale": "grouped", "group": 16},
+        "x_proj.weight": {"bits": 2, "scale": "grouped"},
+        "out_proj.weight": {"bits": 4, "scale": "grouped", "group": 32},
+        "lm_head.weight": {"bits": 4, "scale": "grouped", "group": 16},
+    },
+    "inputs": {
+        "in_proj": {"bits": 6, "scale": "per_token_outliers", "threshold": 1.5},
+        "x_proj": {"bits": 7, "scale": "static"},
+        "dt_proj": {"bits": 8, "scale": "per_token_outliers"},
+        "out_proj": {"bits": 5, "scale": "flattened", "quantile": 0.5},
+    },
+    "outputs": chosen("per_token", in_proj=9),
+    "rotate": ["x_proj", "out_proj"],
+}
+GENERATED = {
+    "tiny": Generated(hugging_face(20, 2, 67), 5, TINY_SEQUENCES, SCHEMES),
+    # An untied head, no bias but dt_proj's, an odd number of states and of taps, six sequences at once, odd widths.
+    "untied": Generated(
+        hugging_face(18, 2, 71, state_size=5, conv_kernel=3, expand=3, time_step_rank=2, use_bias=False, use_conv_bias=False,
+                     tie_word_embeddings=False),
+        6, sequences_of(7, 71, 33, 1, 7, 2, 19, 66),
+        ("fp32", "w3-mlp", "w5-all", "w6-mlp", "w7-all", "w8a8-all", "int8", "int8-static", "int8-smooth"),
+        {"mixed": MIXED, "whole": WHOLE, "methods": METHODS},
+    ),
+    # More tokens than a kernel takes at a time; another epsilon; as many channels as the residual stream is wide.
+    "long": Generated(
+        hugging_face(16, 2, 53, state_size=3, conv_kernel=5, expand=1, layer_norm_epsilon=1e-3),
+        8, sequences_of(9, 53, 300, 17, 1, 258, 64),
+        ("fp32", "w8-all", "w8a8-mlp", "w4a16-all", "int8", "int8-static", "int8-smooth"),
+    ),
+}  # fmt: skip
+
+
+def stored_name(name: str) -> str:
+    """The name of a parameter in Hugging Face's layout."""
+    if name.startswith("layers.") and ".norm." not in name:
+        return "backbone.{}.{}.mixer.{}".format(*name.split(".", 2))
+    return name if name == "lm_head.weight" else "backbone." + name.replace("embedding.", "embeddings.")
+
+
+def save_model(folder: Path, config: dict[str, Any], parameter: Callable[[str, tuple[int, ...]], F32Array]) -> ParameterSource:
+    """Write config.json and model.safetensors of random or given parameters, and open them."""
     from safetensors.numpy import save_file
 
-    folder, r = FOLDER / "tiny", generator(5)
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = {"hidden_size": 20, "num_hidden_layers": 2, "vocab_size": 67, "state_size": 16, "conv_kernel": 4, "expand": 2,
-             "time_step_rank": 3, "layer_norm_epsilon": 1e-5, "use_bias": True, "use_conv_bias": True,
-             "tie_word_embeddings": True, "hidden_act": "silu", "intermediate_size": 40}  # fmt: skip
-    config = {"model_type": "mamba", "architectures": ["MambaForCausalLM"], **sizes}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    shapes = MambaConfig(20, 2, 67, dt_rank=3, use_bias=True).shapes()
     tensors = {}
-    for name, shape in shapes.items():
+    for name, shape in read_config(folder / "config.json", config).shapes().items():
+        x = parameter(name, shape)
+        tensors[stored_name(name)] = x[:, None] if name.endswith("conv1d.weight") else x
+    save_file(tensors, folder / "model.safetensors")
+    source = open_checkpoint(folder)
+    assert not isinstance(source, QuantizedModel)
+    return source
+
+
+def write_expected(folder: Path, expected: dict[str, Any]) -> None:
+    """Write expected.json."""
+    (folder / "expected.json").write_text(json.dumps({"format": 1} | expected, indent=1) + "\n", encoding="utf-8")
+
+
+def write_models() -> None:
+    """Write the generated models of tests/vectors: weights, calibration, and what comes out."""
+    for name, model in GENERATED.items():
+        write_model(FOLDER / name, model)
+    write_edges()
+
+
+def write_weights(folder: Path, model: Generated) -> tuple[ParameterSource, dict[str, F32Array]]:
+    """Write a generated model's weights and its calibration, and give both."""
+    r = generator(model.seed)
+
+    def parameter(name: str, shape: tuple[int, ...]) -> F32Array:
         x = normal(r, *shape) * array(0.4)
         if name.endswith("A_log"):
-            x = np.log(np.arange(1, 17)).astype(np.float32) + x
+            x = np.log(np.arange(1, shape[1] + 1)).astype(np.float32) + x
         elif "norm" in name or name.endswith(".D"):
             x = 1 + x
         elif name.endswith("dt_proj.bias"):
             x = x * 4 - 2
-        if name.endswith("conv1d.weight"):
-            x = x[:, None]
-        stored = "backbone." + name.replace("embedding.", "embeddings.")
-        if name.startswith("layers.") and ".norm." not in name:
-            stored = "backbone.{}.{}.mixer.{}".format(*name.split(".", 2))
-        tensors[stored] = x.astype(np.float32)
-    save_file(tensors, folder / "model.safetensors")
-    source = open_checkpoint(folder)
-    assert not isinstance(source, QuantizedModel)
-    absmax = calibrate(source, np.array(TINY_SEQUENCES[0]))
+        return x.astype(np.float32)
+
+    source = save_model(folder, model.config, parameter)
+    absmax = calibrate(source, np.array(max(model.sequences, key=len)))
     save_calibration(absmax, folder / "calibration.json")
+    return source, absmax
+
+
+def write_model(folder: Path, model: Generated) -> None:
+    """Write one of them; transformers computes its logits without a scheme."""
+    import torch
+    import transformers
+
+    source, absmax = write_weights(folder, model)
+    schemes = {name: parse_scheme(name) for name in model.schemes}
+    for name, values in model.files.items():
+        (folder / "schemes").mkdir(exist_ok=True)
+        (folder / "schemes" / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        schemes[name] = scheme_from_json(values)
     hashes = {}
-    for name in SCHEMES:
-        runner = Mamba(quantize_model(source, parse_scheme(name), absmax))
-        logits, _ = runner.prefill([np.array(s) for s in TINY_SEQUENCES], logits="all")
+    for name, scheme in schemes.items():
+        logits, _ = Mamba(quantize_model(source, scheme, absmax)).prefill(list(map(np.array, model.sequences)), logits="all")
         hashes[name] = sha256_of(logits)
     torch.set_default_dtype(torch.float64)
     peer: Any = transformers.MambaForCausalLM.from_pretrained(folder, dtype=torch.float64)
     peer.eval()
     with torch.no_grad():
-        logits64 = peer(torch.tensor([TINY_SEQUENCES[0]]), use_cache=False).logits[0, -8:].double().numpy()
+        logits64 = peer(torch.tensor([model.sequences[0]]), use_cache=False).logits[0, -8:].double().numpy()
     from_transformers = {
         "source": f"independent:transformers {transformers.__version__}, float64", "compare": "close:1e-5", "sequence": 0,
         "result": encode(logits64),
     }  # fmt: skip
     frozen = {"source": "spec", "compare": "exact", "schemes": hashes}
-    expected = {"format": 1, "sequences": TINY_SEQUENCES, "logits_sha256": frozen, "fp32_last_8": from_transformers}
-    (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
+    write_expected(folder, {"sequences": model.sequences, "logits_sha256": frozen, "fp32_last_8": from_transformers})
+
+
+def write_edges() -> None:
+    """Write tests/vectors/edges: finite weights whose logits are no numbers, and a calibrated maximum that counts as zero.
+
+    `int8`: a row of the head is so large that the product of its scale and the token's is +0, and 0/0 no number.
+    `int8-static`: lm_head's maximum is below 2^-100, so all its codes are 0, and all logits +0.0.
+    """
+    r, folder, sequence = generator(10), FOLDER / "edges", [5, 6, 3, 7]
+    head = np.where(np.arange(10)[:, None] > 2, normal(r, 10, 8) * array(1e22), array(0))
+    head[1, :3] = array(1e22)
+    special = {"norm_f.weight": array([0, 0, 0, 0, 1e30, 1e30, 1e30, 1e30]), "lm_head.weight": head}
+
+    def parameter(name: str, shape: tuple[int, ...]) -> F32Array:
+        return special.get(name, normal(r, *shape) * array(0.1))
+
+    config = hugging_face(8, 1, 10, time_step_rank=1, use_bias=False, tie_word_embeddings=False)
+    source = save_model(folder, config, parameter)
+    shapes = {site: source.config.shapes()[f"{site}.weight"][1:] for site in linear_sites(source.config)}
+    absmax = {site: np.full(shape, 1e-35 if site == "lm_head" else 1, np.float32) for site, shape in shapes.items()}
+    save_calibration(absmax, folder / "calibration.json")
+    zeros = hashlib.sha256(bytes(4 * len(sequence) * 10)).hexdigest()
+    frozen = {"source": HAND, "compare": "exact", "schemes": {"int8-static": zeros}}
+    raised = dict.fromkeys(("int8", "fp32"), "NonFiniteError")
+    write_expected(folder, {"sequences": [sequence], "logits_sha256": frozen, "raises": raised})
 
 
 def write_small() -> None:
@@ -564,6 +814,6 @@ def write_small() -> None:
 
 
 if __name__ == "__main__":
-    parts = {"operations": write_operations, "tiny": write_tiny, "small": write_small}
-    for part in sys.argv[1:] or ["operations", "tiny"]:
+    parts = {"operations": write_operations, "models": write_models, "small": write_small}
+    for part in sys.argv[1:] or ["operations", "models"]:
         parts[part]()

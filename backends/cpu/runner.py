@@ -24,23 +24,16 @@ from refmamba.backends.cpu.state import State
 from refmamba.backends.cpu.threads import Threads
 from refmamba.errors import BackendError, NonFiniteError
 from refmamba.spec.arith import F32Array, IntArray, f32
-from refmamba.spec.coders import (
-    Coder,
-    ParameterPerChannel,
-    ParameterPerTensor,
-    PerTensor,
-    PerToken,
-    Smooth,
-    Static,
-    Unquantized,
-)
+from refmamba.spec.coders import Coder, ParameterPerChannel, ParameterPerTensor, PerTensor, PerToken, Static, Unquantized
 from refmamba.spec.codes import ABSMAX_ZERO, ACTIVATION_BITS, BLOCK, Codes, dequantize, scale_of
+from refmamba.spec.config import kind_of
 from refmamba.spec.linear import Linear
 from refmamba.spec.mamba1 import Positions, check_call, check_logits, one_each
 from refmamba.spec.ops import state_matrix
-from refmamba.spec.parameters import QuantizedModel, kind_of, linear_sites
+from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.scheme import LINEAR_LAYERS
 from refmamba.spec.trace import Hook
+from refmamba.spec.transforms import Smooth
 
 PASS_ROWS = 256  # tokens that go through the layers together, to bound memory; the bits do not depend on it
 NEVER = 2**31  # more rows than a pass has

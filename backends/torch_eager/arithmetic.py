@@ -14,6 +14,7 @@ from refmamba.errors import NonFiniteError
 from refmamba.spec import arith
 from refmamba.spec import codes as spec
 from refmamba.spec.codes import BLOCK, LOW_PART
+from refmamba.spec.transforms import hadamard_block
 
 SCAN_CHUNK = 64  # tokens discretized at a time, to bound memory
 
@@ -147,6 +148,27 @@ def code_static(x: Tensor, static_absmax: Tensor, bits: int, site: str) -> Codes
     m = torch.where(static_absmax < float(spec.ABSMAX_ZERO), torch.zeros_like(static_absmax), static_absmax)
     scale = scale_of(m, bits)
     return Codes(to_codes(torch.where(m == 0, torch.zeros_like(x), x), scale, bits), scale)
+
+
+def code_flattened(x: Tensor, threshold: Tensor, bits: int, site: str) -> Codes:
+    """Eq. (33). threshold: shape ()."""
+    absmax(x, site, (-2, -1))
+    m = torch.where(threshold < float(spec.ABSMAX_ZERO), torch.zeros_like(threshold), threshold)
+    scale, most = scale_of(m, bits), 2.0**spec.ACTIVATION_BITS
+    scaled = (torch.where(m == 0, torch.zeros_like(x), x) * scale).clamp(-most, most)
+    return Codes(torch.round(scaled).int(), scale)
+
+
+def rotate(x: Tensor, site: str) -> Tensor:
+    """Eq. (31): sums of integers, then one rounding to float32."""
+    codes, block, half = fixed_point(x, spec.ACTIVATION_BITS, site), hadamard_block(x.shape[-1]), 1
+    q = codes.q.long()
+    while half < block:
+        pairs = q.reshape(*q.shape[:-1], -1, 2, half)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        q = torch.stack([a + b, a - b], -2).reshape(q.shape)
+        half *= 2
+    return (q.double() * two_to_f64(-codes.exponent)).float()
 
 
 def fixed_point(x: Tensor, magnitude_bits: int, site: str) -> FixedPoint:

@@ -13,6 +13,7 @@ from refmamba.backends.torch_eager.arithmetic import (
     FixedPoint,
     absmax,
     code,
+    code_flattened,
     code_static,
     conv1d,
     discretize,
@@ -26,6 +27,7 @@ from refmamba.backends.torch_eager.arithmetic import (
     log_softmax,
     rescale,
     rms_norm,
+    rotate,
     scale_of,
     selective_scan,
     silu,
@@ -81,7 +83,7 @@ class Torch:
     def operations(self) -> Mapping[str, Callable[..., Any]]:
         """The operations that run on the device, on NumPy arrays and one sequence.
 
-        Not sample, pack4 and unpack4: they choose a token or store codes and run on the host.
+        Not sample, pack4, unpack4 and code_grouped: they choose a token, store codes or make weights, and run on the host.
         """
         return Operations(self._device).by_name()
 
@@ -95,8 +97,8 @@ class Operations:
     def by_name(self) -> dict[str, Callable[..., Any]]:
         """Each operation under its name."""
         plain = {f.__name__: self._plain(f) for f in (exp, log, log1p, softplus, silu, tree_sum, rms_norm, log_softmax)}
-        own = (self.absmax, self.quantize, self.code, self.code_static, self.fixed_point, self.integer_product,
-               self.rescale, self.embed, self.conv1d, self.discretize, self.selective_scan)  # fmt: skip
+        own = (self.absmax, self.quantize, self.code, self.code_static, self.code_flattened, self.rotate, self.fixed_point,
+               self.integer_product, self.rescale, self.embed, self.conv1d, self.discretize, self.selective_scan)  # fmt: skip
         return (
             plain
             | {f.__name__: f for f in own}
@@ -113,7 +115,7 @@ class Operations:
 
     def _codes(self, x: spec.Codes | spec.FixedPoint) -> Codes | FixedPoint:
         if isinstance(x, spec.Codes):
-            return Codes(self._in(x.q), self._in(x.scale))
+            return Codes(self._in(x.integers()), self._in(x.scale))
         return FixedPoint(self._in(x.q), self._in(x.exponent)[:, None])
 
     def _plain(self, f: Callable[..., Tensor]) -> Callable[..., Any]:
@@ -143,6 +145,15 @@ class Operations:
         """codes.code_static."""
         codes = code_static(self._in(x), self._in(static_absmax), bits, site)
         return spec.Codes(codes.q.cpu().numpy(), codes.scale.cpu().numpy(), bits)
+
+    def code_flattened(self, x: F32Array, threshold: F32Array, bits: int, site: str) -> spec.Codes:
+        """codes.code_flattened."""
+        codes = code_flattened(self._in(x), self._in(threshold), bits, site)
+        return spec.Codes(codes.q.cpu().numpy(), codes.scale.cpu().numpy(), bits)
+
+    def rotate(self, x: F32Array, site: str) -> Any:
+        """transforms.rotate."""
+        return rotate(self._in(x), site).cpu().numpy()
 
     def fixed_point(self, x: F32Array, magnitude_bits: int, site: str) -> spec.FixedPoint:
         """codes.fixed_point."""

@@ -1,6 +1,6 @@
 """One model in eager PyTorch: a batch at a time, on a CPU or a CUDA device by the same code, with the same bits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, overload
 
@@ -12,6 +12,7 @@ from refmamba.backends.torch_eager.arithmetic import (
     Codes,
     FixedPoint,
     code,
+    code_flattened,
     code_static,
     conv1d,
     embed,
@@ -21,15 +22,17 @@ from refmamba.backends.torch_eager.arithmetic import (
     integer_product,
     rescale,
     rms_norm,
+    rotate,
     selective_scan,
     silu,
     softplus,
     tensor,
     two_to_f64,
 )
-from refmamba.spec import coders, linear
+from refmamba.spec import coders, linear, transforms
 from refmamba.spec import codes as spec
 from refmamba.spec.arith import F32Array, IntArray
+from refmamba.spec.linear import numbered
 from refmamba.spec.mamba1 import Positions, check_call, check_logits, one_each
 from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.trace import Hook
@@ -75,26 +78,50 @@ class Batch:
 
 
 class Coder(Protocol):
-    """Codes of a batch's activations (B, T, K)."""
+    """Codes of a batch's activations (B, T, K): one factor for each part."""
 
-    def __call__(self, x: Tensor, site: str, batch: Batch) -> Codes | FixedPoint:
+    def __call__(self, x: Tensor, site: str, batch: Batch) -> Sequence[Codes | FixedPoint]:
         """Raises NonFiniteError, naming the site."""
 
 
 def coder_of(coder: coders.Coder, device: torch.device) -> Coder:
     """This backend's form of one of the specification's coders."""
-    if isinstance(coder, coders.PerToken | coders.PerTensor):
-        bits, axes = coder.bits, (-1,) if isinstance(coder, coders.PerToken) else (-2, -1)
-        return lambda x, site, batch: code(batch.masked(x), bits, site, axes)
-    if isinstance(coder, coders.Static):
-        static, bits = tensor(coder.absmax, device), coder.bits
-        return lambda x, site, batch: code_static(batch.masked(x), static, bits, site)
-    return lambda x, site, batch: fixed_point(batch.masked(x), spec.ACTIVATION_BITS, site)
+    match coder:
+        case coders.PerToken(bits=bits):
+            return lambda x, site, batch: [code(batch.masked(x), bits, site, (-1,))]
+        case coders.PerTensor(bits=bits):
+            return lambda x, site, batch: [code(batch.masked(x), bits, site, (-2, -1))]
+        case coders.Static(bits=bits, absmax=absmax):
+            static = tensor(absmax, device)
+            return lambda x, site, batch: [code_static(batch.masked(x), static, bits, site)]
+        case coders.Flattened(bits=bits, absmax=absmax):
+            limit = tensor(absmax, device)
+            return lambda x, site, batch: [code_flattened(batch.masked(x), limit, bits, site)]
+        case coders.PerTokenOutliers(bits=bits, threshold=threshold):
+            return lambda x, site, batch: outliers_apart(batch.masked(x), bits, threshold, site)
+        case _:
+            return lambda x, site, batch: [fixed_point(batch.masked(x), spec.ACTIVATION_BITS, site)]
+
+
+def outliers_apart(x: Tensor, bits: int, threshold: float, site: str) -> Sequence[Codes | FixedPoint]:
+    """Eq. (32): the values below the threshold in codes, the others, NaN among them, in fixed point."""
+    inside, zero = x.abs() < float(np.float32(threshold)), torch.zeros_like(x)
+    below, outliers = torch.where(inside, x, zero), torch.where(inside, zero, x)
+    return [code(below, bits, site, (-1,)), fixed_point(outliers, spec.ACTIVATION_BITS, site)]
 
 
 KNOWN = frozenset({
-    coders.ParameterPerTensor, coders.ParameterPerChannel, coders.PerToken, coders.PerTensor, coders.Static, coders.Smooth,
+    coders.ParameterPerTensor, coders.ParameterPerChannel, coders.ParameterGrouped, coders.PerToken, coders.PerTensor,
+    coders.Static, coders.Flattened, coders.PerTokenOutliers, transforms.Smooth, transforms.Hadamard,
 })  # fmt: skip
+
+
+def transform_of(transform: transforms.Transform, device: torch.device) -> Callable[[Tensor, str], Tensor]:
+    """This backend's form of one of the specification's transforms of an input."""
+    if isinstance(transform, transforms.Smooth):
+        power = two_to_f64(-tensor(transform.exponents, device))
+        return lambda x, site: (x.double() * power).float()  # eq. (29)
+    return rotate
 
 
 class Linear:
@@ -102,8 +129,7 @@ class Linear:
 
     def __init__(self, layer: linear.Linear, weight: Codes | FixedPoint, device: torch.device) -> None:
         self.site, self.weight = layer.site, weight
-        smooth = [transform for transform in layer.transforms if isinstance(transform, coders.Smooth)]
-        self.powers = [two_to_f64(-tensor(transform.exponents, device)) for transform in smooth]
+        self.transforms = [transform_of(transform, device) for transform in layer.transforms]
         self.input = coder_of(layer.input, device)
         self.output = None if layer.output is None else coder_of(layer.output, device)
         self.bias = None if layer.bias is None else tensor(layer.bias, device)
@@ -112,17 +138,24 @@ class Linear:
         """Eq. (7) to (13). (B, T, K) -> (B, T, rows). int8: int8_product is exact."""
         site, see = self.site, batch.see
         see(f"{site}.in", x)
-        for power in self.powers:
-            x = (x.double() * power).float()  # eq. (29)
-            see(f"{site}.transformed", x)
-        codes = self.input(x, f"{site}.in", batch)
-        see(f"{site}.in_codes", codes.q)
-        acc = integer_product(codes, self.weight, int8)
-        see(f"{site}.acc", acc)
-        y = rescale(acc, codes, self.weight)
-        see(f"{site}.result", y)
+        for n, transform in enumerate(self.transforms):
+            x = transform(batch.masked(x), f"{site}.in")
+            see(numbered(f"{site}.transformed", n), x)
+        y: Tensor | None = None
+        for n, codes in enumerate(self.input(x, f"{site}.in", batch)):
+            see(numbered(f"{site}.in_codes", n), codes.q)
+            acc = integer_product(codes, self.weight, int8)
+            see(numbered(f"{site}.acc", n), acc)
+            value = rescale(acc, codes, self.weight)
+            see(numbered(f"{site}.result", n), value)
+            if y is None:
+                y = value
+            else:
+                y = y + value
+                see(numbered(f"{site}.sum", n - 1), y)
+        assert y is not None
         if self.output is not None:
-            out = self.output(y, f"{site}.result", batch)
+            (out,) = self.output(y, f"{site}.result", batch)
             assert isinstance(out, Codes)
             see(f"{site}.out_codes", out.q)
             y = out.dequantize()
@@ -164,7 +197,7 @@ class Mamba:
     def _moved(self, param: spec.FixedPoint) -> FixedPoint: ...
     def _moved(self, param: spec.Param) -> Tensor | Codes | FixedPoint:
         if isinstance(param, spec.Codes):
-            return Codes(tensor(param.q, self.device), tensor(param.scale, self.device))
+            return Codes(tensor(param.integers(), self.device), tensor(param.scale, self.device))
         if isinstance(param, spec.FixedPoint):
             return FixedPoint(tensor(param.q, self.device), tensor(param.exponent, self.device)[:, None])
         return tensor(param, self.device)

@@ -7,12 +7,14 @@ from dataclasses import asdict
 import click
 
 from refmamba.backend import load_backend
+from refmamba.commands.against import against_option
 from refmamba.commands.options import backend_option, device_option, json_option, names_option
 from refmamba.conformance.models import SCHEMES
 from refmamba.conformance.operations import Row
-from refmamba.conformance.verify import run_checks
+from refmamba.conformance.verify import count_checks, run_checks
 from refmamba.errors import DataError
 from refmamba.formats.scheme import open_scheme
+from refmamba.run.progress import bar, say
 from refmamba.spec import SPEC_VERSION
 
 
@@ -28,9 +30,15 @@ def table_line(row: Row) -> str:
 @backend_option
 @device_option
 @names_option("--schemes", default=",".join(SCHEMES), help="With commas.")
+@click.option("--tolerance", "tolerance_name", help="With --against: float32, float16, bfloat16, or ulp:N.")
 @json_option
-def command(model: str | None, backend: str, device: str | None, schemes: tuple[str, ...], as_json: bool) -> None:
+@against_option
+def command(
+    model: str | None, backend: str, device: str | None, schemes: tuple[str, ...], tolerance_name: str | None, as_json: bool
+) -> None:  # fmt: skip
     """Compare a backend with the specification, bit by bit; exit status 1 if it differs."""
+    if tolerance_name is not None:
+        raise DataError("--tolerance goes with --against")
     for scheme in schemes:
         open_scheme(scheme)
     implementation = load_backend(backend, device)
@@ -41,11 +49,13 @@ def command(model: str | None, backend: str, device: str | None, schemes: tuple[
         click.echo(
             f"{backend} on {implementation.device}, specification {SPEC_VERSION}\n{'check':<20} {'scheme':<12} cases exact"
         )
-    for row, wrong in run_checks(implementation, schemes, model):
-        rows.append(row)
-        first = first or wrong
-        if not as_json:
-            click.echo(table_line(row))
+    with bar(count_checks(schemes, model), "verifying", "check") as checked:
+        for row, wrong in run_checks(implementation, schemes, model):
+            rows.append(row)
+            first = first or wrong
+            checked.update()
+            if not as_json:
+                say(table_line(row))
     ok = first is None
     if as_json:
         result = {"backend": backend, "device": implementation.device, "specification": SPEC_VERSION, "ok": ok,

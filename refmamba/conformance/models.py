@@ -1,7 +1,6 @@
 """Whole models: a backend beside the reference, in every way of calling, and frozen hashes."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +10,7 @@ from refmamba.backend import Backend
 from refmamba.conformance.comparison import Difference, difference
 from refmamba.conformance.locate import locate
 from refmamba.conformance.operations import Row
-from refmamba.conformance.vectors import decode, vectors_folder
-from refmamba.formats.calibration import load_calibration
-from refmamba.formats.folder import open_checkpoint
+from refmamba.conformance.vectors import decode, generated_model
 from refmamba.formats.scheme import open_scheme
 from refmamba.spec.arith import F32Array
 from refmamba.spec.mamba1 import Mamba
@@ -157,20 +154,16 @@ def check_frozen(backend: Backend, models: Mapping[str, QuantizedModel], expecte
 
 def tiny_models(schemes: Sequence[str]) -> dict[str, QuantizedModel]:
     """The tiny model in the vectors, under each scheme."""
-    folder = vectors_folder() / "tiny"
-    source = open_checkpoint(folder)
-    calibration = load_calibration(folder / "calibration.json", source.config)
-    assert not isinstance(source, QuantizedModel)
+    source, calibration, _, _ = generated_model("tiny")
     return {name: quantize_model(source, open_scheme(name), calibration) for name in schemes}
 
 
 def tiny_expected() -> dict[str, Any]:
     """What the tiny model gives."""
-    expected: dict[str, Any] = json.loads((vectors_folder() / "tiny" / "expected.json").read_text("utf-8"))
-    return expected
+    return generated_model("tiny").expected
 
 
 SCHEMES = (
     "fp32", "w8-mlp", "w8-all", "w4-mlp", "w4-all", "w2-all", "w8a8-mlp", "w8a8-all", "w8a4-mlp", "w4a16-all",
-    "int8", "int8-static", "int8-smooth",
+    "int8", "int8-static", "int8-smooth", "int4", "int4-all", "int8-hadamard", "llm-int8", "flatten-int8",
 )  # fmt: skip

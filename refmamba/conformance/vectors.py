@@ -1,13 +1,21 @@
 """Test vectors: data with a source; tests/vectors/README.md tells their format. They lie in the package as `vectors`."""
 
 import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from refmamba.formats.calibration import load_calibration
+from refmamba.formats.folder import open_checkpoint
+from refmamba.formats.scheme import open_scheme
+from refmamba.spec.arith import F32Array
 from refmamba.spec.codes import Codes, FixedPoint
+from refmamba.spec.config import ParameterSource
+from refmamba.spec.parameters import QuantizedModel
+from refmamba.spec.scheme import Scheme
 
 DTYPES = {"f32": "<f4", "f64": "<f8", "i8": "i1", "i16": "<i2", "i32": "<i4", "i64": "<i8", "u8": "u1"}
 
@@ -61,3 +69,33 @@ def read_vectors(operation: str) -> list[dict[str, Any]]:
     data = json.loads((vectors_folder() / "operations" / f"{operation}.json").read_text("utf-8"))
     vectors: list[dict[str, Any]] = data["vectors"]
     return vectors
+
+
+class GeneratedModel(NamedTuple):
+    """A generated model of the vectors.
+
+    source: its checkpoint. calibration: of each site the absolute maxima of the input channels, float32 (K,). expected: what
+    is in expected.json. schemes: by name, those that expected.json has a result for.
+    """
+
+    source: ParameterSource
+    calibration: Mapping[str, F32Array]
+    expected: dict[str, Any]
+    schemes: dict[str, Scheme]
+
+
+def generated_models() -> list[str]:
+    """The names of the generated models, which are the folders that hold them."""
+    return sorted(file.parent.name for file in vectors_folder().glob("*/expected.json"))
+
+
+def generated_model(name: str) -> GeneratedModel:
+    """A generated model with its calibration, its expected results and its schemes, those of its own files included."""
+    folder = vectors_folder() / name
+    source = open_checkpoint(folder)
+    assert not isinstance(source, QuantizedModel)
+    expected: dict[str, Any] = json.loads((folder / "expected.json").read_text("utf-8"))
+    files = {file.stem: file for file in sorted((folder / "schemes").glob("*.json"))}
+    names = [*expected["logits_sha256"]["schemes"], *expected.get("raises", {})]
+    schemes = {name: open_scheme(str(files.get(name, name))) for name in names}
+    return GeneratedModel(source, load_calibration(folder / "calibration.json", source.config), expected, schemes)

@@ -15,6 +15,12 @@ from refmamba.conformance.comparison import Difference
 from refmamba.conformance.models import ModelChecks, check_frozen, tiny_expected, tiny_models
 from refmamba.conformance.operations import Row, check_operations
 from refmamba.conformance.vectors import vectors_folder
+from refmamba.spec.operations import OPERATIONS
+
+
+def count_checks(schemes: Sequence[str], model: str | None = None) -> int:
+    """About how many rows `run_checks` gives: five checks of a model, and a hash where it is frozen."""
+    return len(OPERATIONS) + 6 * len(schemes) * (1 if model is None else 2)
 
 
 def run_checks(backend: Backend, schemes: Sequence[str], model: str | None = None) -> Iterator[tuple[Row, Difference | None]]:

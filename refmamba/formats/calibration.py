@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from refmamba.errors import DataError, printable
-from refmamba.formats.files import write_text
 from refmamba.formats.reading import TABLE_BYTES, read_json
+from refmamba.formats.writing import write_text
 from refmamba.spec.arith import F32Array
 from refmamba.spec.config import MambaConfig
 from refmamba.spec.parameters import linear_sites
 
 SUFFIX = ".json"
+PERCENTILE = "percentile"  # at which the maxima were cut
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -25,9 +26,13 @@ def save_calibration(absmax: Mapping[str, F32Array], file: Path) -> None:
 def load_calibration(file: Path, config: MambaConfig) -> dict[str, F32Array]:
     """Read what `save_calibration` wrote for a model of these sizes. Raises FileError, and DataError for anything else."""
     values, shapes = read_json(file, TABLE_BYTES), config.shapes() | {"lm_head.weight": (config.vocab_size, config.d_model)}
-    absmax, sites = dict[str, F32Array](), set(linear_sites(config))
+    absmax = dict[str, F32Array]()
+    sites = {name for site in linear_sites(config) for name in (site, f"{site}.rotated")}
+    percentile = values.pop(PERCENTILE, 1)
+    if type(percentile) not in (int, float) or not 0 < percentile <= 1:
+        raise DataError(f"{file}: {PERCENTILE} is above 0 and at most 1; calibrate on this model")
     for site, maxima in values.items():
-        columns = shapes.get(f"{site}.weight", ())[1:]
+        columns = shapes.get(f"{site.removesuffix('.rotated')}.weight", ())[1:]
         if site not in sites or not isinstance(maxima, list) or (len(maxima),) != columns:
             what = f"{len(maxima)} channels" if isinstance(maxima, list) else "no list"
             name = printable(site, 60)

@@ -7,7 +7,6 @@ is the embedding's codes, or follows from the embedding.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +23,12 @@ from refmamba.formats.hub import ModelFiles
 from refmamba.formats.reading import TABLE_BYTES, read_json, there
 from refmamba.formats.tokenizer import as_it_works
 from refmamba.formats.weights import FLOAT32, INT8, INT32, UINT8, checked, open_safetensors, refuse_others
+from refmamba.formats.writing import new_folder
 from refmamba.spec import SPEC_VERSION
-from refmamba.spec.coders import UnquantizedMatrix
-from refmamba.spec.codes import WEIGHT_BITS, Codes, FixedPoint, Param, pack4, unpack4
-from refmamba.spec.config import MambaConfig
-from refmamba.spec.parameters import QuantizedModel, kind_of, parameter_coder, quantize_parameter, site_values
+from refmamba.spec.coders import ParameterGrouped, UnquantizedMatrix
+from refmamba.spec.codes import STEPPED, WEIGHT_BITS, Codes, FixedPoint, Param, pack4, unpack4
+from refmamba.spec.config import MambaConfig, kind_of
+from refmamba.spec.parameters import QuantizedModel, parameter_coder, quantize_parameter, site_values
 from refmamba.spec.scheme import scheme_from_json
 
 # What the values of a model that was saved can be: positive scales; exponents of eq. (10), of a float32's row; of eq. (28).
@@ -47,11 +47,7 @@ def save_quantized(model: QuantizedModel, folder: Path, files: ModelFiles) -> No
     source = read_json(files.folder / "config.json")  # it names the end token where tokenizer_config.json does not
     config |= {key: source[key] for key in ("bos_token_id", "eos_token_id") if key in source}
     saved = {"spec_version": SPEC_VERSION, "scheme": model.scheme.to_json()}
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise CheckpointError(f"{folder}: is there already and not an empty folder; name another")
-        aside.mkdir(parents=True)
+    with new_folder(folder) as aside:
         tokenizer = as_it_works(read_json(files.tokenizer, TABLE_BYTES))
         (aside / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
         for file in (files.tokenizer.with_name("tokenizer_config.json"), files.folder / "generation_config.json"):
@@ -59,13 +55,11 @@ def save_quantized(model: QuantizedModel, folder: Path, files: ModelFiles) -> No
                 shutil.copyfile(file, aside / file.name)
         text = json.dumps({"model_type": "refmamba", **config, "refmamba": saved}, indent=2)
         (aside / "config.json").write_text(text + "\n", "utf-8")
-        save_file(dict(arrays(model)), aside / "model.safetensors")
+        try:
+            save_file(dict(arrays(model)), aside / "model.safetensors")
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         shutil.copymode(aside / "config.json", aside / "model.safetensors")  # the library makes it readable by its owner only
-        aside.replace(folder)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def arrays(model: QuantizedModel) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -77,6 +71,8 @@ def arrays(model: QuantizedModel) -> Iterator[tuple[str, NDArray[Any]]]:
         if isinstance(param, Codes):
             yield f"{name}.q", pack4(np.atleast_2d(param.q)) if param.bits <= 4 else param.q
             yield f"{name}.scale", np.asarray(param.scale)
+            if param.steps is not None:
+                yield f"{name}.steps", param.steps
         elif isinstance(param, FixedPoint):
             yield f"{name}.q", param.q
             yield f"{name}.exponent", param.exponent
@@ -124,7 +120,11 @@ def open_quantized(folder: Path, config: MambaConfig, saved: Any) -> QuantizedMo
             q = within(f"{name}.q", unpack4(packed, columns).reshape(shape), -largest, largest)
         else:
             q = take(f"{name}.q", shape, INT8, -largest, largest)
-        params[name] = Codes(q, take(f"{name}.scale", coder.scale_shape(shape), FLOAT32, *SCALES), coder.bits)
+        scale = take(f"{name}.scale", coder.scale_shape(shape), FLOAT32, *SCALES)
+        params[name] = Codes(q, scale, coder.bits)
+        if isinstance(coder, ParameterGrouped):
+            steps = take(f"{name}.steps", coder.steps_shape(shape), UINT8, 1, STEPPED // largest)
+            params[name] = Codes(q, scale, coder.bits, steps, coder.group)
     if config.tie_embeddings:
         embedding = params["embedding.weight"]
         if isinstance(embedding, np.ndarray):

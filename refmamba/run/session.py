@@ -24,10 +24,12 @@ from refmamba.formats.quantized import save_quantized
 from refmamba.formats.scheme import open_scheme
 from refmamba.formats.text import read_text
 from refmamba.formats.tokenizer import Tokenizer, load_tokenizer
+from refmamba.formats.writing import check_folder
+from refmamba.run.progress import bar
 from refmamba.spec.arith import F32Array
 from refmamba.spec.calibrate import calibrate, passage
 from refmamba.spec.codes import Param
-from refmamba.spec.config import ParameterSource
+from refmamba.spec.config import MambaConfig, ParameterSource
 from refmamba.spec.parameters import QuantizedModel, quantize_model
 from refmamba.spec.scheme import Scheme
 
@@ -73,9 +75,13 @@ class Opened:
 
     choice: ModelChoice
     files: ModelFiles
-    tokenizer: Tokenizer
     checkpoint: ParameterSource | QuantizedModel
     scheme: Scheme
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, which tokens as numbers do not need. Raises TokenizerError."""
+        return load_tokenizer(self.files, self.checkpoint.config, self.choice.add_bos)
 
     def float_checkpoint(self) -> ParameterSource:
         """The checkpoint, to be quantized or changed. Raises DataError for a model that was saved quantized."""
@@ -92,7 +98,9 @@ class Opened:
             return load_calibration(file, self.checkpoint.config)
         text = passage() if file is None else read_text(file)
         print(f"calibrating on {file or 'the passage inside the package'}", file=sys.stderr)
-        return calibrate(self.float_checkpoint(), self.tokenizer.encode_array(text))
+        source = self.float_checkpoint()
+        with bar(len(source.config.shapes()), "calibrating", "tensor") as used:
+            return calibrate(_Watched(source, used), self.tokenizer.encode_array(text))
 
     def quantized(self, scheme: Scheme) -> QuantizedModel:
         """The model under a scheme. Raises DataError where it was saved under another one, or calibration lacks a site."""
@@ -106,11 +114,10 @@ def open_model(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> Ope
     named = choice.scheme if isinstance(choice.scheme, Scheme | None) else open_scheme(choice.scheme)
     files = resolve_model(choice.model, choice.revision)
     checkpoint = open_checkpoint(files.folder)
-    tokenizer = load_tokenizer(files, checkpoint.config, choice.add_bos)
     saved = checkpoint.scheme if isinstance(checkpoint, QuantizedModel) else None
     if saved is not None and named is not None and named != saved:
         raise SchemeError(f"{choice.model} is saved as {saved.name}; leave out the scheme {named.name}")
-    return Opened(choice, files, tokenizer, checkpoint, named or saved or open_scheme(default_scheme))
+    return Opened(choice, files, checkpoint, named or saved or open_scheme(default_scheme))
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,12 +137,12 @@ class Session:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
+        """The model's tokenizer. Raises TokenizerError."""
         return self.opened.tokenizer
 
     @cached_property
     def runner(self) -> Runner:
-        """The model, quantized and loaded, with a bar on a terminal's stderr meanwhile. Raises RefmambaError."""
+        """The model, quantized and loaded, with a bar on stderr meanwhile. Raises RefmambaError."""
         with progress(self.opened.quantized(self.scheme)) as model:
             return self.backend.load(model)
 
@@ -159,12 +166,29 @@ def quantize_folder(choice: ModelChoice, folder: Path, calibration_file: Path | 
     """
     if choice.scheme is None:
         raise SchemeError("name what to save the model as: --scheme NAME, or --bits N")
+    check_folder(folder)
     opened = open_model(choice)
     if calibration_file is not None:
         save_calibration(opened.calibration, calibration_file)
     with progress(opened.quantized(opened.scheme)) as model:
         save_quantized(model, folder, opened.files)
     return opened
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A checkpoint; each tensor that is read moves a progress bar."""
+
+    source: ParameterSource
+    bar: "tqdm[Any]"
+
+    @property
+    def config(self) -> MambaConfig:
+        return self.source.config
+
+    def read(self, name: str) -> F32Array:
+        self.bar.update()
+        return self.source.read(name)
 
 
 class _Counted(Mapping[str, Param]):
@@ -190,10 +214,10 @@ class _Counted(Mapping[str, Param]):
 
 @contextmanager
 def progress(model: QuantizedModel) -> Iterator[QuantizedModel]:
-    """The model, with a bar on a terminal's stderr while its parameters are quantized and taken."""
+    """The model, with a bar on stderr while its parameters are quantized and taken."""
     what, total = f"quantizing {model.scheme.name}", len(model.params) - model.shares_codes  # which are taken once
-    with tqdm(total=total, desc=what, unit="tensor", leave=False, disable=not sys.stderr.isatty()) as bar:
-        yield replace(model, params=_Counted(model.params, bar))
+    with bar(total, what, "tensor") as taken:
+        yield replace(model, params=_Counted(model.params, taken))
 
 
 # TO GO with its last caller, refmamba.conformance.verify, which can do these two lines itself.

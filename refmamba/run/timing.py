@@ -1,5 +1,6 @@
 """`refmamba bench`: how fast a model runs here, beside what the machine's memory allows."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -7,16 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import psutil
 
 from refmamba.backend import Runner
 from refmamba.run.peers import LLAMA_TYPES, Apart, LlamaCpp, Peer, Transformers, installed, write_gguf
+from refmamba.run.progress import bar
 from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec.arith import IntArray
-from refmamba.spec.config import ParameterSource
-from refmamba.spec.parameters import QuantizedModel, kind_of, linear_sites, parameter_coder
+from refmamba.spec.coders import ParameterGrouped
+from refmamba.spec.config import ParameterSource, kind_of
+from refmamba.spec.parameters import QuantizedModel, linear_sites, parameter_coder
 
 REPEATS = 3  # the fastest counts: what else ran on the machine only ever slows
 READ_BYTES = 512 * 2**20
@@ -34,6 +36,8 @@ def weight_bytes(model: QuantizedModel) -> int:
         )
         assert coder is not None
         total += rows * ((columns + 1) // 2 if coder.bits <= 4 else columns * -(-coder.bits // 8))
+        if isinstance(coder, ParameterGrouped):
+            total += math.prod(coder.steps_shape((rows, columns)))
     return total
 
 
@@ -93,8 +97,12 @@ def speeds(
     A peer that fails, or whose process dies, is left out, with a line on stderr.
     """
     best = {peer: {"prefill": float("inf"), "decode": float("inf")} for peer in peers}
-    for _ in range(repeats):
-        for peer, times in list(best.items()):
+    with bar(repeats * len(peers), "measuring", "run") as measured:
+        for peer in [peer for _ in range(repeats) for peer in peers]:
+            measured.update()
+            if peer not in best:
+                continue
+            times = best[peer]
             try:
                 times["prefill"] = min(times["prefill"], _seconds(peer, "prefill", prompt))
                 _seconds(peer, "decode", generated[:WARM_UP])
@@ -103,7 +111,7 @@ def speeds(
                 if not isinstance(peer, Apart):
                     raise
                 why = str(error).strip().splitlines() or [type(error).__name__]
-                click.echo(f"{peer.name} is left out: {why[0]}", err=True)
+                measured.write(f"{peer.name} is left out: {why[0]}", file=sys.stderr)
                 del best[peer]
     return [
         {"name": peer.name, "prefill_tokens_per_second": len(prompt) / times["prefill"],

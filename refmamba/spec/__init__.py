@@ -3,4 +3,4 @@
 The README has the reading order.
 """
 
-SPEC_VERSION = "1.0"  # of docs/SPEC.md; any change of output bits changes it
+SPEC_VERSION = "1.2"  # of docs/SPEC.md; any change of output bits changes it

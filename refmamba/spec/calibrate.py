@@ -10,6 +10,7 @@ from refmamba.spec.config import ParameterSource
 from refmamba.spec.mamba1 import Mamba
 from refmamba.spec.parameters import quantize_model
 from refmamba.spec.scheme import parse_scheme
+from refmamba.spec.transforms import rotate
 
 MAX_TOKENS = 512  # of the text, from its start
 # Those of the schemes that are calibrated. One scale a tensor, as in w8-all, would let one large channel drown the rest.
@@ -21,17 +22,26 @@ def passage() -> str:
     return resources.files("refmamba").joinpath("spec/passage.txt").read_text(encoding="utf-8")
 
 
-def calibrate(source: ParameterSource, tokens: IntArray) -> dict[str, F32Array]:
+def calibrate(source: ParameterSource, tokens: IntArray, quantile: float = 1.0) -> dict[str, F32Array]:
     """Run the forward with `int8`'s weights and no activation in codes on the tokens (L,), eq. (27).
 
     Returns, for each site (`layers.{i}.in_proj`, ..., `lm_head`), the absolute maximum of each input channel, float32
-    (K,), over all positions.
+    (K,), over all positions, and under `{site}.rotated` that after the rotation of eq. (31). quantile: maxima above so many of
+    the site's magnitudes, over tokens and channels, are cut to the smallest of the rest (Quamba's percentile).
     """
     absmax: dict[str, F32Array] = {}
 
+    def maxima(x: F32Array) -> F32Array:
+        magnitudes = np.abs(x)
+        largest: F32Array = np.minimum(np.max(magnitudes, axis=0), np.quantile(magnitudes, quantile, method="higher"))
+        return largest.astype(np.float32)
+
     def look(site: str, value: F32Array) -> None:
         if site.endswith(".in"):
-            absmax[site.removesuffix(".in")] = np.max(np.abs(value), axis=0)
+            name = site.removesuffix(".in")
+            absmax[name] = maxima(value)
+            if name != "lm_head":
+                absmax[f"{name}.rotated"] = maxima(rotate(value, site))
 
     Mamba(quantize_model(source, WEIGHTS_ONLY)).prefill([tokens[:MAX_TOKENS]], logits="all", hook=look)
     return absmax

@@ -10,10 +10,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from refmamba.spec.arith import F32Array
-from refmamba.spec.codes import ACTIVATION_BITS, WEIGHT_BITS, Codes, FixedPoint, code, code_static, fixed_point
+from refmamba.spec.arith import F32Array, f32
+from refmamba.spec.codes import (
+    ACTIVATION_BITS,
+    WEIGHT_BITS,
+    Codes,
+    FixedPoint,
+    code,
+    code_flattened,
+    code_grouped,
+    code_static,
+    fixed_point,
+)
 
 Factor = Codes | FixedPoint  # of a product
 Call = tuple[Callable[..., Any], tuple[Any, ...]]  # an operation of the specification, and its arguments
@@ -23,7 +32,8 @@ class Coder(Protocol):
     """How the activations of one side of a linear layer are coded.
 
     whole_sequence: a scale is taken over all tokens of a call, so that a later token changes an earlier one's codes.
-    calibrated: it is made with the site's calibrated absolute maximum, float32, shape ().
+    calibrated: it is made with an absolute maximum from calibration, float32, shape (), which `reduce` takes from those of the
+    channels. A class may have `options`: the names of what else a scheme says, with their defaults (`build`).
     """
 
     whole_sequence: ClassVar[bool]
@@ -71,9 +81,59 @@ class Static:
     whole_sequence: ClassVar[bool] = False
     calibrated: ClassVar[bool] = True
 
+    @staticmethod
+    def reduce(maxima: F32Array) -> F32Array:
+        """The largest of the channels' absolute maxima (K,)."""
+        return np.asarray(np.max(maxima))
+
     def calls(self, x: F32Array, site: str) -> Sequence[Call]:
         """One part."""
         return [(code_static, (x, self.absmax, self.bits, site))]
+
+
+@dataclass(frozen=True, eq=False)
+class Flattened:
+    """FlattenQuant (arXiv 2402.17985) in one line: codes that are not held at the largest one, eq. (33).
+
+    The paper splits a channel above a threshold into several of at most the threshold; the sum of their products is the
+    product of the unheld code. absmax: the threshold, float32, shape (): a quantile of the channels' absolute maxima.
+    """
+
+    bits: int
+    absmax: F32Array
+    quantile: float
+    whole_sequence: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = True
+    options: ClassVar[Mapping[str, float]] = {"quantile": 0.98}
+
+    @staticmethod
+    def reduce(maxima: F32Array, quantile: float) -> F32Array:
+        """The smallest of the channels' absolute maxima (K,) that is not below so many of them."""
+        return np.asarray(np.quantile(maxima, quantile, method="higher"), np.float32)
+
+    def calls(self, x: F32Array, site: str) -> Sequence[Call]:
+        """One part."""
+        return [(code_flattened, (x, self.absmax, self.bits, site))]
+
+
+@dataclass(frozen=True)
+class PerTokenOutliers:
+    """LLM.int8() (arXiv 2208.07339), the outliers of each token by themselves: eq. (32).
+
+    Values below the threshold are in N-bit codes with their own scale, the others in fixed point.
+    """
+
+    bits: int
+    threshold: float
+    whole_sequence: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = False
+    options: ClassVar[Mapping[str, float]] = {"threshold": 6.0}
+
+    def calls(self, x: F32Array, site: str) -> Sequence[Call]:
+        """Two parts. A NaN is an outlier, and is refused there."""
+        inside = np.abs(x) < f32(self.threshold)
+        below, outliers = np.where(inside, x, f32(0)), np.where(inside, f32(0), x)
+        return [(code, (below, self.bits, site, "per_row")), (fixed_point, (outliers, ACTIVATION_BITS, site))]
 
 
 @dataclass(frozen=True)
@@ -132,6 +192,29 @@ class ParameterPerChannel:
 
 
 @dataclass(frozen=True)
+class ParameterGrouped:
+    """N-bit codes, one scale a row and a whole step for each group of columns: eq. (30). For matrices, 2 to 4 bits."""
+
+    bits: int
+    group: int
+    options: ClassVar[Mapping[str, float]] = {"group": 64}
+    bits_range: ClassVar[tuple[int, int]] = (2, 4)
+    matrices_only: ClassVar[bool] = True
+
+    def code(self, x: F32Array, name: str) -> Codes:
+        """See `ParameterCoder`."""
+        return code_grouped(x, self.bits, self.group, name)
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """See `ParameterCoder`."""
+        return (*shape[:-1], 1)
+
+    def steps_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the steps of a matrix of this shape."""
+        return (shape[0], -(-shape[1] // self.group))
+
+
+@dataclass(frozen=True)
 class UnquantizedMatrix:
     """Fixed-point codes of 23 bits, a power of two for each row: eq. (10). A product's matrix that the scheme leaves alone."""
 
@@ -149,31 +232,16 @@ class UnquantizedMatrix:
 # The classes by the names that schemes use: of a ParameterCoder, called with its bits; of a Coder, called with its bits, and
 # with the absolute maximum where it is calibrated.
 PARAMETER_CODERS: dict[str, type[Any]] = {
-    "per_tensor": ParameterPerTensor, "per_channel": ParameterPerChannel,
+    "per_tensor": ParameterPerTensor, "per_channel": ParameterPerChannel, "grouped": ParameterGrouped,
 }  # fmt: skip
-INPUT_CODERS: dict[str, type[Any]] = {"per_tensor": PerTensor, "per_token": PerToken, "static": Static}
+INPUT_CODERS: dict[str, type[Any]] = {
+    "per_tensor": PerTensor, "per_token": PerToken, "static": Static, "per_token_outliers": PerTokenOutliers,
+    "flattened": Flattened,
+}  # fmt: skip
 OUTPUT_CODERS: dict[str, type[Any]] = {"per_tensor": PerTensor, "per_token": PerToken}
 CODERS: Mapping[str, Mapping[str, type[Any]]] = {"weights": PARAMETER_CODERS, "inputs": INPUT_CODERS, "outputs": OUTPUT_CODERS}
 
 
-class Transform(Protocol):
-    """What a linear layer does to its input before it codes it."""
-
-    def call(self, x: F32Array) -> Call:
-        """The operation on x (L, K) and its arguments; it gives float32 (L, K)."""
-
-
-def divide_channels(x: F32Array, exponents: NDArray[np.int32]) -> F32Array:
-    """x_j 2^-k_j, eq. (29): exact short of overflow and underflow. (L, K), (K,) -> (L, K)."""
-    return np.ldexp(x, -exponents)
-
-
-@dataclass(frozen=True, eq=False)
-class Smooth:
-    """SmoothQuant's division where no weight before it could take it: eq. (29). exponents: int32 (K,)."""
-
-    exponents: NDArray[np.int32]
-
-    def call(self, x: F32Array) -> Call:
-        """See `Transform`."""
-        return divide_channels, (x, self.exponents)
+def options_of(coder: type[Any], chosen: Mapping[str, float]) -> dict[str, float]:
+    """What a class is made with beside its bits: its options' defaults, and what a scheme chose instead."""
+    return dict(getattr(coder, "options", {})) | dict(chosen)

@@ -5,17 +5,20 @@ written in fixed point with so many bits that nothing a float32 product keeps is
 are sums of integers: exact, whatever their order. Each function below is one equation.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from refmamba.errors import NonFiniteError
 from refmamba.spec.arith import F32Array, F64Array, IntArray, f32
+from refmamba.spec.jit import compiled
 
 ABSMAX_ZERO = f32(2.0**-100)  # an absolute maximum below this counts as zero
 ACTIVATION_BITS, WEIGHT_BITS = 30, 22  # magnitudes of the fixed-point codes are at most 2^30 and 2^22
+STEPPED = 126  # the most that a code times its step may be: 7 * 18, 3 * 42 and 1 * 126
 LOW_PART = 4096  # a weight's fixed-point code is hi * 4096 + lo
 BLOCK = 4096  # longest row whose fixed-point product is exact in float64
 ROWS = 4096  # rows coded at a time
@@ -86,7 +89,8 @@ def quantize(x: F32Array, scale: F32Array, bits: int) -> IntArray:
     The clamp is before the cast: what an out-of-range cast gives differs between processors.
     """
     largest = f32(2 ** (bits - 1) - 1)
-    q: IntArray = np.rint(np.clip(x * scale, -largest, largest)).astype(np.int8 if bits <= 8 else np.int16)
+    with np.errstate(over="ignore"):  # a value that is far above a calibrated maximum saturates
+        q: IntArray = np.rint(np.clip(x * scale, -largest, largest)).astype(np.int8 if bits <= 8 else np.int16)
     return q
 
 
@@ -108,16 +112,77 @@ def code(x: F32Array, bits: int, site: str, granularity: Granularity = "per_tens
     return Codes(q, scale, bits)
 
 
+def code_grouped(x: F32Array, bits: int, group: int, site: str) -> Codes:
+    """Codes with whole steps for groups of columns, eq. (30): x is about q * step / scale. (rows, columns).
+
+    The scale makes a row's absolute maximum 126, the most that a code times its step may be. Of a group, `choose_steps`
+    takes the step with the least squared error. Raises NonFiniteError.
+    """
+    m = absmax(x, site, "per_row")
+    scale = np.where(m == 0, f32(1), f32(STEPPED) / np.where(m == 0, f32(1), m))
+    rows, columns = x.shape
+    q, steps = np.zeros((rows, columns), np.int8), np.ones((rows, -(-columns // group)), np.uint8)
+    for part in _parts(x):
+        scaled = np.where(m[part] == 0, 0.0, x[part].astype(np.float64) * scale[part])  # exact
+        choose_steps(scaled, group, 2 ** (bits - 1) - 1, q[part], steps[part])
+    return Codes(q, scale, bits, steps, group)
+
+
+@compiled
+def choose_steps(scaled: F64Array, group: int, largest: int, q: NDArray[np.int8], steps: NDArray[np.uint8]) -> None:
+    """A step for each group of columns of each row, and the codes, eq. (30): written to q and steps.
+
+    # SHAPES   scaled (rows, columns), q (rows, columns), steps (rows, ceil(columns / group))
+    # COMPUTE  the smallest step that clamps nothing, and five smaller ones; the least squared error, summed in column order,
+    #          wins, the larger step where two are equal
+    # OUTPUT   float64 in, whole numbers out: |q| <= largest, 1 <= step <= 126 // largest
+    """
+    rows, columns = scaled.shape
+    most = STEPPED // largest
+    for row in range(rows):
+        for g in range(steps.shape[1]):
+            first, last = g * group, min(columns, (g + 1) * group)
+            top = 0.0
+            for j in range(first, last):
+                top = max(top, abs(scaled[row, j]))
+            step = min(most, max(1, math.ceil(top / largest)))
+            least, best = math.inf, step
+            for candidate in range(step, max(1, step - 5) - 1, -1):
+                error = 0.0
+                for j in range(first, last):
+                    code = min(float(largest), max(-float(largest), np.rint(scaled[row, j] / candidate)))
+                    off = scaled[row, j] - code * candidate
+                    error += off * off
+                if error < least:
+                    least, best = error, candidate
+            steps[row, g] = best
+            for j in range(first, last):
+                q[row, j] = int(min(float(largest), max(-float(largest), np.rint(scaled[row, j] / best))))
+
+
 def code_static(x: F32Array, static_absmax: F32Array, bits: int, site: str) -> Codes:
     """Quantize with the scale of a calibrated absolute maximum, eq. (7, 8): larger values saturate.
 
-    static_absmax: float32, shape (); below 2^-100 it counts as zero, and every code is 0. Raises NonFiniteError for a NaN or an
-    infinity in x.
+    static_absmax: float32, shape (); below 2^-100 it counts as zero. Raises NonFiniteError for a NaN or an infinity in x.
     """
     absmax(x, site)
     m = np.where(static_absmax < ABSMAX_ZERO, f32(0), static_absmax)
     scale = scale_of(m, bits)
     return Codes(quantize(np.where(m == 0, f32(0), x), scale, bits), scale, bits)
+
+
+def code_flattened(x: F32Array, threshold: F32Array, bits: int, site: str) -> Codes:
+    """Codes rint(x * scale) with the scale that makes the threshold the largest code, eq. (33): larger values are not held.
+
+    A channel beyond the threshold is, in these codes, as many pieces of the threshold and a rest. threshold: float32, shape ();
+    below 2^-100 it counts as zero, and every code is 0. q: int32, held within +-2^30. Raises NonFiniteError.
+    """
+    absmax(x, site)
+    m = np.where(threshold < ABSMAX_ZERO, f32(0), threshold)
+    scale, most = scale_of(m, bits), f32(2.0**ACTIVATION_BITS)
+    with np.errstate(over="ignore"):
+        scaled = np.clip(np.where(m == 0, f32(0), x) * scale, -most, most)
+    return Codes(np.rint(scaled).astype(np.int32), scale, bits)
 
 
 def fixed_point(x: F32Array, magnitude_bits: int, site: str) -> FixedPoint:
@@ -136,10 +201,8 @@ def fixed_point(x: F32Array, magnitude_bits: int, site: str) -> FixedPoint:
 def integer_product(x: Codes | FixedPoint, w: Codes | FixedPoint) -> F64Array:
     """Exact x.q @ w.q.T, eq. (11, 12): (n, K), (rows, K) -> (n, rows), integers held in float64.
 
-    float64 holds every integer to 2^53, so a float64 matrix product of integers is exact while the sums stay below that:
-    2^7 * 2^30 * 65,536 = 2^53 with 8-bit weights. Two fixed-point factors are too wide for one product: the weight is
-    split, w = hi * 4096 + lo with -2048 <= lo <= 2047, into two exact ones, joined with one rounding; rows longer than
-    4096 in blocks, added in order. `QuantizedModel` refuses rows that are longer than is exact.
+    float64 holds every integer to 2^53. Two fixed-point factors are too wide for that: the weight is split, w = hi * 4096 + lo
+    with -2048 <= lo <= 2047, and both products joined with one rounding; rows longer than 4096 in blocks, added in order.
     """
     if not (isinstance(x, FixedPoint) and isinstance(w, FixedPoint)):
         x_q, w_q = (c.q if isinstance(c, FixedPoint) else c.integers() for c in (x, w))
@@ -165,13 +228,11 @@ def rescale(acc: F64Array, x: Codes | FixedPoint, w: Codes | FixedPoint) -> F32A
         acc = np.ldexp(acc, -x.exponent[:, None])
     if isinstance(w, FixedPoint):
         acc = np.ldexp(acc, -w.exponent)
-    with np.errstate(over="ignore"):
-        y = (acc + 0.0).astype(np.float32)
     # A row's scale belongs to a row of the result for x, to a column for w.
     scales = [c.scale if c is x or c.scale.ndim == 0 else c.scale[:, 0] for c in (x, w) if isinstance(c, Codes)]
-    if len(scales) == 2:
-        return y / (scales[0] * scales[1])
-    return y / scales[0] if scales else y
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # what is not finite fails where it is coded next
+        y = (acc + 0.0).astype(np.float32)
+        return y / (scales[0] * scales[1] if len(scales) == 2 else scales[0]) if scales else y
 
 
 def pack4(q: NDArray[np.int8]) -> NDArray[np.uint8]:
@@ -190,4 +251,3 @@ def unpack4(packed: NDArray[np.uint8], columns: int) -> NDArray[np.int8]:
 
 
 Param = F32Array | Codes | FixedPoint
-Value = NDArray[Any]

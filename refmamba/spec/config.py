@@ -67,3 +67,8 @@ class ParameterSource(Protocol):
 
     def read(self, name: str) -> F32Array:
         """One tensor, float32."""
+
+
+def kind_of(name: str) -> str:
+    """A parameter's name without its layer: "layers.3.D" -> "D"."""
+    return name.split(".", 2)[2] if name.startswith("layers.") else name

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from refmamba.spec.arith import F32Array
-from refmamba.spec.coders import Coder, Factor, Transform
+from refmamba.spec.coders import Coder, Factor
 from refmamba.spec.codes import dequantize, integer_product, rescale
 from refmamba.spec.ops import add
 from refmamba.spec.trace import Tracer
+from refmamba.spec.transforms import Transform
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,7 @@ class Linear:
         site = self.site
         do.see(f"{site}.in", x)
         for n, transform in enumerate(self.transforms):
-            operation, arguments = transform.call(x)
+            operation, arguments = transform.call(x, f"{site}.in")
             x = do(numbered(f"{site}.transformed", n), operation, *arguments)
         y: F32Array | None = None
         for n, (operation, arguments) in enumerate(self.input.calls(x, f"{site}.in")):

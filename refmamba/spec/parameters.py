@@ -14,15 +14,14 @@ from refmamba.spec.coders import (
     PARAMETER_CODERS,
     Coder,
     ParameterCoder,
-    Smooth,
     Unquantized,
     UnquantizedMatrix,
 )
 from refmamba.spec.codes import LONGEST_ROW, Codes, FixedPoint, Param, dequantize
-from refmamba.spec.config import MambaConfig, ParameterSource
+from refmamba.spec.config import MambaConfig, ParameterSource, kind_of
 from refmamba.spec.linear import Linear
 from refmamba.spec.scheme import LINEAR_LAYERS, LINEAR_WEIGHTS, Scheme
-from refmamba.spec.transforms import FOLDED, smoothed
+from refmamba.spec.transforms import FOLDED, Hadamard, Smooth, Transform, rotated, smoothed
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,15 +61,16 @@ class QuantizedModel:
         layer = site.rsplit(".", 1)[-1]
         weight = self.params[f"{site}.weight"]
         assert isinstance(weight, Codes | FixedPoint)
-        transforms = (Smooth(self._exponents(site)),) if f"{site}.smooth" in self.params else ()
+        transforms: list[Transform] = [Smooth(self._exponents(site))] if f"{site}.smooth" in self.params else []
+        transforms += [Hadamard()] if layer in self.scheme.rotate else []
         into: Coder = Unquantized()
         if quantizer := self.scheme.inputs.get(layer):
             coder = INPUT_CODERS[quantizer.scale]
-            into = coder(quantizer.bits, self.value(f"{site}.absmax")) if coder.calibrated else coder(quantizer.bits)
+            into = quantizer.build(coder, *([self.value(f"{site}.absmax")] if coder.calibrated else []))
         quantizer = self.scheme.outputs.get(layer)
-        output = OUTPUT_CODERS[quantizer.scale](quantizer.bits) if quantizer else None
+        output: Coder | None = quantizer.build(OUTPUT_CODERS[quantizer.scale]) if quantizer else None
         has_bias = f"{site}.bias" in self.params and layer != "dt_proj"  # dt_proj's belongs to eq. (18)
-        return Linear(site, weight, transforms, into, output, self.value(f"{site}.bias") if has_bias else None)
+        return Linear(site, weight, tuple(transforms), into, output, self.value(f"{site}.bias") if has_bias else None)
 
     def _exponents(self, site: str) -> NDArray[np.int32]:
         exponents = self.params[f"{site}.smooth"]
@@ -95,15 +95,10 @@ def linear_sites(config: MambaConfig) -> list[str]:
     return [*(f"layers.{i}.{layer}" for i in range(config.n_layer) for layer in LINEAR_LAYERS), "lm_head"]
 
 
-def kind_of(name: str) -> str:
-    """A parameter's name without its layer: "layers.3.D" -> "D"."""
-    return name.split(".", 2)[2] if name.startswith("layers.") else name
-
-
 def parameter_coder(kind: str, scheme: Scheme) -> ParameterCoder | None:
     """How a scheme codes the parameters of a kind; None where they stay float32."""
     if quantizer := scheme.weights.get(kind):
-        coder: ParameterCoder = PARAMETER_CODERS[quantizer.scale](quantizer.bits)
+        coder: ParameterCoder = quantizer.build(PARAMETER_CODERS[quantizer.scale])
         return coder
     return UnquantizedMatrix() if kind in LINEAR_WEIGHTS or kind == "lm_head.weight" else None
 
@@ -160,8 +155,8 @@ def quantize_model(
     """A checkpoint under a scheme. Its `params` are quantized one by one as a backend takes them, and none is kept.
 
     calibration: for each site the absolute maximum of each input channel, (K,) float32, as `refmamba.spec.calibrate` gives
-    it; needed where `scheme.needs_calibration`. Raises DataError where calibration lacks a site; reading a parameter
-    raises NonFiniteError.
+    it; needed where `scheme.needs_calibration`. Raises DataError where calibration lacks a site, or has other channels for it;
+    reading a parameter raises NonFiniteError.
     """
     sites: dict[str, Param] = {}
     if scheme.needs_calibration:
@@ -169,12 +164,20 @@ def quantize_model(
         if scheme.smooth:
             source, absmax, exponents = smoothed(source, absmax, scheme.smooth)
             sites.update(exponents)
-        sites.update({f"{site}.absmax": np.asarray(np.max(m)) for site, m in absmax.items()})
-    return QuantizedModel(source.config, scheme, _OnDemand(source, scheme, sites))
+        sites.update({f"{site}.absmax": scheme.static_absmax(kind_of(site), m) for site, m in absmax.items()})
+    return QuantizedModel(source.config, scheme, _OnDemand(rotated(source, scheme.rotate), scheme, sites))
 
 
 def _site_absmax(config: MambaConfig, scheme: Scheme, calibration: Mapping[str, F32Array]) -> dict[str, F32Array]:
+    """The maxima that the scheme needs: of a rotated input those after the rotation."""
     sites = [site for site in linear_sites(config) if kind_of(site) in scheme.calibrated]
-    if missing := [site for site in sites if site not in calibration]:
-        raise DataError(f"scheme {scheme.name} needs calibration, which has no site {missing[0]}: calibrate on this model")
-    return {site: calibration[site] for site in sites}
+    names = {site: f"{site}.rotated" if kind_of(site) in scheme.rotate else site for site in sites}
+    maxima = {site: calibration.get(name, np.empty(0, np.float32)) for site, name in names.items()}
+    shapes = config.shapes()
+    for site, m in maxima.items():
+        columns = config.d_model if site == "lm_head" else shapes[f"{site}.weight"][1]
+        if m.shape != (columns,):
+            raise DataError(
+                f"scheme {scheme.name} needs {columns} maxima for {names[site]}, not {m.size}: calibrate on this model"
+            )
+    return maxima

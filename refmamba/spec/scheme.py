@@ -6,13 +6,15 @@ where its scales come from: the readings below are ours. `Scheme.table` prints t
 entries changes them (`--scheme FILE`).
 """
 
+import math
 import re
-from collections.abc import Container, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Container, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from refmamba.errors import SchemeError
-from refmamba.spec.coders import CODERS, INPUT_CODERS, Smooth
+from refmamba.spec.coders import CODERS, INPUT_CODERS, options_of
+from refmamba.spec.transforms import Hadamard, Smooth
 
 LINEAR_LAYERS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 LONGEST_NAME = 100  # characters
@@ -24,6 +26,11 @@ OTHER_PARAMETERS = (
     "norm_f.weight",
 )  # fmt: skip
 PRODUCTS = (*LINEAR_LAYERS, "lm_head")
+OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {  # a coder's options: what they may be
+    "group": (lambda x: type(x) is int and x in (16, 32, 64, 128, 256), "a power of two from 16 to 256"),
+    "threshold": (lambda x: type(x) in (int, float) and 0 < x < math.inf, "a number above zero"),
+    "quantile": (lambda x: type(x) in (int, float) and 0 < x <= 1, "a number above zero, at most 1"),
+}
 BITS = {"weights": (2, 8), "inputs": (2, 8), "outputs": (2, 16)}
 SITES = {"weights": (*HEAD_WEIGHTS, *LINEAR_WEIGHTS, *OTHER_PARAMETERS), "inputs": PRODUCTS, "outputs": LINEAR_LAYERS}
 
@@ -32,15 +39,35 @@ SITES = {"weights": (*HEAD_WEIGHTS, *LINEAR_WEIGHTS, *OTHER_PARAMETERS), "inputs
 class Quantizer:
     """How one tensor or site is coded.
 
-    scale: per_tensor; per_channel (one a row of a weight); per_token (one a row of an activation); static (one for the
-    site, from calibration). For activations all but static are taken from the values themselves.
+    scale: the name of a class in `coders`. Of parameters: per_tensor; per_channel (one a row); grouped (one a row, and a whole
+    step for each `group` of columns). Of activations, from the values themselves: per_tensor, per_token, per_token_outliers
+    (values from `threshold` on by themselves); from calibration: static, flattened (the `quantile` of the channels' maxima).
+    None: the class's default.
     """
 
     bits: int
     scale: str
+    group: int | None = None
+    threshold: float | None = None
+    quantile: float | None = None
+
+    @property
+    def options(self) -> dict[str, float]:
+        """What is chosen beside bits and scale, by its name."""
+        chosen = {name: getattr(self, name) for name in OPTIONS}
+        return {name: value for name, value in chosen.items() if value is not None}
+
+    def build(self, coder: type[Any], *arguments: Any) -> Any:
+        """One of the classes of `coders`, made as this says. arguments: after the bits."""
+        return coder(self.bits, *arguments, **options_of(coder, self.options))
+
+    def to_json(self) -> dict[str, Any]:
+        """What is chosen, as JSON values."""
+        return {"bits": self.bits, "scale": self.scale} | self.options
 
     def __str__(self) -> str:
-        return f"{self.bits} bits, {self.scale.replace('_', ' ')}"
+        options = "".join(f", {name} {value:g}" for name, value in self.options.items())
+        return f"{self.bits} bits, {self.scale.replace('_', ' ')}{options}"
 
 
 @dataclass(frozen=True)
@@ -48,7 +75,8 @@ class Scheme:
     """Which parameters (`weights`), `in` sides (`inputs`) and `out` sides (`outputs`) are quantized, and how.
 
     What is not named is not quantized. smooth: SmoothQuant's alpha, 0 to 1, of each linear layer whose input it divides
-    before quantizing (section 5). Raises SchemeError for an unknown site, width, scale or alpha.
+    before quantizing (section 5). rotate: the linear layers whose input is rotated (eq. 31). Raises SchemeError for an unknown
+    site, width, scale, option or alpha.
     """
 
     name: str
@@ -56,18 +84,22 @@ class Scheme:
     inputs: Mapping[str, Quantizer] = field(default_factory=dict)
     outputs: Mapping[str, Quantizer] = field(default_factory=dict)
     smooth: Mapping[str, float] = field(default_factory=dict)
+    rotate: Collection[str] = ()
 
     def __post_init__(self) -> None:
         for part, sites in SITES.items():
-            low, high = BITS[part]
             for site, quantizer in getattr(self, part).items():
                 if site not in sites:
                     raise SchemeError(f"scheme {self.name}: {part} has no site '{site}'; there are {', '.join(sites)}")
-                if type(quantizer.bits) is not int or not low <= quantizer.bits <= high:
-                    raise SchemeError(f"scheme {self.name}: {site} has {quantizer.bits} bits; {part} take {low} to {high}")
                 if quantizer.scale not in CODERS[part]:
                     choices = ", ".join(CODERS[part])
                     raise SchemeError(f"scheme {self.name}: {site} has the scale '{quantizer.scale}'; {part} take {choices}")
+                self._check(part, site, quantizer)
+        for site in self.rotate:
+            if site not in LINEAR_LAYERS:
+                raise SchemeError(f"scheme {self.name}: rotate has no site '{site}'; there are {', '.join(LINEAR_LAYERS)}")
+            if site in self.smooth:
+                raise SchemeError(f"scheme {self.name}: {site} is smoothed and rotated; choose one")
         for site, alpha in self.smooth.items():
             if site not in LINEAR_LAYERS:
                 raise SchemeError(f"scheme {self.name}: smooth has no site '{site}'; there are {', '.join(LINEAR_LAYERS)}")
@@ -77,6 +109,20 @@ class Scheme:
                 raise SchemeError(f"scheme {self.name}: smooth needs a static scale on the input of {site}")
         if self.weights.get("embedding.weight") and self.weights["embedding.weight"] != self.weights.get("lm_head.weight"):
             raise SchemeError(f"scheme {self.name}: embedding.weight and lm_head.weight can be one tensor: code both alike")
+
+    def _check(self, part: str, site: str, quantizer: Quantizer) -> None:
+        coder = CODERS[part][quantizer.scale]
+        low, high = getattr(coder, "bits_range", BITS[part])
+        if type(quantizer.bits) is not int or not low <= quantizer.bits <= high:
+            raise SchemeError(f"scheme {self.name}: {site} has {quantizer.bits} bits; {part} take {low} to {high}")
+        if getattr(coder, "matrices_only", False) and site not in (*HEAD_WEIGHTS, *LINEAR_WEIGHTS):
+            raise SchemeError(f"scheme {self.name}: {site} is no matrix of a product; {quantizer.scale} is for those")
+        for name, value in quantizer.options.items():
+            if name not in options_of(coder, {}):
+                raise SchemeError(f"scheme {self.name}: {site} has the option {name}, which {quantizer.scale} does not take")
+            allowed, what = OPTIONS[name]
+            if not allowed(value):
+                raise SchemeError(f"scheme {self.name}: {site} has the {name} {value!r}; it is {what}")
 
     @property
     def whole_sequence(self) -> bool:
@@ -100,12 +146,22 @@ class Scheme:
             for site, quantizer in getattr(self, part).items():
                 if CODERS[part][quantizer.scale] not in known:
                     return f"the {title} {quantizer.scale} of {site}"
-        return f"smoothing of {next(iter(self.smooth))}" if self.smooth and Smooth not in known else None
+        for sites, title, transform in ((self.smooth, "smoothing", Smooth), (self.rotate, "rotation", Hadamard)):
+            if sites and transform not in known:
+                return f"the {title} of {next(iter(sites))}"
+        return None
+
+    def static_absmax(self, layer: str, maxima: Any) -> Any:
+        """The absolute maximum from which a calibrated layer's input takes its scale. maxima: of its channels, (K,) float32."""
+        quantizer = self.inputs[layer]
+        coder = INPUT_CODERS[quantizer.scale]
+        return coder.reduce(maxima, **options_of(coder, quantizer.options))
 
     def table(self) -> str:
         """What is quantized how, one line a site; the unquantized ones together."""
         lines = [f"scheme {self.name}"]
         lines += [f"  {'SmoothQuant for ' + site:<28} alpha {alpha:g}" for site, alpha in self.smooth.items()]
+        lines += [f"  {'Hadamard rotation for ' + site}" for site in self.rotate]
         titles = {"weights": "weight", "inputs": "input of", "outputs": "output of"}
         for part, title in titles.items():
             chosen: Mapping[str, Quantizer] = getattr(self, part)
@@ -116,7 +172,9 @@ class Scheme:
 
     def to_json(self) -> dict[str, Any]:
         """The scheme as JSON values; `scheme_from_json` reads them."""
-        return asdict(self)
+        parts = {part: {site: q.to_json() for site, q in getattr(self, part).items()} for part in SITES}
+        more = {"rotate": list(self.rotate)} if self.rotate else {}
+        return {"name": self.name, **parts, "smooth": dict(self.smooth)} | more
 
 
 def _weights(bits: int, sites: str) -> dict[str, Quantizer]:
@@ -130,21 +188,39 @@ def _int8(name: str, scale: str) -> Scheme:
     return Scheme(name, weights, dict.fromkeys(PRODUCTS, Quantizer(8, scale)), smooth=smooth)
 
 
+def _hadamard(name: str) -> Scheme:
+    return replace(_int8(name, "static"), rotate=("in_proj", "out_proj"))
+
+
+def _int4(name: str) -> Scheme:
+    """`int8` with the linear layers' weights in groups; -all: the embedding and the head too."""
+    grouped = Quantizer(4, "grouped", group=64)
+    sites = (*HEAD_WEIGHTS, *LINEAR_WEIGHTS) if name == "int4-all" else LINEAR_WEIGHTS
+    int8 = _int8(name, "per_token")
+    return replace(int8, weights={**int8.weights, **dict.fromkeys(sites, grouped)})
+
+
+# Every built-in scheme without a number in its name.
+NAMED: dict[str, Callable[[str], Scheme]] = {
+    "fp32": Scheme, "int8": lambda name: _int8(name, "per_token"), "int8-static": lambda name: _int8(name, "static"),
+    "int8-smooth": lambda name: _int8(name, "static"), "int4": _int4, "int4-all": _int4, "int8-hadamard": _hadamard,
+    "llm-int8": lambda name: _int8(name, "per_token_outliers"), "flatten-int8": lambda name: _int8(name, "flattened"),
+}  # fmt: skip
+
+
 def parse_scheme(name: str) -> Scheme:
-    """The scheme of a name: `fp32`, `wN-mlp`, `wN-all`, `wNaM-mlp`, `wNaM-all`, `int8`, `int8-static`, `int8-smooth`.
+    """The scheme of a name (`wN-mlp`, `wN-all`, `wNaM-mlp`, `wNaM-all`, or one of NAMED.
 
     Raises SchemeError.
     """
-    if name == "fp32":
-        return Scheme(name)
-    if name in ("int8", "int8-static", "int8-smooth"):
-        return _int8(name, "per_token" if name == "int8" else "static")
+    if name in NAMED:
+        return NAMED[name](name)
     if match := re.fullmatch(r"w([0-9]{1,2})(?:a([0-9]{1,2}))?-(mlp|all)", name):
         outputs = dict.fromkeys(LINEAR_LAYERS, Quantizer(int(match[2]), "per_tensor")) if match[2] else {}
         return Scheme(name, _weights(int(match[1]), match[3]), outputs=outputs)
     raise SchemeError(
-        f"unknown scheme '{name}'; there are fp32, wN-mlp, wN-all (N 2 to 8), wNaM-mlp, wNaM-all (M 2 to 16), "
-        "int8, int8-static, int8-smooth, and FILE.json"
+        f"unknown scheme '{name}'; there are wN-mlp, wN-all (N 2 to 8), wNaM-mlp, wNaM-all (M 2 to 16), "
+        f"{', '.join(NAMED)}, and FILE.json"
     )
 
 
@@ -152,11 +228,11 @@ def scheme_from_json(values: Any) -> Scheme:
     """The scheme that `Scheme.to_json` gave. Raises SchemeError."""
     try:
         parts = {part: {k: Quantizer(**q) for k, q in values.get(part, {}).items()} for part in SITES}
-        if unknown := sorted(set(values) - {"name", "smooth", *SITES}):
-            raise SchemeError(f"scheme: unknown entry {unknown[0]!r}; there are name, smooth, {', '.join(SITES)}")
+        if unknown := sorted(set(values) - {"name", "smooth", "rotate", *SITES}):
+            raise SchemeError(f"scheme: unknown entry {unknown[0]!r}; there are name, smooth, rotate, {', '.join(SITES)}")
         name = values["name"]
         if not (isinstance(name, str) and name.isprintable() and 0 < len(name) <= LONGEST_NAME):
             raise SchemeError(f"scheme: the name is a text of 1 to {LONGEST_NAME} printable characters")
-        return Scheme(name, smooth=dict(values.get("smooth", {})), **parts)
+        return Scheme(name, smooth=dict(values.get("smooth", {})), rotate=tuple(values.get("rotate", ())), **parts)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SchemeError(f"scheme: not in the form of Scheme.to_json ({error!r})") from error

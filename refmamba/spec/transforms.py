@@ -7,14 +7,17 @@ there is none to fold it into, so the product divides its input itself, by subtr
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refmamba.spec.arith import F32Array
-from refmamba.spec.config import MambaConfig
+from refmamba.spec.coders import Call
+from refmamba.spec.codes import ACTIVATION_BITS, fixed_point
+from refmamba.spec.config import MambaConfig, ParameterSource, kind_of
 
 if TYPE_CHECKING:
     from refmamba.spec.config import ParameterSource
@@ -77,3 +80,86 @@ def smoothed(
     divided = {site: np.ldexp(m, -factors[site]) if site in factors else m for site, m in absmax.items()}
     inner = {f"{site}.smooth": k for site, k in factors.items() if not site.endswith(FOLDED)}
     return _Smoothed(source, factors), divided, inner
+
+
+class Transform(Protocol):
+    """What a linear layer does to its input before it codes it."""
+
+    def call(self, x: F32Array, site: str) -> Call:
+        """The operation on x (L, K) and its arguments; it gives float32 (L, K). site: for an error."""
+
+
+def divide_channels(x: F32Array, exponents: NDArray[np.int32]) -> F32Array:
+    """x_j 2^-k_j, eq. (29): exact short of overflow and underflow. (L, K), (K,) -> (L, K)."""
+    return np.ldexp(x, -exponents)
+
+
+def hadamard_block(channels: int) -> int:
+    """The size of the blocks in which channels are rotated: the largest power of two that divides their number."""
+    return channels & -channels
+
+
+def rotate(x: F32Array, site: str) -> F32Array:
+    """Each block of channels times the Hadamard matrix of +-1, eq. (31): (L, K) -> (L, K).
+
+    In fixed point (10) the sums are sums of integers, exact in any order; then one rounding to float32. Raises NonFiniteError,
+    naming the site.
+    """
+    codes, block = fixed_point(x, ACTIVATION_BITS, site), hadamard_block(x.shape[-1])
+    q = butterfly(codes.q.astype(np.int64), block)
+    return np.ldexp(q.astype(np.float64), -codes.exponent[:, None]).astype(np.float32)
+
+
+def butterfly(x: NDArray[Any], block: int) -> NDArray[Any]:
+    """Hadamard's matrix (Sylvester's) times each block of columns, stage by stage: (a, b) -> (a + b, a - b). (rows, K)."""
+    half = 1
+    while half < block:
+        pairs = x.reshape(len(x), -1, 2, half)
+        x = np.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2).reshape(x.shape)
+        half *= 2
+    return x
+
+
+@dataclass(frozen=True)
+class Hadamard:
+    """A rotation that spreads outliers over the channels of a block; the weight is rotated back: eq. (31)."""
+
+    def call(self, x: F32Array, site: str) -> Call:
+        """See `Transform`."""
+        return rotate, (x, site)
+
+
+@dataclass(frozen=True, eq=False)
+class Smooth:
+    """SmoothQuant's division where no weight before it could take it: eq. (29). exponents: int32 (K,)."""
+
+    exponents: NDArray[np.int32]
+
+    def call(self, x: F32Array, site: str) -> Call:
+        """See `Transform`."""
+        return divide_channels, (x, self.exponents)
+
+
+@dataclass(frozen=True)
+class _Rotated:
+    """A checkpoint whose matrices undo the rotation of their inputs: eq. (31)."""
+
+    source: ParameterSource
+    layers: Collection[str]
+
+    @property
+    def config(self) -> MambaConfig:
+        return self.source.config
+
+    def read(self, name: str) -> F32Array:
+        x = self.source.read(name)
+        if name.endswith(".weight") and kind_of(name).removesuffix(".weight") in self.layers:
+            block = hadamard_block(x.shape[1])
+            with np.errstate(over="ignore"):
+                x = (butterfly(x.astype(np.float64), block) / block).astype(np.float32)
+        return x
+
+
+def rotated(source: ParameterSource, layers: Collection[str]) -> ParameterSource:
+    """The checkpoint with these linear layers' matrices times H / n: eq. (31), in float64 stage by stage, then float32."""
+    return _Rotated(source, layers) if layers else source

@@ -1,0 +1,62 @@
+"""Arrays in and out: how the operations of a backend that computes on tensors are called with the specification's arguments."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from refmamba.spec import codes as spec
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """codes.Codes as tensors: q is int8 or int16 (..., K), the scale float32 and broadcasts against q."""
+
+    q: Tensor
+    scale: Tensor
+    bits: int
+
+
+@dataclass(frozen=True, eq=False)
+class FixedPoint:
+    """codes.FixedPoint as tensors: q is int32 (..., K), the exponent int32 (..., 1)."""
+
+    q: Tensor
+    exponent: Tensor
+
+
+def tensor(x: Any, device: torch.device) -> Tensor:
+    """A NumPy array on the device; a copy, so that a model read from a file's memory map stays untouched."""
+    return torch.tensor(np.asarray(x), device=device)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """An argument of the specification on the device; what is no array stays as it is."""
+    if isinstance(value, spec.Codes):
+        return Codes(tensor(value.integers(), device), tensor(value.scale, device), value.bits)
+    if isinstance(value, spec.FixedPoint):
+        return FixedPoint(tensor(value.q, device), tensor(value.exponent, device)[:, None])
+    return tensor(value, device) if isinstance(value, np.ndarray | np.generic) else value
+
+
+def to_arrays(value: Any) -> Any:
+    """A result on the device as the specification gives it."""
+    if isinstance(value, tuple):
+        return tuple(to_arrays(v) for v in value)
+    if isinstance(value, Codes):
+        return spec.Codes(value.q.cpu().numpy(), value.scale.cpu().numpy(), value.bits)
+    if isinstance(value, FixedPoint):
+        return spec.FixedPoint(value.q.cpu().numpy(), value.exponent[:, 0].cpu().numpy())
+    return value.cpu().numpy()
+
+
+def on_arrays(functions: Mapping[str, Callable[..., Any]], device: torch.device) -> dict[str, Callable[..., Any]]:
+    """Functions on tensors, with the specification's names and signatures, as functions on arrays."""
+
+    def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *values: to_arrays(function(*(to_device(value, device) for value in values)))
+
+    return {name: wrapped(function) for name, function in functions.items()}

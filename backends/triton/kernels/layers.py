@@ -1,0 +1,529 @@
+"""One layer as kernels: what a linear layer reads, its codes, its product, and what follows it.
+
+A call's sequences lie one after the other without padding: row r of every activation is one token, `sequence_ptr` says of
+which sequence, `position_ptr` which of its tokens in this call. A pointer that a use does not need is None.
+
+What a linear layer reads (SOURCE): "plain", a row as it is; "norm", eq. (16) of it; "conv", eq. (17) and (5) of it. It is
+computed again for every part of the row where it is needed, which costs less than a pass through memory. How it is coded
+(CODER): "per_token", "per_sequence", "static" (eq. 7, 8), or "fixed_point" (eq. 10).
+"""
+
+import triton
+import triton.language as tl
+
+from refmamba.backends.triton.kernels.arithmetic import (
+    divide,
+    exp,
+    exp_of_decay,
+    magnitude_bits,
+    silu,
+    softplus,
+    tree,
+    two_to_f64,
+)
+from refmamba.backends.triton.kernels.codes import (
+    EXACT_ROW,
+    INFINITY_BITS,
+    digit,
+    exponent_of,
+    joined,
+    quantize,
+    rescale,
+    scale_of,
+    to_fixed_point,
+)
+from refmamba.spec import codes
+
+ACTIVATION_BITS = tl.constexpr(codes.ACTIVATION_BITS)
+
+
+@triton.jit
+def rms_root(x_ptr, x_stride, eps, row, row_ok, K, M: tl.constexpr, WIDTH: tl.constexpr):
+    """The divisor in eq. (16), (M,): the whole row at once, WIDTH the power of two from K on."""
+    k = tl.arange(0, WIDTH)
+    x = tl.load(x_ptr + row[:, None] * x_stride + k[None, :], mask=row_ok[:, None] & (k < K)[None, :], other=0.0)
+    mean = divide(tree(x * x, M, WIDTH), tl.zeros([M], tl.float32) + K)
+    return tl.sqrt_rn(mean + eps)
+
+
+@triton.jit
+def convolution(
+    x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, row, sequence, position, k, ok, TAPS: tl.constexpr
+):  # fmt: skip
+    """Eq. (17) for some rows (M,) and channels k (BK,)."""
+    for tap in tl.static_range(TAPS):
+        at = position - (TAPS - 1 - tap)
+        x = tl.load(x_ptr + (row - (TAPS - 1 - tap))[:, None] * x_stride + k[None, :], mask=ok & (at >= 0)[:, None], other=0.0)
+        if tap < TAPS - 1:
+            before = state_ptr + (sequence * state_stride + TAPS - 1 + at)[:, None] + k[None, :] * (TAPS - 1)
+            x = tl.where((at >= 0)[:, None], x, tl.load(before, mask=ok & (at < 0)[:, None], other=0.0))
+        term = x * tl.load(weight_ptr + k[None, :] * TAPS + tap, mask=ok, other=0.0)
+        if tap == 0:
+            y = term
+        else:
+            y = y + term
+    if bias_ptr is not None:
+        y = y + tl.load(bias_ptr + k[None, :], mask=ok, other=0.0)
+    return y
+
+
+@triton.jit
+def store_conv_state(
+    x_ptr, x_stride, state_ptr, new_state_ptr, state_stride, row, sequence, position, length, k, ok, TAPS: tl.constexpr
+):  # fmt: skip
+    """The inputs that eq. (17) keeps for the next call: a row near the end of its sequence stores itself, and the first row
+    what is left of the old state where the call is shorter than it."""
+    x = tl.load(x_ptr + row[:, None] * x_stride + k[None, :], mask=ok, other=0.0)
+    place = position - length + TAPS - 1
+    target = new_state_ptr + (sequence * state_stride)[:, None] + k[None, :] * (TAPS - 1)
+    tl.store(target + place[:, None], x, mask=ok & (place >= 0)[:, None])
+    for left in tl.static_range(TAPS - 1):
+        stays = (position == 0) & (left + length < TAPS - 1)
+        old = state_ptr + (sequence * state_stride + left + length)[:, None] + k[None, :] * (TAPS - 1)
+        tl.store(target + left, tl.load(old, mask=ok & stays[:, None], other=0.0), mask=ok & stays[:, None])
+
+
+@triton.jit
+def source(
+    x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, root, row, sequence, position, k, ok,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr,
+):  # fmt: skip
+    """What a linear layer reads, (M, BK), 0.0 where not ok."""
+    if SOURCE == "conv":
+        return silu(
+            convolution(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, row, sequence, position, k, ok, TAPS)
+        )
+    else:
+        x = tl.load(x_ptr + row[:, None] * x_stride + k[None, :], mask=ok, other=0.0)
+        if SOURCE == "norm":
+            return divide(x, root[:, None]) * tl.load(weight_ptr + k[None, :], mask=ok, other=0.0)
+        else:
+            return x
+
+
+@triton.jit
+def transformed(x, power_ptr, k, ok):
+    """Eq. (29) where the layer divides its input: x (M, BK), the exponents (K,). Through float64, so rounded once."""
+    if power_ptr is not None:
+        power = two_to_f64(-tl.load(power_ptr + k[None, :], mask=ok, other=0))
+        return (x.to(tl.float64) * power).to(tl.float32)
+    else:
+        return x
+
+
+@triton.jit
+def row_maximum(
+    x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, root, row, row_ok, sequence, position, K,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The bits of the largest magnitude in each row (M,), before eq. (7) counts small ones as zero."""
+    bits = tl.zeros([M], tl.int32)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        ok = row_ok[:, None] & (k < K)[None, :]
+        x = source(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, root, row, sequence, position, k, ok,
+                   SOURCE, TAPS)  # fmt: skip
+        x = tl.where(ok, transformed(x, power_ptr, k, ok), 0.0)
+        bits = tl.maximum(bits, tl.max(magnitude_bits(x), 1))
+    return bits
+
+
+@triton.jit
+def report(bits, failure_ptr, site):
+    """Keep the number of the first site that is to make a code of a NaN or an infinity."""
+    tl.atomic_min(failure_ptr, site, mask=tl.max(bits, 0) >= INFINITY_BITS)
+
+
+@triton.jit
+def factors(bits, sequence, peak_ptr, static_ptr, row_ok, largest, CODER: tl.constexpr):
+    """What each row is multiplied by to make its codes, and its scale (M,): both are the exponent for fixed point.
+
+    They differ where a static scale is of an absolute maximum of zero: every code is then 0 and the scale 1.
+    """
+    if CODER == "fixed_point":
+        exponent = exponent_of(bits, ACTIVATION_BITS)
+        return exponent, exponent
+    else:
+        if CODER == "static":
+            one = tl.zeros(bits.shape, tl.float32)
+            return one + tl.load(static_ptr), one + tl.load(static_ptr + 1)
+        else:
+            if CODER == "per_sequence":
+                bits = tl.load(peak_ptr + sequence, mask=row_ok, other=0)
+            scale = scale_of(bits, largest)
+            return scale, scale
+
+
+@triton.jit
+def encode(x, factor, largest, CODER: tl.constexpr):
+    """Codes (M, BK) int32, eq. (8) or (10)."""
+    if CODER == "fixed_point":
+        return to_fixed_point(x, factor[:, None])
+    else:
+        return quantize(x, factor[:, None], largest)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def peak_kernel(
+    x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, state_stride, sequence_ptr, position_ptr, power_ptr, peak_ptr,
+    rows, K,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The bits of the largest magnitude of each sequence, peak (sequences,) int32, zeros before."""
+    row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
+    row_ok = row < rows
+    sequence = tl.load(sequence_ptr + row, mask=row_ok, other=0).to(tl.int64)
+    position = tl.load(position_ptr + row, mask=row_ok, other=0)
+    root = tl.zeros([M], tl.float32)
+    if SOURCE == "norm":
+        root = rms_root(x_ptr, x_stride, eps, row, row_ok, K, M, WIDTH)
+    bits = row_maximum(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, root, row, row_ok, sequence,
+                       position, K, SOURCE, TAPS, M, BK)  # fmt: skip
+    tl.atomic_max(peak_ptr + sequence, bits, mask=row_ok)
+
+
+@triton.jit(do_not_specialize=["rows", "site"])
+def code_kernel(
+    x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, new_state_ptr, state_stride, sequence_ptr, position_ptr,
+    length_ptr, power_ptr, u_ptr, peak_ptr, static_ptr, failure_ptr, site, q_ptr, scale_ptr, rows, K, largest,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, CODER: tl.constexpr,
+    DIGITS: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The codes of what a linear layer reads: digits q (rows, DIGITS, K) int8, scale or exponent (rows,). Prefill only."""
+    row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
+    row_ok = row < rows
+    sequence = tl.load(sequence_ptr + row, mask=row_ok, other=0).to(tl.int64)
+    position = tl.load(position_ptr + row, mask=row_ok, other=0)
+    root = tl.zeros([M], tl.float32)
+    if SOURCE == "norm":
+        root = rms_root(x_ptr, x_stride, eps, row, row_ok, K, M, WIDTH)
+    bits = row_maximum(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, root, row, row_ok, sequence,
+                       position, K, SOURCE, TAPS, M, BK)  # fmt: skip
+    report(bits, failure_ptr, site)
+    factor, scale = factors(bits, sequence, peak_ptr, static_ptr, row_ok, largest, CODER)
+    tl.store(scale_ptr + row, scale, mask=row_ok)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        ok = row_ok[:, None] & (k < K)[None, :]
+        x = source(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, root, row, sequence, position, k, ok,
+                   SOURCE, TAPS)  # fmt: skip
+        if SOURCE == "conv":
+            length = tl.load(length_ptr + sequence, mask=row_ok, other=0)
+            tl.store(u_ptr + row[:, None] * K + k[None, :], x, mask=ok)
+            store_conv_state(x_ptr, x_stride, state_ptr, new_state_ptr, state_stride, row, sequence, position, length, k, ok,
+                             TAPS)  # fmt: skip
+        q = encode(transformed(x, power_ptr, k, ok), factor, largest, CODER)
+        for place in tl.static_range(DIGITS):
+            value = q.to(tl.int8) if DIGITS == 1 else digit(q, place)
+            tl.store(q_ptr + (row * DIGITS + place)[:, None] * K + k[None, :], value, mask=ok)
+
+
+@triton.jit
+def weight_tile(w_ptr, plane, c, k, N, K, PACKED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Weight codes (BK, BN) int8 of digit `plane`, from (N, K), or from the packed bytes of eq. (14)."""
+    if PACKED:
+        half = tl.min(k, 0) // 2 + tl.arange(0, BK // 2)
+        at = w_ptr + c[:, None] * ((K + 1) // 2) + half[None, :]
+        byte = tl.load(at, mask=(c < N)[:, None] & (2 * half < K)[None, :], other=0)
+        even = ((byte & 15) ^ 8).to(tl.int8) - 8
+        odd = byte.to(tl.int8, bitcast=True) >> 4
+        return tl.trans(tl.interleave(even, odd))
+    else:
+        at = w_ptr + plane * N * K + c[:, None] * K + k[None, :]
+        return tl.trans(tl.load(at, mask=(c < N)[:, None] & (k < K)[None, :], other=0))
+
+
+@triton.jit
+def digit_tile(
+    x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, q_ptr, root, factor, row, row_ok, sequence,
+    position, k, K, largest,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr, CODER: tl.constexpr, DIGITS: tl.constexpr,
+    PLACES: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Activation digits (M * PLACES, BK) int8: the digits of row 0 first. Stored ones have PLACES = DIGITS; others may have
+    places that are always 0, since a tensor core wants 16 rows."""
+    if SOURCE == "codes":
+        place = tl.arange(0, M * PLACES)
+        first = tl.min(row, 0) * PLACES
+        last = first + tl.sum(row_ok.to(tl.int32), 0) * PLACES
+        at = first + place
+        return tl.load(q_ptr + at[:, None] * K + k[None, :], mask=(at < last)[:, None] & (k < K)[None, :], other=0)
+    else:
+        ok = row_ok[:, None] & (k < K)[None, :]
+        x = source(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, root, row, sequence, position, k, ok,
+                   SOURCE, TAPS)  # fmt: skip
+        q = tl.where(ok, encode(transformed(x, power_ptr, k, ok), factor, largest, CODER), 0)
+        place = tl.arange(0, PLACES)[None, :, None]
+        if DIGITS == 1:
+            digits = tl.where(place == 0, q[:, None, :], 0).to(tl.int8)
+        else:
+            digits = digit(q[:, None, :], place)
+        return tl.reshape(digits, [M * PLACES, BK])
+
+
+@triton.jit
+def product(
+    x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, q_ptr, root, factor, row, row_ok, sequence,
+    position, w_ptr, c, N, K, largest,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr, CODER: tl.constexpr, DIGITS: tl.constexpr,
+    PLACES: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The integer product, eq. (11, 12): (M, BN), int32 for two factors of one digit each, else float64.
+
+    Digits of eight bits are what tensor cores multiply. The products of one place are added in int32, which holds them for
+    EXACT_ROW columns and more; then those of a place below 3, and those of the others, in int64; then the two in float64,
+    with one rounding, as eq. (12) has it.
+    """
+    if DIGITS == 1 and PLANES == 1:
+        acc = tl.zeros([M * PLACES, BN], tl.int32)
+        for start in range(0, K, BK):
+            k = start + tl.arange(0, BK)
+            digits = digit_tile(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, q_ptr, root, factor,
+                                row, row_ok, sequence, position, k, K, largest, SOURCE, TAPS, CODER, DIGITS, PLACES, M,
+                                BK)  # fmt: skip
+            w = weight_tile(w_ptr, 0, c, k, N, K, PACKED, BN, BK)
+            acc = tl.dot(digits, w, acc, out_dtype=tl.int32)
+        return acc if PLACES == 1 else tl.sum(tl.reshape(acc, [M, PLACES, BN]), 1)
+    else:
+        total = tl.zeros([M, BN], tl.float64)
+        for block in range(0, K, EXACT_ROW):
+            low, high = tl.zeros([M, BN], tl.int64), tl.zeros([M, BN], tl.int64)
+            for plane in tl.static_range(PLANES):
+                acc = tl.zeros([M * PLACES, BN], tl.int32)
+                for start in range(block, tl.minimum(block + EXACT_ROW, K), BK):
+                    k = start + tl.arange(0, BK)
+                    digits = digit_tile(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, q_ptr, root,
+                                        factor, row, row_ok, sequence, position, k, K, largest, SOURCE, TAPS, CODER, DIGITS,
+                                        PLACES, M, BK)  # fmt: skip
+                    w = weight_tile(w_ptr, plane, c, k, N, K, PACKED, BN, BK)
+                    acc = tl.dot(digits, w, acc, out_dtype=tl.int32)
+                low = joined(low, acc, plane, M, PLACES, True)
+                high = joined(high, acc, plane, M, PLACES, False)
+            total = total + (high.to(tl.float64) * 16777216.0 + low.to(tl.float64))
+        return total
+
+
+@triton.jit
+def linear(
+    x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, state_stride, power_ptr, peak_ptr, static_ptr, failure_ptr, site,
+    q_ptr, scale_ptr, row, row_ok, sequence, position, w_ptr, w_scale_ptr, c, N, K, largest,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, CODER: tl.constexpr,
+    DIGITS: tl.constexpr, PLACES: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """A linear layer up to eq. (13), (M, BN) float32: codes its input, or takes stored codes (SOURCE "codes")."""
+    root = tl.zeros([M], tl.float32)
+    if SOURCE == "codes":
+        factor = root
+        scale = tl.load(scale_ptr + row, mask=row_ok, other=0 if CODER == "fixed_point" else 1.0)
+    else:
+        if SOURCE == "norm":
+            root = rms_root(x_ptr, x_stride, eps, row, row_ok, K, M, WIDTH)
+        bits = row_maximum(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, root, row, row_ok,
+                           sequence, position, K, SOURCE, TAPS, M, BK)  # fmt: skip
+        report(bits, failure_ptr, site)
+        factor, scale = factors(bits, sequence, peak_ptr, static_ptr, row_ok, largest, CODER)
+    acc = product(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, q_ptr, root, factor, row, row_ok,
+                  sequence, position, w_ptr, c, N, K, largest, SOURCE, TAPS, CODER, DIGITS, PLACES, PLANES, PACKED, M, BN,
+                  BK)  # fmt: skip
+    w_scale = tl.load(w_scale_ptr + c, mask=c < N, other=0 if PLANES == 3 else 1.0)
+    return rescale(acc, scale, w_scale, CODER == "fixed_point", PLANES == 3)
+
+
+@triton.jit
+def finished(y, bias_ptr, residual_ptr, row, c, ok, N, SOFTPLUS: tl.constexpr):
+    """What follows a linear layer: its bias, eq. (18) after dt_proj, eq. (24)'s sum after out_proj."""
+    if bias_ptr is not None:
+        y = y + tl.load(bias_ptr + c[None, :], mask=ok, other=0.0)
+    if SOFTPLUS:
+        y = softplus(y)
+    if residual_ptr is not None:
+        y = tl.load(residual_ptr + row[:, None] * N + c[None, :], mask=ok, other=0.0) + y
+    return y
+
+
+@triton.jit(do_not_specialize=["rows", "site"])
+def linear_kernel(
+    x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, new_state_ptr, state_stride, sequence_ptr, position_ptr,
+    length_ptr, power_ptr, u_ptr, peak_ptr, static_ptr, failure_ptr, site, q_ptr, scale_ptr,
+    w_ptr, w_scale_ptr, y_bias_ptr, residual_ptr, y_ptr, rows, N, K, largest,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, CODER: tl.constexpr,
+    DIGITS: tl.constexpr, PLACES: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, SOFTPLUS: tl.constexpr,
+    M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """A linear layer and what follows it: y (rows, N). In decode it is fused with what comes before: see SOURCE."""
+    row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
+    row_ok = row < rows
+    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    sequence, position = row * 0, tl.zeros([M], tl.int32)
+    if SOURCE != "codes":
+        sequence = tl.load(sequence_ptr + row, mask=row_ok, other=0).to(tl.int64)
+        position = tl.load(position_ptr + row, mask=row_ok, other=0)
+    y = linear(x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, state_stride, power_ptr, peak_ptr, static_ptr,
+               failure_ptr, site, q_ptr, scale_ptr, row, row_ok, sequence, position, w_ptr, w_scale_ptr, c, N, K, largest,
+               SOURCE, TAPS, WIDTH, CODER, DIGITS, PLACES, PLANES, PACKED, M, BN, BK)  # fmt: skip
+    ok = row_ok[:, None] & (c < N)[None, :]
+    tl.store(y_ptr + row[:, None] * N + c[None, :], finished(y, y_bias_ptr, residual_ptr, row, c, ok, N, SOFTPLUS), mask=ok)
+    # The first condition is known to the compiler, the second is not.
+    if SOURCE == "conv":  # noqa: SIM102
+        if tl.program_id(1) == 0:
+            length = tl.load(length_ptr + sequence, mask=row_ok, other=0)
+            for start in range(0, K, BK):
+                k = start + tl.arange(0, BK)
+                k_ok = row_ok[:, None] & (k < K)[None, :]
+                u = source(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, row * 0.0, row, sequence, position,
+                           k, k_ok, SOURCE, TAPS)  # fmt: skip
+                tl.store(u_ptr + row[:, None] * K + k[None, :], u, mask=k_ok)
+                store_conv_state(x_ptr, x_stride, state_ptr, new_state_ptr, state_stride, row, sequence, position, length, k,
+                                 k_ok, TAPS)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "site"])
+def read_back_kernel(
+    y_ptr, sequence_ptr, peak_ptr, failure_ptr, site, bias_ptr, residual_ptr, out_ptr, rows, N, largest,
+    CODER: tl.constexpr, SOFTPLUS: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The `out` side, eq. (7, 8, 9), and what follows it: y (rows, N) -> (rows, N)."""
+    row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
+    row_ok = row < rows
+    sequence = tl.load(sequence_ptr + row, mask=row_ok, other=0).to(tl.int64)
+    bits = row_maximum(y_ptr, N, None, None, None, 0, None, row, row, row_ok, sequence, row, N, "plain", 1, M, BK)
+    report(bits, failure_ptr, site)
+    factor, scale = factors(bits, sequence, peak_ptr, None, row_ok, largest, CODER)
+    for start in range(0, N, BK):
+        c = start + tl.arange(0, BK)
+        ok = row_ok[:, None] & (c < N)[None, :]
+        q = encode(tl.load(y_ptr + row[:, None] * N + c[None, :], mask=ok, other=0.0), factor, largest, CODER)
+        y = finished(divide(q.to(tl.float32), scale[:, None]), bias_ptr, residual_ptr, row, c, ok, N, SOFTPLUS)
+        tl.store(out_ptr + row[:, None] * N + c[None, :], y, mask=ok)
+
+
+@triton.jit
+def states(ptr, at, ok, STATES: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr):
+    """A channel's values for each state, as a tuple of N / LANES tiles (channels, LANES): states i * LANES to + LANES."""
+    tiles = ()
+    for i in tl.static_range(N // LANES):
+        n = i * LANES + tl.arange(0, LANES)
+        tiles = tiles + (tl.load(ptr + at[:, None] + n[None, :], mask=ok[:, None] & (n < STATES)[None, :], other=0.0),)  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
+def tuple_tree(tiles, COUNT: tl.constexpr):
+    """Eq. (6) over tiles: the second half is added to the first until one is left."""
+    half: tl.constexpr = COUNT // 2
+    if half > 0:
+        sums = ()
+        for i in tl.static_range(half):
+            sums = sums + (tiles[i] + tiles[i + half],)  # noqa: RUF005
+        return tuple_tree(sums, half)
+    else:
+        return tiles[0]
+
+
+@triton.jit
+def advance(
+    u, delta, A, D, h, B_ptr, C_ptr, at,
+    CHANNELS: tl.constexpr, DECAYS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """One token, eq. (20, 21, 22): u, delta, D (channels,), A and h as `states` has them -> y (channels,), h.
+
+    B and C of the token are at `at`, (channels,) or (1,).
+    """
+    following, terms = (), ()
+    for i in tl.static_range(N // LANES):
+        n = i * LANES + tl.arange(0, LANES)
+        real = (n < STATES)[None, :]
+        B = tl.load(B_ptr + at[:, None] + n[None, :], mask=real, other=0.0)
+        C = tl.load(C_ptr + at[:, None] + n[None, :], mask=real, other=0.0)
+        exponent = delta[:, None] * A[i]
+        A_bar = exp_of_decay(exponent) if DECAYS else exp(exponent)
+        now = A_bar * h[i] + (delta * u)[:, None] * B
+        following = following + (now,)  # noqa: RUF005
+        terms = terms + (tl.where(real, C * now, 0.0),)  # noqa: RUF005
+    return tree(tuple_tree(terms, N // LANES), CHANNELS, LANES) + D * u, following
+
+
+@triton.jit
+def store_states(ptr, at, ok, h, STATES: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr):
+    """The inverse of `states`."""
+    for i in tl.static_range(N // LANES):
+        n = i * LANES + tl.arange(0, LANES)
+        tl.store(ptr + at[:, None] + n[None, :], h[i], mask=ok[:, None] & (n < STATES)[None, :])
+
+
+@triton.jit
+def scan_kernel(
+    u_ptr, delta_ptr, B_ptr, C_ptr, bc_stride, z_ptr, z_stride, A_ptr, D_ptr, h_ptr, new_h_ptr, h_stride, start_ptr,
+    length_ptr, y_ptr, channels,
+    DECAYS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """The scan and, where z is there, the gate, eq. (20) to (23), of one sequence and BE channels: y (rows, channels)."""
+    sequence = tl.program_id(1).to(tl.int64)
+    start, length = tl.load(start_ptr + sequence).to(tl.int64), tl.load(length_ptr + sequence)
+    c = tl.program_id(0) * BE + tl.arange(0, BE)
+    ok = c < channels
+    A = states(A_ptr, c * STATES, ok, STATES, N, LANES)
+    D = tl.load(D_ptr + c, mask=ok, other=0.0)
+    h = states(h_ptr + sequence * h_stride, c * STATES, ok, STATES, N, LANES)
+    for t in range(length):
+        row = start + t
+        u = tl.load(u_ptr + row * channels + c, mask=ok, other=0.0)
+        delta = tl.load(delta_ptr + row * channels + c, mask=ok, other=0.0)
+        at = row * bc_stride + tl.arange(0, 1)
+        y, h = advance(u, delta, A, D, h, B_ptr, C_ptr, at, BE, DECAYS, STATES, N, LANES)
+        if z_ptr is not None:
+            y = y * silu(tl.load(z_ptr + row * z_stride + c, mask=ok, other=0.0))
+        tl.store(y_ptr + row * channels + c, y, mask=ok)
+    store_states(new_h_ptr + sequence * h_stride, c * STATES, ok, h, STATES, N, LANES)
+
+
+@triton.jit(do_not_specialize=["rows", "site"])
+def scan_step_kernel(
+    x_ptr, x_stride, power_ptr, static_ptr, failure_ptr, site, w_ptr, w_scale_ptr, y_bias_ptr,
+    u_ptr, B_ptr, C_ptr, z_ptr, z_stride, A_ptr, D_ptr, h_ptr, new_h_ptr, h_stride, y_ptr, rows, channels, K, largest,
+    CODER: tl.constexpr, DIGITS: tl.constexpr, PLACES: tl.constexpr, PLANES: tl.constexpr,
+    PACKED: tl.constexpr, DECAYS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, M: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """dt_proj, eq. (18), the scan and the gate for one token of each sequence: y (rows, channels). Decode only."""
+    row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
+    row_ok = row < rows
+    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    y = linear(x_ptr, x_stride, None, None, 0.0, None, 0, power_ptr, None, static_ptr, failure_ptr, site, None, None, row,
+               row_ok, row, row, w_ptr, w_scale_ptr, c, channels, K, largest, "plain", 1, 1, CODER, DIGITS, PLACES, PLANES,
+               PACKED, M, BN, BK)  # fmt: skip
+    ok = row_ok[:, None] & (c < channels)[None, :]
+    delta = tl.reshape(finished(y, y_bias_ptr, None, row, c, ok, channels, True), [M * BN])
+    ok = tl.reshape(ok, [M * BN])
+    row = tl.reshape(tl.broadcast_to(row[:, None], [M, BN]), [M * BN])
+    c = tl.reshape(tl.broadcast_to(c[None, :], [M, BN]), [M * BN])
+    row, c = tl.where(ok, row, 0), tl.where(ok, c, 0)
+    u = tl.load(u_ptr + row * channels + c, mask=ok, other=0.0)
+    A = states(A_ptr, c * STATES, ok, STATES, N, LANES)
+    h = states(h_ptr, row * h_stride + c * STATES, ok, STATES, N, LANES)
+    D = tl.load(D_ptr + c, mask=ok, other=0.0)
+    y, h = advance(u, delta, A, D, h, B_ptr, C_ptr, row * x_stride, M * BN, DECAYS, STATES, N, LANES)
+    y = y * silu(tl.load(z_ptr + row * z_stride + c, mask=ok, other=0.0))
+    tl.store(y_ptr + row * channels + c, y, mask=ok)
+    store_states(new_h_ptr, row * h_stride + c * STATES, ok, h, STATES, N, LANES)
+
+
+@triton.jit
+def embed_kernel(token_ptr, table_ptr, scale_ptr, y_ptr, K, PACKED: tl.constexpr, BK: tl.constexpr):
+    """Eq. (15): row `token` of a float32 table, or of codes with a scale for each row -> y (rows, K)."""
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(token_ptr + row).to(tl.int64)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        if scale_ptr is None:
+            y = tl.load(table_ptr + token * K + k, mask=k < K, other=0.0)
+        else:
+            if PACKED:
+                byte = tl.load(table_ptr + token * ((K + 1) // 2) + k // 2, mask=k < K, other=0).to(tl.int32)
+                nibble = tl.where(k % 2 == 0, byte, byte >> 4) & 15
+                q = (nibble ^ 8) - 8
+            else:
+                q = tl.load(table_ptr + token * K + k, mask=k < K, other=0)
+            y = divide(q.to(tl.float32), tl.load(scale_ptr + token) + tl.zeros([BK], tl.float32))
+        tl.store(y_ptr + row * K + k, y, mask=k < K)

@@ -1,0 +1,70 @@
+"""Block sizes by shape, fixed: what a tuner may choose, and nothing that a bit depends on."""
+
+from typing import NamedTuple
+
+import triton
+
+INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
+FEW = 16  # sequences in a step that the fused kernels of decode take; more run as a prefill of one token each
+
+
+class Blocks(NamedTuple):
+    """rows (tokens), columns of the result and of K in a block, and its warps and stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int = 2
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two from n on."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def row_blocks(rows: int, k: int) -> Blocks:
+    """Kernels that go along rows of K: norm, convolution, codes, read back. columns: the whole row, for eq. (6)."""
+    width = power_of_two(k)
+    if INTERPRETED:
+        return Blocks(min(power_of_two(rows), 128), width, width, 1)
+    return Blocks(1 if width > 256 else 4, width, min(width, 2048), 4 if width > 256 else 1)
+
+
+def product_blocks(rows: int, n: int, digits: int, planes: int) -> Blocks:
+    """Products of stored codes. rows: tokens; a block has rows * digits rows of digits."""
+    if INTERPRETED:
+        return Blocks(max(16 // digits, min(power_of_two(rows), 128)), min(power_of_two(max(n, 16)), 256), 128, 1)
+    tall = 128 if rows * digits > 64 and digits * planes == 1 else 64 if rows * digits > 32 else 16
+    return Blocks(max(tall // digits, 1), 128 if n > 1024 and planes == 1 else 64, 128 if digits * planes == 1 else 64,
+                  8 if tall == 128 else 4, 3)  # fmt: skip
+
+
+def step_blocks(rows: int, n: int) -> Blocks:
+    """The fused kernels of decode."""
+    m = 1 if rows == 1 else 4 if rows <= 4 else FEW
+    if INTERPRETED:
+        return Blocks(m, min(power_of_two(max(n, 16)), 256), 64, 1)
+    return Blocks(m, 64 if n > 16384 else 32 if n > 1024 else 16, 256 if m <= 4 else 128, 4)
+
+
+class ScanBlocks(NamedTuple):
+    """channels in a block, lanes that share the states of a channel, warps."""
+
+    channels: int
+    lanes: int
+    warps: int
+
+
+def scan_blocks(sequences: int, channels: int, states: int) -> ScanBlocks:
+    """The scan over a call: many lanes a channel where there are few sequences, so that there are enough warps."""
+    width = power_of_two(states)
+    if INTERPRETED:
+        return ScanBlocks(min(power_of_two(channels), 2048), width, 1)
+    lanes = 4 if sequences * channels < 32768 else 1
+    return ScanBlocks(32 if lanes == 1 else 16, min(lanes, width), 1 if lanes == 1 else 2)
+
+
+def step_lanes(states: int) -> int:
+    """Lanes of the scan in decode."""
+    return power_of_two(states) if INTERPRETED else min(4, power_of_two(states))

@@ -1,0 +1,26 @@
+"""`refmamba step`: one forward, number by number."""
+
+from pathlib import Path
+
+import click
+
+from refmamba.commands.generate import DEFAULT_PROMPT
+from refmamba.commands.options import calibrate_option, model_option, names_option, revision_option
+from refmamba.run.session import ModelChoice, open_model
+from refmamba.spec.scheme import parse_scheme
+from refmamba.teach.pages import PAGE_SCHEMES, write_page
+
+
+@click.command("step")
+@click.argument("prompt", default=DEFAULT_PROMPT)
+@model_option
+@revision_option
+@names_option("--scheme", default=None, help="Schemes with commas between.  [default: every built-in one]")
+@calibrate_option
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Write the page to this file.")
+def command(
+    prompt: str, model: str, revision: str | None, scheme: tuple[str, ...] | None, calibrate: Path | None, html: Path
+) -> None:
+    """Write a page that runs the model in a browser, and shows how every number comes about."""
+    opened = open_model(ModelChoice(model, revision=revision, calibrate=calibrate))
+    write_page(opened, [parse_scheme(name) for name in scheme or PAGE_SCHEMES], prompt, html)

@@ -1,0 +1,108 @@
+"""What the page carries: a model's weights, its tokenizer, calibration, schemes, and the vectors that it must pass."""
+
+import base64
+import gzip
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from refmamba.conformance.vectors import read_vectors, vectors_folder
+from refmamba.formats.calibration import load_calibration
+from refmamba.formats.folder import open_checkpoint
+from refmamba.run.session import Opened
+from refmamba.spec.arith import F32Array
+from refmamba.spec.config import MambaConfig, ParameterSource, kind_of
+from refmamba.spec.operations import OPERATIONS
+from refmamba.spec.parameters import QuantizedModel, linear_sites
+from refmamba.spec.scheme import Scheme, parse_scheme
+from refmamba.spec.transforms import exponents
+
+LEVEL = 9  # of gzip
+
+
+def packed(data: bytes) -> str:
+    """gzip, then base64: text that a page can hold. The same bytes give the same text."""
+    return base64.b64encode(gzip.compress(data, LEVEL, mtime=0)).decode("ascii")
+
+
+def planes(source: ParameterSource) -> bytes:
+    """All parameters one after the other in little-endian order, their first bytes together, then their second, and so on.
+
+    float16 where that holds every value exactly, else float32. Bytes of one weight's exponent resemble those of the next,
+    so planes compress better than numbers.
+    """
+    values = np.concatenate([source.read(name).ravel() for name in source.config.shapes()])
+    with np.errstate(over="ignore"):
+        halves = values.astype("<f2")
+    exact = np.array_equal(halves.astype(np.float32).view(np.uint32), values.view(np.uint32))
+    numbers = halves if exact else values.astype("<f4")
+    return np.ascontiguousarray(numbers.view(np.uint8).reshape(len(values), -1).T).tobytes()
+
+
+def shape_of(config: MambaConfig) -> dict[str, Any]:
+    """The model's sizes as JSON values."""
+    return asdict(config) | {"d_inner": config.d_inner}
+
+
+def calibration_of(source: ParameterSource, absmax: Mapping[str, F32Array], schemes: Iterable[Scheme]) -> dict[str, Any]:
+    """The maxima of each site, and each scheme's exponents k, eq. (28)."""
+    smooth = {scheme.name: scheme.smooth for scheme in schemes if scheme.smooth}
+    weights = {
+        site: np.max(np.abs(source.read(f"{site}.weight")), axis=0) for site in linear_sites(source.config)[:-1] if smooth
+    }
+    return {
+        "absmax": {site: m.astype(float).tolist() for site, m in absmax.items()},
+        "exponents": {
+            name: {
+                site: exponents(absmax[site], m, alpha[kind_of(site)]).tolist()
+                for site, m in weights.items()
+                if kind_of(site) in alpha
+            }
+            for name, alpha in smooth.items()
+        },
+    }
+
+
+def model_data(
+    source: ParameterSource, absmax: Mapping[str, F32Array], schemes: Iterable[Scheme], expected: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """A model, without its weights. expected: sequences and the frozen hashes of their logits."""
+    return {
+        "config": shape_of(source.config),
+        "tensors": [[name, list(shape)] for name, shape in source.config.shapes().items()],
+        "calibration": calibration_of(source, absmax, schemes),
+        "expected": expected,
+    }
+
+
+def tiny_data() -> dict[str, Any]:
+    """The tiny model of the vectors, weights and all."""
+    folder = vectors_folder() / "tiny"
+    source, expected = open_checkpoint(folder), json.loads((folder / "expected.json").read_text("utf-8"))
+    assert not isinstance(source, QuantizedModel)
+    schemes = [parse_scheme(name) for name in expected["logits_sha256"]["schemes"]]
+    data = model_data(source, load_calibration(folder / "calibration.json", source.config), schemes, expected)
+    return data | {"weights": base64.b64encode(planes(source)).decode("ascii")}
+
+
+def page_data(opened: Opened, schemes: Iterable[Scheme]) -> dict[str, Any]:
+    """Everything but the weights of the opened model."""
+    source, schemes, tokenizer = opened.float_checkpoint(), list(schemes), opened.tokenizer
+    absmax = opened.calibration if any(scheme.needs_calibration for scheme in schemes) else {}
+    expected = None
+    if opened.choice.model == "small":
+        expected = json.loads((vectors_folder() / "small.json").read_text("utf-8"))
+    return {
+        "name": opened.choice.model,
+        "model": model_data(source, absmax, schemes, expected),
+        "schemes": [scheme.to_json() for scheme in schemes],
+        "tokenizer": json.loads(opened.files.tokenizer.read_text("utf-8")),
+        "special": {
+            "n_ids": tokenizer.n_ids, "end": tokenizer.eos_token_id, "prefix": tokenizer.prefix_token_id,
+        },
+        "tiny": tiny_data(),
+        "vectors": {operation: read_vectors(operation) for operation in OPERATIONS},
+    }  # fmt: skip
