@@ -33,6 +33,7 @@ from refmamba.spec.config import MambaConfig, ParameterSource
 from refmamba.spec.parameters import QuantizedModel, quantize_model
 from refmamba.spec.scheme import Scheme
 
+ROUNDINGS = ("search", "gptq")
 DEFAULT_MODEL, DEFAULT_SCHEME = "small", "w8-all"
 
 
@@ -102,6 +103,17 @@ class Opened:
         with bar(len(source.config.shapes()), "calibrating", "tensor") as used:
             return calibrate(_Watched(source, used), self.tokenizer.encode_array(text))
 
+    def rounded_by_gptq(self) -> QuantizedModel:
+        """The model under its scheme, its linear layers' weights rounded by GPTQ on the text that is calibrated on."""
+        from refmamba.run.rounding import round_by_gptq
+
+        file = self.choice.calibrate
+        if file is not None and file.suffix == SUFFIX:
+            raise DataError(f"{file}: GPTQ needs a text, not the maxima of one; give a text file")
+        tokens = self.tokenizer.encode_array(passage() if file is None else read_text(file))
+        calibration = self.calibration if self.scheme.needs_calibration else None
+        return round_by_gptq(self.float_checkpoint(), self.scheme, tokens, calibration, load_backend(DEFAULT_BACKEND))
+
     def quantized(self, scheme: Scheme) -> QuantizedModel:
         """The model under a scheme. Raises DataError where it was saved under another one, or calibration lacks a site."""
         if isinstance(self.checkpoint, QuantizedModel) and self.checkpoint.scheme == scheme:
@@ -159,10 +171,13 @@ def open_session(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> S
     return Session(opened, backend, opened.scheme)
 
 
-def quantize_folder(choice: ModelChoice, folder: Path, calibration_file: Path | None = None) -> Opened:
+def quantize_folder(
+    choice: ModelChoice, folder: Path, calibration_file: Path | None = None, rounding: str = ROUNDINGS[0]
+) -> Opened:
     """Save a model quantized in a new folder; with a calibration file, also the maxima of its calibration.
 
-    Raises RefmambaError, so SchemeError where no scheme is named.
+    rounding: one of ROUNDINGS; `gptq` rounds the linear layers' weights by the text that is calibrated on. Raises
+    RefmambaError, so SchemeError where no scheme is named.
     """
     if choice.scheme is None:
         raise SchemeError("name what to save the model as: --scheme NAME, or --bits N")
@@ -170,8 +185,9 @@ def quantize_folder(choice: ModelChoice, folder: Path, calibration_file: Path | 
     opened = open_model(choice)
     if calibration_file is not None:
         save_calibration(opened.calibration, calibration_file)
-    with progress(opened.quantized(opened.scheme)) as model:
-        save_quantized(model, folder, opened.files)
+    quantized = opened.rounded_by_gptq() if rounding == "gptq" else opened.quantized(opened.scheme)
+    with progress(quantized) as model:
+        save_quantized(model, folder, opened.files, rounding)
     return opened
 
 
