@@ -36,6 +36,8 @@ def resolve_model(name: str, revision: str | None = None) -> ModelFiles:
     """
     folder = Path(str(resources.files("refmamba") / "small_model")) if name == SMALL else Path(name)
     if not (name and folder_there(folder)):
+        if name and there(folder):
+            raise HubError(f"model {name}: is a file; name the folder that it lies in")
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise HubError(f"model {name}: no such folder; give `small`, a folder, or OWNER/NAME on the hub")
         folder = _download(name, revision)

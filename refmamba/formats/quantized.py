@@ -98,7 +98,7 @@ def open_quantized(folder: Path, config: MambaConfig, saved: Any) -> QuantizedMo
     def within(name: str, array: NDArray[Any], low: float, high: float) -> NDArray[Any]:
         if not (array.min() >= low and array.max() <= high):  # a NaN is neither
             raise TensorError(
-                f"{tensors[name].file}: tensor {name} has values outside {low:g} to {high:g}, which are no codes; "
+                f"{tensors[name].file}: tensor {name} has values outside {low:g} to {high:g}, as no saved model has; "
                 "quantize the model again"
             )
         return array
