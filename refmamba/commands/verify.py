@@ -26,12 +26,13 @@ def table_line(row: Row) -> str:
 
 @click.command("verify")
 @click.option("--model", help="Check this model too: `small`, a folder, or OWNER/NAME on the hub.")
+@against_option
 @backend_option
 @device_option
 @names_option("--schemes", default=",".join(SCHEMES), help="With commas.")
 @click.option("--tolerance", "tolerance_name", help="With --against: float32, float16, bfloat16, or ulp:N.")
+@click.option("--tokens", help="With --against: the sequence, 1,2,3, where the file lacks it.")
 @json_option
-@against_option
 def command(
     model: str | None, backend: str, device: str | None, schemes: tuple[str, ...], tolerance_name: str | None, as_json: bool
 ) -> None:  # fmt: skip
