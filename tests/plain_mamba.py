@@ -13,9 +13,13 @@ def same(x: Array) -> Array:
 
 
 def forward(
-    weights: Mapping[str, Array], tokens: Array, *, epsilon: float = 1e-5, bias: float = 1.0,
+    weights: Mapping[str, Array],
+    tokens: Array,
+    *,
+    epsilon: float = 1e-5,
+    bias: float = 1.0,
     factor: Callable[[Array], Array] = same,
-) -> dict[str, Array]:  # fmt: skip
+) -> dict[str, Array]:
     """Logits and some sites. bias: times that dt_proj's is added; factor: what both factors of a product go through."""
     w = {name.removeprefix("backbone.").replace(".mixer.", "."): x.astype(np.float64) for name, x in weights.items()}
     layers = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("layers."))

@@ -23,13 +23,13 @@ DEFAULT_SCHEME = "fp32"  # of numbers from elsewhere
 
 
 def against_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give `verify` --against, and what goes with it: it then looks at a file of numbers, and runs no backend."""
+    """Give `verify` --against, --scheme and --calibrate: it then looks at a file of numbers, and runs no backend. The command
+    has --tokens, --tolerance, --model and --json."""
 
     @click.option(
         "--against", type=click.Path(path_type=Path), help="Numbers from elsewhere instead: a .npy, .npz or .safetensors."
     )
     @scheme_option
-    @click.option("--tokens", help="With --against: the sequence, 1,2,3, where the file lacks it.")
     @calibrate_option
     @functools.wraps(command)
     def with_against(

@@ -71,14 +71,15 @@ def summary(rows: Sequence[Row], tolerance: Tolerance | None) -> str:
 
 @click.command("verify")
 @click.option("--model", help="Check this model too: `small`, a folder, or OWNER/NAME on the hub.")
+@against_option
 @backend_option
 @click.option("--operations", help="Single operations instead of a backend: module:Class, or NAME=module:function.")
 @device_option
 @names_option("--schemes", help=f"With commas.  [default: all, as {', '.join(SCHEMES[:3])}]")
 @click.option("--tolerance", "tolerance_name", help="For float kernels and numbers: float32, float16, bfloat16, ulp:N.")
 @click.option("--quick", is_flag=True, help="The vectors and the tiny model, each way of calling once.")
+@click.option("--tokens", help="With --against: the sequence, 1,2,3, where the file lacks it.")
 @json_option
-@against_option
 @click.pass_context
 def command(
     context: click.Context, model: str | None, backend: str, operations: str | None, device: str | None,

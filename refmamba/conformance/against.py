@@ -24,7 +24,7 @@ IN_FLOAT64 = ("acc",)  # the sites that stay float64
 
 @dataclass
 class Line:
-    """One array: its largest error relative to its largest magnitude, and whether it is as it must be."""
+    """One array: the root mean square of its errors over that of its values, and whether it is as it must be."""
 
     name: str
     relative: float
