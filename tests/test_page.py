@@ -13,12 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import RandomSource
+from safetensors.numpy import save_file
 
 import refmamba
 from refmamba.conformance.models import SCHEMES
 from refmamba.conformance.vectors import read_vectors
+from refmamba.formats.weights import file_shape
 from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec.codes import Codes
+from refmamba.spec.config import MambaConfig
 from refmamba.spec.operations import OPERATIONS
 from refmamba.teach.pages import PAGE_SCHEMES
 
@@ -423,6 +427,63 @@ def test_what_the_reader_predicts_is_answered(page: Any) -> None:
     playwright.expect(page.locator("#question")).to_contain_text("the sum is")
     assert re.fullmatch(r"You predicted [12] of 2 rightly\.", page.locator("#score").inner_text())
     page.locator("#predict").uncheck()
+
+
+# ---------------------------------------------------------------------------------------- models that it cannot run
+
+
+def folder(to: Path, config: MambaConfig, tokenizer: dict[str, Any]) -> Path:
+    """A model of random float16 weights."""
+    source = RandomSource(config)
+    tensors = {
+        name: source.read(name).astype(np.float16).reshape(file_shape(name, shape)) for name, shape in config.shapes().items()
+    }
+    to.mkdir()
+    save_file(tensors, to / "model.safetensors")
+    sizes = {"hidden_size": config.d_model, "num_hidden_layers": config.n_layer, "vocab_size": config.vocab_size}
+    (to / "config.json").write_text(json.dumps({"model_type": "mamba"} | sizes), "utf-8")
+    (to / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    return to
+
+
+def small_tokenizer() -> dict[str, Any]:
+    tokenizer: dict[str, Any] = json.loads(open_model(ModelChoice("small")).files.tokenizer.read_text("utf-8"))
+    return tokenizer
+
+
+def step_command(*arguments: str | Path) -> str:
+    """stderr of `refmamba step`."""
+    done = subprocess.run([sys.executable, "-m", "refmamba", "step", *arguments], check=True, capture_output=True, text=True)
+    return done.stderr
+
+
+def test_of_a_large_model_the_page_holds_the_recorded_prompt(browser: Any, tmp_path: Path) -> None:
+    large = folder(tmp_path / "large", MambaConfig(d_model=1600, n_layer=1, vocab_size=4096), small_tokenizer())
+    file = tmp_path / "page.html"
+    said = step_command("--model", large, "--scheme", "int8-smooth", "--html", file, PROMPT)
+    assert "holds the recorded prompt" in said
+    assert "more than the 40 MB that a page may hold" in said
+    page = opened(browser, file)
+    assert not page.locator("#generate").is_visible()
+    assert page.locator("#scheme").input_value() == "int8-smooth"
+    trace = refmamba.load(large, scheme="int8-smooth", backend="reference").trace(PROMPT)
+    for site in trace.sites:
+        if not site.endswith("_state"):
+            array = getattr(trace[site], "q", trace[site])
+            go(page, **({"layer": 0, "op": site[9:]} if site.startswith("layers.0.") else {"op": site}), token=3, channel=41)
+            name = "code" if hasattr(trace[site], "q") else "sum" if ".acc" in site else "value"
+            assert np.float64(value(fact(page, name))).astype(array.dtype) == array[3, 41], site
+    assert page.evaluate("refmamba.verify()")["ok"]
+    assert page.complaints == []
+    page.close()
+
+
+def test_a_tokenizer_that_the_page_does_not_have_is_named(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer()
+    tokenizer["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    other = folder(tmp_path / "other", MambaConfig(d_model=32, n_layer=1, vocab_size=4096), tokenizer)
+    said = step_command("--model", other, "--scheme", "fp32", "--html", tmp_path / "page.html")
+    assert "its tokenizer is not of the kind that the page has" in said
 
 
 # ---------------------------------------------------------------------------------------------- for every reader

@@ -740,14 +740,14 @@ function forward(model, tokens, state = null, positions = "last", record = null)
 }
 
 // The tokens that follow a prompt, one for each turn of the iteration: {token, logits}.
-function* generate(model, prompt, { maxNewTokens, temperature = 0, top_k = 0, top_p = 1, seed = 0, n_ids, end }) {
+function* generate(model, prompt, { maxNewTokens, temperature = 0, top_k = 0, top_p = 1, seed = 0, n_ids, ends }) {
   const draw = draws(seed);
   let { logits, state } = forward(model, prompt);
   for (let n = 0; n < maxNewTokens; n++) {
     const row = tensor([n_ids], logits.data.subarray(0, n_ids));
     const token = sample(row, temperature > 0 ? draw() : 0, temperature, top_k, top_p);
     yield { token, logits: logits.data };
-    if (token === end || n === maxNewTokens - 1) return;
+    if (ends.includes(token) || n === maxNewTokens - 1) return;
     ({ logits, state } = forward(model, [token], state));
   }
 }

@@ -6,15 +6,21 @@
 
 // Every operation of one forward, by the names of its results.
 class Recording {
-  constructor(model, tokens) {
+  constructor(model, tokens, steps) {
     this.model = model;
     this.tokens = tokens;
     this.made = new Map();
-    forward(model, tokens, null, "all", (step) => {
+    for (const step of steps) {
       step.sites.forEach((site, i) => this.made.set(site, { step, value: step.sites.length > 1 ? step.result[i] : step.result }));
-    });
+    }
     // A state belongs to the last token alone; the scan's own explanation shows it.
     this.sites = [...this.made.keys()].filter((site) => !site.endsWith("_state"));
+  }
+
+  static of(model, tokens) {
+    const steps = [];
+    forward(model, tokens, null, "all", (step) => steps.push(step));
+    return new Recording(model, tokens, steps);
   }
 
   value(site) {
@@ -85,7 +91,7 @@ function counterpart(other, recording, site) {
 const STORIES = {
   embed({ step, recording, t, c }) {
     const [tokens, embedding] = step.arguments, token = tokens[t];
-    if (!embedding.q) return { form: "embed", symbols: { t: token, x: recording.element("embedding", t, c) }, inputs: [], exact: recording.element("embedding", t, c) };
+    if (!embedding.q) return { form: "embed", symbols: { t: recording.tokens[t], x: recording.element("embedding", t, c) }, inputs: [], exact: recording.element("embedding", t, c) };
     const q = integers(embedding).data[token * columns_of(embedding.q) + c], s = scale_at(embedding.scale, token);
     return { form: "dequantize", symbols: { q, s }, inputs: [], exact: q / s };
   },
@@ -129,7 +135,9 @@ const STORIES = {
   },
 
   integer_product({ step, site, t, c }) {
-    const [x, w] = step.arguments, n = columns_of(x.q), terms = [], sums = [], stepped = w.scale ? integers(w) : w.q;
+    const [x, w] = step.arguments, n = columns_of(x.q), terms = [], sums = [], form = x.exponent && w.exponent ? "wide_product" : "integer_product";
+    if (!w.q) return { form, symbols: { K: n, q_0: x.q.data[t * n], q_1: x.q.data[t * n + 1] }, inputs: [["q", site.replace(".acc", ".in_codes"), t, 0]], exact: null, sum: true };
+    const stepped = w.scale ? integers(w) : w.q;
     let sum = 0;
     for (let k = 0; k < n; k++) {
       const q = x.q.data[t * n + k], p = stepped.data[c * n + k];
@@ -140,8 +148,7 @@ const STORIES = {
     const codes = site.replace(".acc", ".in_codes");
     const largest = terms.toSorted((a, b) => Math.abs(b[3]) - Math.abs(a[3])).slice(0, 8);
     return {
-      form: x.exponent && w.exponent ? "wide_product" : "integer_product",
-      symbols: { K: n, q_0: terms[0][1], w_0: terms[0][2], q_1: terms[1]?.[1] ?? 0, w_1: terms[1]?.[2] ?? 0 },
+      form, sum: true, symbols: { K: n, q_0: terms[0][1], w_0: terms[0][2], q_1: terms[1]?.[1] ?? 0, w_1: terms[1]?.[2] ?? 0 },
       inputs: largest.slice(0, 1).map(([k]) => ["q", codes, t, k]),
       partial: { sums, largest, codes },
       exact: null,

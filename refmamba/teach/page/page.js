@@ -170,7 +170,7 @@ const record = latest(async (current) => {
   if (!record.done) Object.assign(view, { token: Math.min(view.token, last) }, from_fragment());
   record.done = true;
   draw_tokens(recorded.tokens, recorded.pieces);
-  await Promise.all([show_number(), show_state(), show_codes(), show_outlier(), show_weight()]);
+  await Promise.all([show_number(), show_state(), ...(opened.recorded ? [] : [show_codes(), show_outlier(), show_weight()])]);
 }, 200);
 
 const request_of = (more) => ({ scheme: recorded.scheme, tokens: recorded.tokens, ...more });
@@ -315,14 +315,14 @@ function reveal(e, body, formulas) {
     ["code", digits(e.code.q)],
     ["it stands for", digits(e.stands_for)],
   ] : [
-    [e.partial ? "sum" : "value", digits(e.result)],
-    e.partial && ["it stands for", digits(e.stands_for)],
+    [e.sum ? "sum" : "value", digits(e.result)],
+    e.sum && ["it stands for", digits(e.stands_for)],
   ];
   const first = element("div", {}, element("h4", {}, "Result"), facts(result));
   if (e.code) first.append(bit_row(e.code.q, e.code.bits, 0));
   else if (e.bits !== null) first.append(bit_row(e.bits, 32, 8));
   const errors = element("div", {}, element("h4", {}, "Error"), facts([
-    ["added by this operation", e.partial && e.form === "integer_product" ? "0: whole numbers are added exactly" : digits(e.added)],
+    ["added by this operation", e.form === "integer_product" ? "0: whole numbers are added exactly" : digits(e.added)],
     e.plain === null ? ["beside fp32", "not to be compared: it is rotated, or one part of a sum"] : ["without quantization (fp32)", digits(e.plain)],
     e.plain !== null && ["error so far", digits(e.so_far)],
   ]));
@@ -361,7 +361,7 @@ function states_table(e) {
 
 function draw_strip(canvas, e) {
   const ratio = devicePixelRatio, width = canvas.clientWidth * ratio, size = Math.max(Math.round(4 * ratio), Math.floor(width / 256)), per_row = Math.min(e.row.length, Math.floor(width / size));
-  const largest = e.row.reduce((m, value) => Math.max(m, Math.abs(value)), 0) || 1, lines = Math.ceil(e.row.length / per_row), hidden = $("predict").checked && (e.code || e.partial);
+  const largest = e.row.reduce((m, value) => Math.max(m, Math.abs(value)), 0) || 1, lines = Math.ceil(e.row.length / per_row), hidden = $("predict").checked && (e.code || e.sum);
   const context = paint(canvas, per_row * size, lines * size, size, (put) => e.row.forEach((value, i) => put((i % per_row) * size, Math.floor(i / per_row) * size, hidden ? 0 : value / largest)));
   context.strokeStyle = getComputedStyle(canvas).color;
   context.lineWidth = 2;
@@ -405,7 +405,7 @@ function question(e, then) {
     then();
   };
   form.addEventListener("submit", (event) => event.preventDefault());
-  if (e.partial) {
+  if (e.sum) {
     const sign = Math.sign(e.result);
     const press = (words, value) => element("button", { type: "button", onclick: () => done(sign === value, `the sum is ${digits(e.result)}.`) }, words);
     form.append("Is the sum below or above zero?", press("below", -1), press("above", 1), answer);
@@ -610,7 +610,7 @@ async function play() {
 async function start() {
   worker = new Worker(URL.createObjectURL(new Blob([$("worker").textContent], { type: "text/javascript" })));
   worker.onmessage = answered;
-  const ready = ask("open", { data: $("data").textContent, weights: $("weights").textContent });
+  const ready = ask("open", { data: $("data").textContent, weights: Array.from(document.querySelectorAll(".weights"), (piece) => piece.textContent).join("") });
   window.refmamba = {
     ready,
     encode: async (text) => (await ask("encode", { text })).tokens,
@@ -621,16 +621,19 @@ async function start() {
     verify,
   };
   opened = await ready;
+  document.body.dataset.runs = opened.recorded ? "no" : "yes";
   for (const id of ["scheme", "two-a", "two-b"]) $(id).replaceChildren(...scheme_options());
-  set_scheme(opened.schemes.includes("int8") ? "int8" : opened.schemes[0]);
+  set_scheme(opened.schemes.includes("int8") ? "int8" : opened.schemes.at(-1));
   set_scheme(new URLSearchParams(location.hash.slice(1)).get("scheme"));
   $("two-a").value = opened.schemes[0];
   $("two-b").value = $("scheme").value;
   $("flip-name").replaceChildren(...opened.tensors.map(([name]) => element("option", { value: name }, name)));
   $("flip-name").value = opened.tensors.find(([name]) => name.endsWith("in_proj.weight"))[0];
   listen();
-  show_tokens();
-  await write();
+  if (!opened.recorded) {
+    show_tokens();
+    await write();
+  } else say(`Recorded: ${opened.recorded} tokens of this prompt.`);
   await record();
   document.body.dataset.ready = "yes";
 }
