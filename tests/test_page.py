@@ -153,6 +153,11 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("w4a16-mlp", "", {}),
     ("int8", "L'été, 'sé naïve\u0085\ufeff don't 12 ½", {}),
     ("int8-static", "<|endoftext|>A king", {}),
+    ("int4", "The old man", {}),
+    ("int4-all", "The old man", {}),
+    ("int8-hadamard", "The old man", {}),
+    ("llm-int8", "The old man", {}),
+    ("flatten-int8", "The old man", {}),
     ("int8-smooth", "A king \U0001f451", {}),
     ("int8", PROMPT, {"temperature": 0.8, "seed": 7}),
     ("w4-all", PROMPT, {"temperature": 1.5, "seed": 2**70 + 5}),
@@ -221,7 +226,9 @@ def test_half_a_character_is_refused(page: Any) -> None:
 # ------------------------------------------------------------------------------------------- the numbers that it shows
 
 
-@pytest.mark.parametrize("scheme", ["int8", "w8a4-all", "int8-smooth", "fp32"])
+@pytest.mark.parametrize(
+    "scheme", ["int8", "w8a4-all", "int8-smooth", "fp32", "int4-all", "int8-hadamard", "llm-int8", "flatten-int8"]
+)
 def test_numbers_are_the_references_trace(page: Any, scheme: str) -> None:
     trace, plain = model(scheme).trace(PROMPT), model("fp32").trace(PROMPT)
     dice = np.random.default_rng(1)

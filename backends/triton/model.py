@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from refmamba.backends.adapter import tensor
-from refmamba.backends.triton.kernels import alone, layers
+from refmamba.backends.triton.kernels import layers
 from refmamba.backends.triton.table import (
     FEW,
     INTERPRETED,
@@ -31,6 +31,7 @@ from refmamba.spec import coders, linear, transforms
 from refmamba.spec import codes as spec
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.mamba1 import Positions, check_call, check_logits, one_each
+from refmamba.spec.ops import state_matrix
 from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.trace import Hook
 
@@ -44,7 +45,8 @@ Launch = Callable[..., None]
 
 def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int = 2, /, **arguments: Any) -> None:
     """Start a kernel. Without enable_fp_fusion=False Triton may fuse a multiplication and an addition: other bits."""
-    kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=False)
+    with np.errstate(all="ignore"):  # the interpreter computes in NumPy
+        kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +72,7 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Coding:
-    """How the kernels code one side of a linear layer: CODER and LARGEST, and what a static scale needs."""
+    """How the kernels code one side of a linear layer: CODER, the largest code, and what a static scale needs."""
 
     coder: str
     largest: float = 0.0
@@ -115,9 +117,9 @@ def weight_of(codes: spec.Codes | spec.FixedPoint, device: torch.device) -> Weig
     """A matrix's codes on the device."""
     rows, columns = codes.q.shape
     if isinstance(codes, spec.FixedPoint):
-        shifted = codes.q + np.int32(0x8080)  # the balanced digits, the two low ones each 128 too large
-        digits = np.stack([((shifted >> at) & 255) - 128 for at in (0, 8)] + [shifted >> 16]).astype(np.int8)
-        return Weight(tensor(digits, device), tensor(codes.exponent, device), rows, columns)
+        shifted = tensor(codes.q, device) + 0x8080  # the balanced digits, the two low ones each 128 too large
+        digits = torch.stack([*(((shifted >> at) & 255) - 128 for at in (0, 8)), shifted >> 16]).to(torch.int8)
+        return Weight(digits, tensor(codes.exponent, device), rows, columns)
     scale = tensor(np.broadcast_to(codes.scale.reshape(-1), rows), device)
     if codes.bits <= 4 and codes.steps is None:
         return Weight(tensor(spec.pack4(codes.q), device), scale, rows, columns, packed=True)
@@ -224,13 +226,12 @@ class Mamba:
         self.params = {
             name: tensor(model.value(name), device)
             for name in self.config.shapes()
-            if name != "embedding.weight" and name.removesuffix(".weight") not in self.layers
+            if name.removesuffix(".weight") not in (*self.layers, "embedding") and not name.endswith("A_log")
         }
         self.table = self.layers["lm_head"].weight if model.shares_codes else table_of(model.params["embedding.weight"], device)
-        A_log = [self.params.pop(f"layers.{i}.A_log") for i in range(self.config.n_layer)]
-        self.A = [self.state_matrix(x) for x in A_log]
-        # exp_of_decay needs exponents that are no NaN; delta is none or its call fails.
-        self.decays = all(bool(torch.isfinite(A).all()) for A in self.A)
+        A = [state_matrix(model.value(f"layers.{i}.A_log")) for i in range(self.config.n_layer)]
+        # exp_of_decay needs exponents that are no NaN: A is finite, and so is delta, or its call fails.
+        self.A, self.decays = [tensor(x, device) for x in A], all(np.isfinite(x).all() for x in A)
         self.steps = sum(layer.output is not None for layer in self.layers.values()) == 0
         self.graphs: dict[int, Graph] = {}
 
@@ -238,19 +239,13 @@ class Mamba:
         """Memory on the device, to be written."""
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def state_matrix(self, A_log: Tensor) -> Tensor:
-        """Eq. (19)."""
-        A = torch.empty_like(A_log)
-        self.launch(alone.elementwise_kernel, (triton.cdiv(A.numel(), 1024),), 4, x_ptr=A_log, z_ptr=None, y_ptr=A, n=A.numel(),
-                    OP="state_matrix", LARGEST=0.0, BLOCK=1024)  # fmt: skip
-        return A
-
     def peaks(self, source: Source, power: Tensor | None, width: int, batch: Batch) -> Tensor:
         """The bits of each sequence's absolute maximum."""
         peak = torch.zeros(batch.sequences, dtype=torch.int32, device=self.device)
         blocks = row_blocks(batch.rows, width)
         self.launch(layers.peak_kernel, (triton.cdiv(batch.rows, blocks.rows),), blocks.warps, **source.arguments(batch),
-                    power_ptr=power, peak_ptr=peak, rows=batch.rows, K=width, WIDTH=blocks.columns, M=blocks.rows,
+                    power_ptr=power, peak_ptr=peak, rows=batch.rows, K=width,
+                    WIDTH=blocks.columns if source.kind == "norm" else 1, M=blocks.rows,
                     BK=blocks.depth)  # fmt: skip
         return peak
 
@@ -266,7 +261,7 @@ class Mamba:
         plain = layer.output is not None  # the bias and what follows come after the `out` side
         arguments: dict[str, Any] = {
             "failure_ptr": batch.failure, "site": layer.number, "w_ptr": weight.digits, "w_scale_ptr": weight.scale,
-            "y_ptr": y, "rows": rows, "N": n, "K": k, "LARGEST": coding.largest, "DIGITS": coding.digits,
+            "y_ptr": y, "rows": rows, "N": n, "K": k, "largest": coding.largest, "DIGITS": coding.digits,
             "PLANES": weight.planes, "PACKED": weight.packed, "static_ptr": coding.static,
             "residual_ptr": None if plain else residual, "y_bias_ptr": None if plain else after["bias_ptr"],
             "SOFTPLUS": dt_bias is not None and not plain,
@@ -277,8 +272,9 @@ class Mamba:
             grid = (1, triton.cdiv(n, blocks.columns))
             self.launch(layers.linear_kernel, grid, blocks.warps, blocks.stages, **source.arguments(batch),
                         **source.results(batch), **arguments, power_ptr=layer.power, peak_ptr=None, q_ptr=None, scale_ptr=None,
-                        WIDTH=power_of_two(k), CODER=coder, PLACES=max(coding.digits, 16 // blocks.rows), M=blocks.rows,
-                        BN=blocks.columns, BK=min(blocks.depth, max(power_of_two(k), 32)))  # fmt: skip
+                        WIDTH=power_of_two(k) if source.kind == "norm" else 1, CODER=coder,
+                        PLACES=max(coding.digits, 16 // blocks.rows), M=blocks.rows, BN=blocks.columns,
+                        BK=min(blocks.depth, max(power_of_two(k), 32)))  # fmt: skip
         else:
             q, scale = self.codes(layer, source, batch)
             blocks = product_blocks(rows, n, coding.digits, weight.planes)
@@ -294,7 +290,7 @@ class Mamba:
         out, blocks = self.empty(rows, n), row_blocks(rows, n)
         self.launch(layers.read_back_kernel, (triton.cdiv(rows, blocks.rows),), blocks.warps, y_ptr=y,
                     sequence_ptr=batch.sequence, peak_ptr=peak, failure_ptr=batch.failure, site=layer.number + 1, **after,
-                    out_ptr=out, rows=rows, N=n, CODER=layer.output.coder, LARGEST=layer.output.largest,
+                    out_ptr=out, rows=rows, N=n, CODER=layer.output.coder, largest=layer.output.largest,
                     SOFTPLUS=dt_bias is not None, M=blocks.rows, BK=blocks.depth)  # fmt: skip
         return out
 
@@ -308,8 +304,8 @@ class Mamba:
         self.launch(layers.code_kernel, (triton.cdiv(rows, blocks.rows),), blocks.warps, **source.arguments(batch),
                     **source.results(batch), power_ptr=layer.power, peak_ptr=peak, static_ptr=coding.static,
                     failure_ptr=batch.failure, site=layer.number, q_ptr=q, scale_ptr=scale, rows=rows, K=k,
-                    WIDTH=blocks.columns, CODER=coding.coder, LARGEST=coding.largest, DIGITS=coding.digits, M=blocks.rows,
-                    BK=blocks.depth)  # fmt: skip
+                    WIDTH=blocks.columns if source.kind == "norm" else 1, CODER=coding.coder,
+                    largest=coding.largest, DIGITS=coding.digits, M=blocks.rows, BK=blocks.depth)  # fmt: skip
         return q, scale
 
     def block(self, i: int, x: Tensor, state: State, new: State, batch: Batch) -> Tensor:
@@ -359,7 +355,7 @@ class Mamba:
         self.launch(layers.scan_step_kernel, (1, triton.cdiv(weight.rows, n)), blocks.warps, blocks.stages, **scan,
                     x_ptr=dt.x, x_stride=dt.stride, power_ptr=layer.power, static_ptr=coding.static,
                     failure_ptr=batch.failure, site=layer.number, w_ptr=weight.digits, w_scale_ptr=weight.scale,
-                    y_bias_ptr=bias, y_ptr=gated, rows=batch.rows, K=weight.columns, CODER=coder, LARGEST=coding.largest,
+                    y_bias_ptr=bias, y_ptr=gated, rows=batch.rows, K=weight.columns, CODER=coder, largest=coding.largest,
                     DIGITS=coding.digits, PLACES=max(coding.digits, 16 // blocks.rows), PLANES=weight.planes,
                     PACKED=weight.packed, LANES=step_lanes(self.config.d_state), M=blocks.rows, BN=n,
                     BK=min(blocks.depth, max(power_of_two(weight.columns), 32)))  # fmt: skip

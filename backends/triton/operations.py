@@ -13,18 +13,21 @@ from refmamba.backends.triton.kernels import alone, layers
 from refmamba.backends.triton.model import launch
 from refmamba.backends.triton.table import power_of_two, product_blocks, row_blocks, scan_blocks
 from refmamba.errors import NonFiniteError
+from refmamba.spec.codes import WEIGHT_BITS
 
 BLOCK = 1024
 INFINITY_BITS = 0x7F800000
 
 
-def elementwise(op: str, x: Tensor, z: Tensor | None = None, largest: float = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def elementwise(
+    op: str, x: Tensor, z: Tensor | None = None, largest: float = 0.0, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """One of elementwise_kernel's operations; z broadcasts to x."""
     x = x.contiguous()
     y = torch.empty_like(x, dtype=dtype)
     if x.numel():
         launch(alone.elementwise_kernel, (triton.cdiv(x.numel(), BLOCK),), 4, x_ptr=x,
-               z_ptr=None if z is None else z.expand(x.shape).contiguous(), y_ptr=y, n=x.numel(), OP=op, LARGEST=largest,
+               z_ptr=None if z is None else z.expand(x.shape).contiguous(), y_ptr=y, n=x.numel(), largest=largest, OP=op,
                BLOCK=BLOCK)  # fmt: skip
     return y
 
@@ -102,7 +105,8 @@ def code_static(x: Tensor, static_absmax: Tensor, bits: int, site: str) -> Codes
 def fixed_point(x: Tensor, magnitude_bits: int, site: str) -> FixedPoint:
     """Eq. (10)."""
     m = absmax(x, site, "per_row")
-    exponent = elementwise("exponent_of", m, largest=magnitude_bits, dtype=torch.int32)
+    op = "weight_exponent" if magnitude_bits == WEIGHT_BITS else "activation_exponent"
+    exponent = elementwise(op, m, dtype=torch.int32)
     return FixedPoint(elementwise("fixed_point", x, exponent, dtype=torch.int32), exponent)
 
 

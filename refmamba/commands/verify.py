@@ -7,6 +7,7 @@ from dataclasses import asdict
 import click
 
 from refmamba.backend import load_backend
+from refmamba.commands.against import against_option
 from refmamba.commands.options import backend_option, device_option, json_option, names_option
 from refmamba.conformance.models import SCHEMES
 from refmamba.conformance.operations import Row
@@ -29,9 +30,15 @@ def table_line(row: Row) -> str:
 @backend_option
 @device_option
 @names_option("--schemes", default=",".join(SCHEMES), help="With commas.")
+@click.option("--tolerance", "tolerance_name", help="With --against: float32, float16, bfloat16, or ulp:N.")
 @json_option
-def command(model: str | None, backend: str, device: str | None, schemes: tuple[str, ...], as_json: bool) -> None:
+@against_option
+def command(
+    model: str | None, backend: str, device: str | None, schemes: tuple[str, ...], tolerance_name: str | None, as_json: bool
+) -> None:  # fmt: skip
     """Compare a backend with the specification, bit by bit; exit status 1 if it differs."""
+    if tolerance_name is not None:
+        raise DataError("--tolerance goes with --against")
     for scheme in schemes:
         open_scheme(scheme)
     implementation = load_backend(backend, device)

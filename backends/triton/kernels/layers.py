@@ -135,7 +135,7 @@ def report(bits, failure_ptr, site):
 
 
 @triton.jit
-def factors(bits, sequence, peak_ptr, static_ptr, row_ok, CODER: tl.constexpr, LARGEST: tl.constexpr):
+def factors(bits, sequence, peak_ptr, static_ptr, row_ok, largest, CODER: tl.constexpr):
     """What each row is multiplied by to make its codes, and its scale (M,): both are the exponent for fixed point.
 
     They differ where a static scale is of an absolute maximum of zero: every code is then 0 and the scale 1.
@@ -150,17 +150,17 @@ def factors(bits, sequence, peak_ptr, static_ptr, row_ok, CODER: tl.constexpr, L
         else:
             if CODER == "per_sequence":
                 bits = tl.load(peak_ptr + sequence, mask=row_ok, other=0)
-            scale = scale_of(bits, LARGEST)
+            scale = scale_of(bits, largest)
             return scale, scale
 
 
 @triton.jit
-def encode(x, factor, CODER: tl.constexpr, LARGEST: tl.constexpr):
+def encode(x, factor, largest, CODER: tl.constexpr):
     """Codes (M, BK) int32, eq. (8) or (10)."""
     if CODER == "fixed_point":
         return to_fixed_point(x, factor[:, None])
     else:
-        return quantize(x, factor[:, None], LARGEST)
+        return quantize(x, factor[:, None], largest)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -185,8 +185,8 @@ def peak_kernel(
 @triton.jit(do_not_specialize=["rows", "site"])
 def code_kernel(
     x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, new_state_ptr, state_stride, sequence_ptr, position_ptr,
-    length_ptr, power_ptr, u_ptr, peak_ptr, static_ptr, failure_ptr, site, q_ptr, scale_ptr, rows, K,
-    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, CODER: tl.constexpr, LARGEST: tl.constexpr,
+    length_ptr, power_ptr, u_ptr, peak_ptr, static_ptr, failure_ptr, site, q_ptr, scale_ptr, rows, K, largest,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, CODER: tl.constexpr,
     DIGITS: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The codes of what a linear layer reads: digits q (rows, DIGITS, K) int8, scale or exponent (rows,). Prefill only."""
@@ -200,7 +200,7 @@ def code_kernel(
     bits = row_maximum(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, root, row, row_ok, sequence,
                        position, K, SOURCE, TAPS, M, BK)  # fmt: skip
     report(bits, failure_ptr, site)
-    factor, scale = factors(bits, sequence, peak_ptr, static_ptr, row_ok, CODER, LARGEST)
+    factor, scale = factors(bits, sequence, peak_ptr, static_ptr, row_ok, largest, CODER)
     tl.store(scale_ptr + row, scale, mask=row_ok)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
@@ -212,7 +212,7 @@ def code_kernel(
             tl.store(u_ptr + row[:, None] * K + k[None, :], x, mask=ok)
             store_conv_state(x_ptr, x_stride, state_ptr, new_state_ptr, state_stride, row, sequence, position, length, k, ok,
                              TAPS)  # fmt: skip
-        q = encode(transformed(x, power_ptr, k, ok), factor, CODER, LARGEST)
+        q = encode(transformed(x, power_ptr, k, ok), factor, largest, CODER)
         for place in tl.static_range(DIGITS):
             value = q.to(tl.int8) if DIGITS == 1 else digit(q, place)
             tl.store(q_ptr + (row * DIGITS + place)[:, None] * K + k[None, :], value, mask=ok)
@@ -236,8 +236,8 @@ def weight_tile(w_ptr, plane, c, k, N, K, PACKED: tl.constexpr, BN: tl.constexpr
 @triton.jit
 def digit_tile(
     x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, q_ptr, root, factor, row, row_ok, sequence,
-    position, k, K,
-    SOURCE: tl.constexpr, TAPS: tl.constexpr, CODER: tl.constexpr, LARGEST: tl.constexpr, DIGITS: tl.constexpr,
+    position, k, K, largest,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr, CODER: tl.constexpr, DIGITS: tl.constexpr,
     PLACES: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Activation digits (M * PLACES, BK) int8: the digits of row 0 first. Stored ones have PLACES = DIGITS; others may have
@@ -252,7 +252,7 @@ def digit_tile(
         ok = row_ok[:, None] & (k < K)[None, :]
         x = source(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, root, row, sequence, position, k, ok,
                    SOURCE, TAPS)  # fmt: skip
-        q = tl.where(ok, encode(transformed(x, power_ptr, k, ok), factor, CODER, LARGEST), 0)
+        q = tl.where(ok, encode(transformed(x, power_ptr, k, ok), factor, largest, CODER), 0)
         place = tl.arange(0, PLACES)[None, :, None]
         if DIGITS == 1:
             digits = tl.where(place == 0, q[:, None, :], 0).to(tl.int8)
@@ -264,8 +264,8 @@ def digit_tile(
 @triton.jit
 def product(
     x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, q_ptr, root, factor, row, row_ok, sequence,
-    position, w_ptr, c, N, K,
-    SOURCE: tl.constexpr, TAPS: tl.constexpr, CODER: tl.constexpr, LARGEST: tl.constexpr, DIGITS: tl.constexpr,
+    position, w_ptr, c, N, K, largest,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr, CODER: tl.constexpr, DIGITS: tl.constexpr,
     PLACES: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The integer product, eq. (11, 12): (M, BN), int32 for two factors of one digit each, else float64.
@@ -279,7 +279,7 @@ def product(
         for start in range(0, K, BK):
             k = start + tl.arange(0, BK)
             digits = digit_tile(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, q_ptr, root, factor,
-                                row, row_ok, sequence, position, k, K, SOURCE, TAPS, CODER, LARGEST, DIGITS, PLACES, M,
+                                row, row_ok, sequence, position, k, K, largest, SOURCE, TAPS, CODER, DIGITS, PLACES, M,
                                 BK)  # fmt: skip
             w = weight_tile(w_ptr, 0, c, k, N, K, PACKED, BN, BK)
             acc = tl.dot(digits, w, acc, out_dtype=tl.int32)
@@ -293,7 +293,7 @@ def product(
                 for start in range(block, tl.minimum(block + EXACT_ROW, K), BK):
                     k = start + tl.arange(0, BK)
                     digits = digit_tile(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, q_ptr, root,
-                                        factor, row, row_ok, sequence, position, k, K, SOURCE, TAPS, CODER, LARGEST, DIGITS,
+                                        factor, row, row_ok, sequence, position, k, K, largest, SOURCE, TAPS, CODER, DIGITS,
                                         PLACES, M, BK)  # fmt: skip
                     w = weight_tile(w_ptr, plane, c, k, N, K, PACKED, BN, BK)
                     acc = tl.dot(digits, w, acc, out_dtype=tl.int32)
@@ -306,8 +306,8 @@ def product(
 @triton.jit
 def linear(
     x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, state_stride, power_ptr, peak_ptr, static_ptr, failure_ptr, site,
-    q_ptr, scale_ptr, row, row_ok, sequence, position, w_ptr, w_scale_ptr, c, N, K,
-    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, CODER: tl.constexpr, LARGEST: tl.constexpr,
+    q_ptr, scale_ptr, row, row_ok, sequence, position, w_ptr, w_scale_ptr, c, N, K, largest,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, CODER: tl.constexpr,
     DIGITS: tl.constexpr, PLACES: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
@@ -322,9 +322,9 @@ def linear(
         bits = row_maximum(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, root, row, row_ok,
                            sequence, position, K, SOURCE, TAPS, M, BK)  # fmt: skip
         report(bits, failure_ptr, site)
-        factor, scale = factors(bits, sequence, peak_ptr, static_ptr, row_ok, CODER, LARGEST)
+        factor, scale = factors(bits, sequence, peak_ptr, static_ptr, row_ok, largest, CODER)
     acc = product(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, q_ptr, root, factor, row, row_ok,
-                  sequence, position, w_ptr, c, N, K, SOURCE, TAPS, CODER, LARGEST, DIGITS, PLACES, PLANES, PACKED, M, BN,
+                  sequence, position, w_ptr, c, N, K, largest, SOURCE, TAPS, CODER, DIGITS, PLACES, PLANES, PACKED, M, BN,
                   BK)  # fmt: skip
     w_scale = tl.load(w_scale_ptr + c, mask=c < N, other=0 if PLANES == 3 else 1.0)
     return rescale(acc, scale, w_scale, CODER == "fixed_point", PLANES == 3)
@@ -346,8 +346,8 @@ def finished(y, bias_ptr, residual_ptr, row, c, ok, N, SOFTPLUS: tl.constexpr):
 def linear_kernel(
     x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, new_state_ptr, state_stride, sequence_ptr, position_ptr,
     length_ptr, power_ptr, u_ptr, peak_ptr, static_ptr, failure_ptr, site, q_ptr, scale_ptr,
-    w_ptr, w_scale_ptr, y_bias_ptr, residual_ptr, y_ptr, rows, N, K,
-    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, CODER: tl.constexpr, LARGEST: tl.constexpr,
+    w_ptr, w_scale_ptr, y_bias_ptr, residual_ptr, y_ptr, rows, N, K, largest,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, CODER: tl.constexpr,
     DIGITS: tl.constexpr, PLACES: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, SOFTPLUS: tl.constexpr,
     M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -360,8 +360,8 @@ def linear_kernel(
         sequence = tl.load(sequence_ptr + row, mask=row_ok, other=0).to(tl.int64)
         position = tl.load(position_ptr + row, mask=row_ok, other=0)
     y = linear(x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, state_stride, power_ptr, peak_ptr, static_ptr,
-               failure_ptr, site, q_ptr, scale_ptr, row, row_ok, sequence, position, w_ptr, w_scale_ptr, c, N, K, SOURCE, TAPS,
-               WIDTH, CODER, LARGEST, DIGITS, PLACES, PLANES, PACKED, M, BN, BK)  # fmt: skip
+               failure_ptr, site, q_ptr, scale_ptr, row, row_ok, sequence, position, w_ptr, w_scale_ptr, c, N, K, largest,
+               SOURCE, TAPS, WIDTH, CODER, DIGITS, PLACES, PLANES, PACKED, M, BN, BK)  # fmt: skip
     ok = row_ok[:, None] & (c < N)[None, :]
     tl.store(y_ptr + row[:, None] * N + c[None, :], finished(y, y_bias_ptr, residual_ptr, row, c, ok, N, SOFTPLUS), mask=ok)
     # The first condition is known to the compiler, the second is not.
@@ -380,8 +380,8 @@ def linear_kernel(
 
 @triton.jit(do_not_specialize=["rows", "site"])
 def read_back_kernel(
-    y_ptr, sequence_ptr, peak_ptr, failure_ptr, site, bias_ptr, residual_ptr, out_ptr, rows, N,
-    CODER: tl.constexpr, LARGEST: tl.constexpr, SOFTPLUS: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
+    y_ptr, sequence_ptr, peak_ptr, failure_ptr, site, bias_ptr, residual_ptr, out_ptr, rows, N, largest,
+    CODER: tl.constexpr, SOFTPLUS: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The `out` side, eq. (7, 8, 9), and what follows it: y (rows, N) -> (rows, N)."""
     row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
@@ -389,11 +389,11 @@ def read_back_kernel(
     sequence = tl.load(sequence_ptr + row, mask=row_ok, other=0).to(tl.int64)
     bits = row_maximum(y_ptr, N, None, None, None, 0, None, row, row, row_ok, sequence, row, N, "plain", 1, M, BK)
     report(bits, failure_ptr, site)
-    factor, scale = factors(bits, sequence, peak_ptr, None, row_ok, CODER, LARGEST)
+    factor, scale = factors(bits, sequence, peak_ptr, None, row_ok, largest, CODER)
     for start in range(0, N, BK):
         c = start + tl.arange(0, BK)
         ok = row_ok[:, None] & (c < N)[None, :]
-        q = encode(tl.load(y_ptr + row[:, None] * N + c[None, :], mask=ok, other=0.0), factor, CODER, LARGEST)
+        q = encode(tl.load(y_ptr + row[:, None] * N + c[None, :], mask=ok, other=0.0), factor, largest, CODER)
         y = finished(divide(q.to(tl.float32), scale[:, None]), bias_ptr, residual_ptr, row, c, ok, N, SOFTPLUS)
         tl.store(out_ptr + row[:, None] * N + c[None, :], y, mask=ok)
 
@@ -481,8 +481,8 @@ def scan_kernel(
 @triton.jit(do_not_specialize=["rows", "site"])
 def scan_step_kernel(
     x_ptr, x_stride, power_ptr, static_ptr, failure_ptr, site, w_ptr, w_scale_ptr, y_bias_ptr,
-    u_ptr, B_ptr, C_ptr, z_ptr, z_stride, A_ptr, D_ptr, h_ptr, new_h_ptr, h_stride, y_ptr, rows, channels, K,
-    CODER: tl.constexpr, LARGEST: tl.constexpr, DIGITS: tl.constexpr, PLACES: tl.constexpr, PLANES: tl.constexpr,
+    u_ptr, B_ptr, C_ptr, z_ptr, z_stride, A_ptr, D_ptr, h_ptr, new_h_ptr, h_stride, y_ptr, rows, channels, K, largest,
+    CODER: tl.constexpr, DIGITS: tl.constexpr, PLACES: tl.constexpr, PLANES: tl.constexpr,
     PACKED: tl.constexpr, DECAYS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, M: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -491,7 +491,7 @@ def scan_step_kernel(
     row_ok = row < rows
     c = tl.program_id(1) * BN + tl.arange(0, BN)
     y = linear(x_ptr, x_stride, None, None, 0.0, None, 0, power_ptr, None, static_ptr, failure_ptr, site, None, None, row,
-               row_ok, row, row, w_ptr, w_scale_ptr, c, channels, K, "plain", 1, 1, CODER, LARGEST, DIGITS, PLACES, PLANES,
+               row_ok, row, row, w_ptr, w_scale_ptr, c, channels, K, largest, "plain", 1, 1, CODER, DIGITS, PLACES, PLANES,
                PACKED, M, BN, BK)  # fmt: skip
     ok = row_ok[:, None] & (c < channels)[None, :]
     delta = tl.reshape(finished(y, y_bias_ptr, None, row, c, ok, channels, True), [M * BN])
