@@ -13,16 +13,26 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from refmamba.commands.main import COMMANDS
+from refmamba.commands.main import COMMANDS, refmamba
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely."
+SILENT = ("logits", "step")  # which write a file, and say nothing
 NAN = {  # an option that takes a number, and what is said of NaN
     "ablate": "--sigma", "bench": "--prompt-len", "eval": "--limit", "generate": "--temperature", "logits": "--tokens",
-    "outliers": "--sigma", "perplexity": "--bits", "quantize": "--bits", "reproduce": "--draws", "smooth-search": "--act-bits",
-    "verify": "--device",
+    "outliers": "--sigma", "perplexity": "--bits", "quantize": "--bits", "replay": "--device", "reproduce": "--draws",
+    "smooth-search": "--act-bits", "step": "--scheme", "verify": "--device",
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _receipt(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A receipt beside the folders of all tests, for `replay`."""
+    file = tmp_path_factory.getbasetemp() / "receipt.json"
+    done = CliRunner().invoke(refmamba, ["generate", "--max-new-tokens", "1", "--receipt", str(file)])
+    assert done.exit_code == 0, done.output
 
 
 def words_of(command: str, folder: Path) -> list[str]:
@@ -38,8 +48,10 @@ def words_of(command: str, folder: Path) -> list[str]:
         "outliers": ["--text", str(text)],
         "perplexity": ["--text", str(text)],
         "quantize": ["small", str(folder / "q"), "--bits", "8"],
+        "replay": [str(folder.parent / "receipt.json")],
         "reproduce": [str(folder / "out"), "--dry-run"],
         "smooth-search": ["--text", str(text)],
+        "step": ["--scheme", "fp32", "--html", str(folder / "page.html")],
         "verify": ["--schemes", "fp32"],
     }[command]
     return [command, *more]
@@ -64,7 +76,7 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "logits"])  # which says nothing
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in SILENT])
 def test_a_full_stdout_is_one_line(command: str, tmp_path: Path) -> None:
     done = run(python(*words_of(command, tmp_path)), ">/dev/full")
     assert done.returncode == 2
@@ -86,7 +98,7 @@ def test_without_stderr_the_work_is_done(command: str, redirection: str, tmp_pat
         pytest.skip("one command of a kind is enough for the rarer redirections")
     done = run(python(*words_of(command, tmp_path)), redirection)
     assert done.returncode == 0, done.stdout
-    if command != "logits":
+    if command not in SILENT:
         assert done.stdout
 
 
