@@ -1,4 +1,4 @@
-.PHONY: check lint types test quick vectors bench
+.PHONY: check lint types test quick vectors bench gpu-proof
 check: lint types test
 lint:
 	ruff check .
@@ -21,3 +21,9 @@ vectors:
 bench:
 	python benchmarks/cpu.py
 	python benchmarks/length.py
+# What a CPU can prove of the Triton kernels (docs/GPU.md): about half an hour.
+gpu-proof:
+	TRITON_INTERPRET=1 python -m refmamba verify --backend triton
+	TRITON_INTERPRET=1 python -m pytest -q tests/test_triton_interpreter.py
+	python -m pytest -q tests/test_triton_ptx.py
+	for arch in sm_80 sm_90 sm_120; do python tools/compile_kernels.py build/ptx/$$arch --arch $$arch || exit 1; done

@@ -7,6 +7,7 @@ first result stays.
 """
 
 import json
+import math
 import sqlite3
 import sys
 import time
@@ -19,9 +20,9 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from refmamba.errors import DataError
+from refmamba.errors import DataError, printable
 from refmamba.eval_tasks.score import Score
-from refmamba.formats.writing import is_special
+from refmamba.formats.reading import parse_json, regular, there
 
 QUIET_SECONDS, WAIT_SECONDS = 2.0, 60.0  # for another writer's transaction: without a word, and at all
 APPLICATION = 0x72666D62  # marks the file as ours
@@ -68,8 +69,8 @@ class Results:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        if is_special(file):
-            raise DataError(f"{file}: is no regular file, so it cannot be used as a results file; give another --results FILE")
+        if there(file):
+            regular(file)
         try:
             self._database = sqlite3.connect(file, timeout=0.5, isolation_level=None)
             self._open()
@@ -122,15 +123,24 @@ class Results:
         self._database.close()
 
     def load(self, key: Key) -> dict[int, Result]:
-        """The finished results under a key, by doc_id. Raises DataError where the file cannot be read."""
+        """The finished results under a key, by doc_id. Raises DataError, JSONError where the file is broken."""
         query = "SELECT doc_id, loglikelihoods, greedy FROM result JOIN run ON run.id = run WHERE key = ?"
         try:
             rows = self._execute(query, _text(key)).fetchall()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OverflowError) as error:
             raise DataError(f"{self._file}: cannot be read: {error}") from error
-        return {
-            doc_id: Result(doc_id, tuple(map(Score, json.loads(values), json.loads(greedy)))) for doc_id, values, greedy in rows
-        }
+        return {row[0]: self._result(*row) for row in rows}
+
+    def _result(self, doc_id: Any, values: Any, greedy: Any) -> Result:
+        """What a row holds, if it is what `save` writes."""
+        where = f"{self._file}: the result of document {printable(repr(doc_id), 40)}"
+        if not (type(doc_id) is int and isinstance(values, str) and isinstance(greedy, str)):
+            raise DataError(f"{where} is broken; give another --results FILE")
+        numbers, flags = parse_json(values.encode(), where), parse_json(greedy.encode(), where)
+        lists = isinstance(numbers, list) and isinstance(flags, list) and len(numbers) == len(flags) > 0
+        if not lists or not all(type(x) is float and math.isfinite(x) for x in numbers) or {*map(type, flags)} != {bool}:
+            raise DataError(f"{where} is broken; give another --results FILE")
+        return Result(doc_id, tuple(map(Score, numbers, flags)))
 
     def save(self, key: Key, block: Iterable[Result]) -> None:
         """Write a block of results, whole or not at all. Raises DataError where the file cannot be written."""

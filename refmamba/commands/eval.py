@@ -45,7 +45,7 @@ def command(
     """Score the six tasks as lm-evaluation-harness does, and print their metrics; --json as it lays them out."""
     from refmamba.eval_tasks import report
     from refmamba.eval_tasks.cluster import cluster
-    from refmamba.eval_tasks.evaluate import evaluate_all, score_here, subject
+    from refmamba.eval_tasks.evaluate import evaluate_all, finished_results, score_here, subject
     from refmamba.eval_tasks.load import load_tasks
     from refmamba.eval_tasks.progress import progress
     from refmamba.eval_tasks.results import Results
@@ -64,7 +64,7 @@ def command(
     def show() -> None:
         """What there is, on stdout and in the samples' file."""
         outcomes = [
-            report.Outcome(who, one, count, store.load(who.key(one)))
+            report.Outcome(who, one, count, finished_results(store, who.key(one), one))
             for who, (one, count) in itertools.product(subjects, zip(datasets, counts, strict=True))
         ]
         click.echo(json.dumps(report.as_json(outcomes), ensure_ascii=False) if as_json else report.text(outcomes))

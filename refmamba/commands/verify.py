@@ -8,6 +8,7 @@ from dataclasses import asdict
 import click
 
 from refmamba.backend import load_backend
+from refmamba.commands.against import against_option
 from refmamba.commands.options import backend_option, device_option, json_option, names_option
 from refmamba.conformance.comparison import Difference, Tolerance, parse_tolerance
 from refmamba.conformance.models import SCHEMES
@@ -15,9 +16,9 @@ from refmamba.conformance.operations import Row
 from refmamba.conformance.strangers import load_operations
 from refmamba.conformance.verify import count_checks, run_checks, run_operations
 from refmamba.errors import DataError
+from refmamba.formats.scheme import open_scheme
 from refmamba.run.progress import bar, say
 from refmamba.spec import SPEC_VERSION
-from refmamba.spec.scheme import parse_scheme
 
 SAME, DIFFERS, NOT_RUN = 0, 1, 2  # exit statuses
 
@@ -70,12 +71,14 @@ def summary(rows: Sequence[Row], tolerance: Tolerance | None) -> str:
 
 @click.command("verify")
 @click.option("--model", help="Check this model too: `small`, a folder, or OWNER/NAME on the hub.")
+@against_option
 @backend_option
 @click.option("--operations", help="Single operations instead of a backend: module:Class, or NAME=module:function.")
 @device_option
 @names_option("--schemes", help=f"With commas.  [default: all, as {', '.join(SCHEMES[:3])}]")
-@click.option("--tolerance", "tolerance_name", help="For float kernels: float32, float16, bfloat16, or ulp:N.")
+@click.option("--tolerance", "tolerance_name", help="For float kernels and numbers: float32, float16, bfloat16, ulp:N.")
 @click.option("--quick", is_flag=True, help="The vectors and the tiny model, each way of calling once.")
+@click.option("--tokens", help="With --against: the sequence, 1,2,3, where the file lacks it.")
 @json_option
 @click.pass_context
 def command(
@@ -88,7 +91,7 @@ def command(
     Exit status: 0 the same, 1 it differs, 2 it could not run. docs/VERIFY.md tells how to check your own.
     """
     for scheme in schemes or ():
-        parse_scheme(scheme)
+        open_scheme(scheme)
     tolerance = None if tolerance_name is None else parse_tolerance(tolerance_name)
     if operations is not None:
         if context.get_parameter_source("backend") != click.core.ParameterSource.DEFAULT:

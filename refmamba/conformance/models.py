@@ -13,12 +13,12 @@ from refmamba.conformance.locate import locate
 from refmamba.conformance.operations import Row
 from refmamba.conformance.vectors import decode, generated_model
 from refmamba.errors import NonFiniteError
+from refmamba.formats.scheme import open_scheme
 from refmamba.spec.arith import F32Array, f32
 from refmamba.spec.codes import Codes, FixedPoint, Param
 from refmamba.spec.config import MambaConfig
 from refmamba.spec.mamba1 import Mamba
 from refmamba.spec.parameters import QuantizedModel, quantize_model
-from refmamba.spec.scheme import parse_scheme
 
 STEPS = 6  # tokens that are run one at a time
 CHUNKS = (1, 2, 5, 3, 17)  # lengths of the chunks, over and over
@@ -326,7 +326,7 @@ class Cancelling:
 
 def check_large_sums(backend: Backend) -> Results:
     """A product of fixed-point codes whose sums outgrow float64 on the way, for one token and for many."""
-    row, model = Row("model: large sums", "fp32"), quantize_model(Cancelling(), parse_scheme("fp32"))
+    row, model = Row("model: large sums", "fp32"), quantize_model(Cancelling(), open_scheme("fp32"))
 
     def check() -> Iterator[Difference | None]:
         reference, runner = Mamba(model), backend.load(model)
@@ -379,7 +379,7 @@ def check_frozen(backend: Backend, models: Mapping[str, QuantizedModel], expecte
 def tiny_models(schemes: Sequence[str]) -> dict[str, QuantizedModel]:
     """The tiny model in the vectors, under each scheme."""
     tiny = generated_model("tiny")
-    return {name: quantize_model(tiny.source, parse_scheme(name), tiny.calibration) for name in schemes}
+    return {name: quantize_model(tiny.source, open_scheme(name), tiny.calibration) for name in schemes}
 
 
 def tiny_expected() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from refmamba.errors import FileError, HubError
-from refmamba.formats.reading import read_json, there
+from refmamba.formats.reading import folder_there, read_json, there
 
 SMALL = "small"  # the model inside the package; ./small is a folder of that name
 NEOX = "EleutherAI/gpt-neox-20b"  # whose tokenizer the original state-spaces repositories use and do not ship
@@ -35,7 +35,9 @@ def resolve_model(name: str, revision: str | None = None) -> ModelFiles:
     tokenizer gets GPT-NeoX's from the hub. Raises HubError.
     """
     folder = Path(str(resources.files("refmamba") / "small_model")) if name == SMALL else Path(name)
-    if not (name and folder.is_dir()):
+    if not (name and folder_there(folder)):
+        if name and there(folder):
+            raise HubError(f"model {name}: is a file; name the folder that it lies in")
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise HubError(f"model {name}: no such folder; give `small`, a folder, or OWNER/NAME on the hub")
         folder = _download(name, revision)

@@ -37,16 +37,16 @@ EXPONENTS = (WEIGHT_BITS - 128, 126)
 FARTHEST = 150
 
 
-def save_quantized(model: QuantizedModel, folder: Path, files: ModelFiles) -> None:
+def save_quantized(model: QuantizedModel, folder: Path, files: ModelFiles, rounding: str = "search") -> None:
     """Save a model, with the tokenizer and the end tokens of its files, in a new folder: whole or not at all.
 
-    The tokenizer is saved as it works here, without truncation and padding. Raises CheckpointError for a folder that exists
-    and is not empty, or that cannot be written.
+    rounding: how the codes were chosen, for whoever reads the folder. The tokenizer is saved as it works here, without
+    truncation and padding. Raises CheckpointError for a folder that exists and is not empty, or that cannot be written.
     """
     config = {key: getattr(model.config, field) for field, (key, _, _) in HUGGING_FACE.items()}
     source = read_json(files.folder / "config.json")  # it names the end token where tokenizer_config.json does not
     config |= {key: source[key] for key in ("bos_token_id", "eos_token_id") if key in source}
-    saved = {"spec_version": SPEC_VERSION, "scheme": model.scheme.to_json()}
+    saved = {"spec_version": SPEC_VERSION, "scheme": model.scheme.to_json(), "rounding": rounding}
     with new_folder(folder) as aside:
         tokenizer = as_it_works(read_json(files.tokenizer, TABLE_BYTES))
         (aside / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
@@ -98,7 +98,7 @@ def open_quantized(folder: Path, config: MambaConfig, saved: Any) -> QuantizedMo
     def within(name: str, array: NDArray[Any], low: float, high: float) -> NDArray[Any]:
         if not (array.min() >= low and array.max() <= high):  # a NaN is neither
             raise TensorError(
-                f"{tensors[name].file}: tensor {name} has values outside {low:g} to {high:g}, which are no codes; "
+                f"{tensors[name].file}: tensor {name} has values outside {low:g} to {high:g}, as no saved model has; "
                 "quantize the model again"
             )
         return array

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from refmamba.errors import DataError
-from refmamba.eval_tasks.evaluate import Scorer, evaluate, session_of, subject
+from refmamba.eval_tasks.evaluate import Scorer, evaluate, finished_results, session_of, subject
 from refmamba.eval_tasks.load import Dataset
 from refmamba.eval_tasks.progress import progress
 from refmamba.eval_tasks.report import Outcome
@@ -52,7 +52,8 @@ def evaluate_model(choice: ModelChoice, run: Settings) -> ModelTables:
         with progress(sum(counts)) as bars:
             for data in run.datasets:
                 evaluate(who, data, run.limit, run.store, run.scorer, bars)
-        outcomes = [Outcome(who, d, n, run.store.load(who.key(d))) for d, n in zip(run.datasets, counts, strict=True)]
+        counted = zip(run.datasets, counts, strict=True)
+        outcomes = [Outcome(who, data, n, finished_results(run.store, who.key(data), data)) for data, n in counted]
         rows[scheme] = cells(choice.model, scheme, outcomes)
         bits[scheme] = text_perplexity(session_of(who.job), run.text).bits_per_byte
     who = subject(replace(choice, scheme="fp32"), MAX_LENGTH)
