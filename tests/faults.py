@@ -417,11 +417,11 @@ def wrapping(bits: int) -> Callable[..., Any]:
 
 
 def without_the_last_column(multiple: int) -> Callable[..., Any]:
-    """Columns after the last whole group are forgotten."""
+    """Columns after the last whole group are forgotten, where there is a group."""
 
     def product(x: Any, w: Any) -> Any:
         q = w.q.copy()
-        q[:, q.shape[1] // multiple * multiple :] = 0
+        q[:, q.shape[1] // multiple * multiple or multiple :] = 0
         return ORIGINAL["integer_product"](x, replace(w, q=q))
 
     return product
@@ -654,7 +654,7 @@ class OutputNotCoded(ReplacedRunner):
         }
 
 
-class BiasBeforeTheOutputCode(ReplacedRunner):
+class BiasForgotten(ReplacedRunner):
     """in_proj's bias is forgotten."""
 
     def __init__(self, quantized: QuantizedModel, functions: Faults) -> None:
@@ -854,7 +854,8 @@ FAULTS = (
     Fault("saturating int8 products", "integer_product", {"integer_product": saturating_product}),
     Fault("53 bits for two fixed-point factors", "integer_product", {"integer_product": unsplit_product}),
     Fault("the weights' high part alone", "integer_product", {"integer_product": high_part_alone}),
-    Fault("an accumulator of 16 bits", "integer_product", {"integer_product": wrapping(16)}),
+    Fault("an accumulator of 16 bits", "integer_product", {"integer_product": wrapping(16)},
+          called_fused="rescale"),
     Fault("an accumulator of 32 bits", "integer_product", {"integer_product": wrapping(32)}),
     Fault("the last column of an odd number lost", "integer_product", {"integer_product": without_the_last_column(2)}),
     Fault("columns after groups of 8 lost", "integer_product", {"integer_product": without_the_last_column(8)}),
@@ -929,8 +930,7 @@ FAULTS = (
     Fault("top_p before top_k", "sample",
           {"sample": lambda x, v, t, k, p: ORIGINAL["sample"](x, v, t, 0, p)}, fused=()),
     Fault("a linear layer's bias twice", "add", {}, BiasTwice),
-    Fault("in_proj's bias forgotten", "add", {}, BiasBeforeTheOutputCode,
-          called_fused="rms_norm"),
+    Fault("in_proj's bias forgotten", "add", {}, BiasForgotten),
     Fault("out_proj's result not coded", "code", {}, OutputNotCoded, fused=("code", "dequantize")),
     Fault("an untied head taken for tied", "integer_product", {}, UntiedTakenForTied,
           called_fused="rms_norm"),

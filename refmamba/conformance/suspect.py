@@ -33,13 +33,14 @@ def features(step: Step, result: int = 0) -> set[Feature]:
     """One result of an operation, and its way of being called: on which codes, at which widths."""
     kinds = [_kind(argument) for argument in step.arguments]
     name, site = step.operation, last_site(step.sites[result])
-    which = (f"for {site}",) if len(step.sites) > 1 else ()
+    which = (f"for {site}",) if len(step.sites) > 1 or name == "add" else ()
     families: set[Feature] = {(family,) for family, members in FAMILIES.items() if name in members}
     factors = [argument for argument in step.arguments if isinstance(argument, Codes | FixedPoint)]
     if any(isinstance(factor, Codes) for factor in factors):
         families.add((name, "with a scale"))
-    if name == "integer_product" and factors[0].q.shape[-1] % 2:
-        families.add((name, "of an odd number of columns"))
+    if name == "integer_product":
+        columns = factors[0].q.shape[-1]
+        families |= {(name, f"of {columns} columns"), (name, f"of an {'odd' if columns % 2 else 'even'} number of columns")}
     return families | {(name,), (name, *which), (name, *which, *(kind for kind, _ in kinds if kind)),
             (name, *which, *(f"{kind} {detail}".strip() for kind, detail in kinds if kind or detail))}  # fmt: skip
 
