@@ -40,8 +40,8 @@ FARTHEST = 150
 def save_quantized(model: QuantizedModel, folder: Path, files: ModelFiles, rounding: str = "search") -> None:
     """Save a model, with the tokenizer and the end tokens of its files, in a new folder: whole or not at all.
 
-    rounding: how the codes were chosen, for whoever reads the folder. The tokenizer is saved as it works here, without truncation
-    and padding. Raises CheckpointError for a folder that exists and is not empty, or that cannot be written.
+    rounding: how the codes were chosen, for whoever reads the folder. The tokenizer is saved as it works here, without
+    truncation and padding. Raises CheckpointError for a folder that exists and is not empty, or that cannot be written.
     """
     config = {key: getattr(model.config, field) for field, (key, _, _) in HUGGING_FACE.items()}
     source = read_json(files.folder / "config.json")  # it names the end token where tokenizer_config.json does not
