@@ -65,22 +65,18 @@ def shape_of(config: MambaConfig) -> dict[str, Any]:
     return asdict(config) | {"d_inner": config.d_inner}
 
 
+def exponents_of(source: ParameterSource, absmax: Mapping[str, F32Array], scheme: Scheme) -> dict[str, list[int]]:
+    """The exponents k of each linear layer that a scheme smooths, one for each input channel: eq. (28)."""
+    sites = [site for site in linear_sites(source.config) if kind_of(site) in scheme.smooth]
+    largest = {site: np.max(np.abs(source.read(f"{site}.weight")), axis=0) for site in sites}
+    return {site: exponents(absmax[site], largest[site], scheme.smooth[kind_of(site)]).tolist() for site in sites}
+
+
 def calibration_of(source: ParameterSource, absmax: Mapping[str, F32Array], schemes: Sequence[Scheme]) -> dict[str, Any]:
-    """The maxima of each site, and each scheme's exponents k, eq. (28)."""
-    smooth = {scheme.name: scheme.smooth for scheme in schemes if scheme.smooth}
-    weights = {
-        site: np.max(np.abs(source.read(f"{site}.weight")), axis=0) for site in linear_sites(source.config)[:-1] if smooth
-    }
+    """The maxima of each site, and each scheme's exponents k."""
     return {
         "absmax": {site: m.astype(float).tolist() for site, m in absmax.items()},
-        "exponents": {
-            name: {
-                site: exponents(absmax[site], m, alpha[kind_of(site)]).tolist()
-                for site, m in weights.items()
-                if kind_of(site) in alpha
-            }
-            for name, alpha in smooth.items()
-        },
+        "exponents": {scheme.name: exponents_of(source, absmax, scheme) for scheme in schemes if scheme.smooth},
     }
 
 
