@@ -19,9 +19,11 @@ from conftest import RandomSource, assert_bits
 from refmamba.backends.cpu import runner as cpu_runner
 from refmamba.backends.cpu.backend import Cpu
 from refmamba.backends.cpu.kernels import regions
-from refmamba.backends.cpu.kernels.tables import Run
+from refmamba.backends.cpu.kernels.codes import start_units
+from refmamba.backends.cpu.kernels.digits import grouped_tiles
+from refmamba.backends.cpu.kernels.tables import Run, Site
 from refmamba.backends.cpu.memory import address, aligned
-from refmamba.backends.cpu.pack import pack, packed_bytes, padded_rows
+from refmamba.backends.cpu.pack import Packed, pack, packed_bytes, padded_rows
 from refmamba.backends.cpu.passes import passes
 from refmamba.backends.cpu.state import State
 from refmamba.backends.cpu.threads import Threads
@@ -201,6 +203,39 @@ def test_sums_of_which_float64_keeps_too_little(rows: int, backend: Cpu) -> None
     backend.load(model).prefill(batch, hook=look)
     expected, shown = seen
     assert_bits(expected, shown)
+
+
+def grouped_product(q: np.ndarray, steps: np.ndarray, group: int, x: np.ndarray) -> np.ndarray:
+    """The kernels' product of weights in groups (32, K) with rows of digits, 1, 4 or 8 of them (rows, K): int32 (rows, 32)."""
+    (rows, k), site, run = x.shape, np.zeros(len(Site), np.int64), np.zeros(len(Run), np.int64)
+    w = Packed.of(Codes(q, np.ones((32, 1), np.float32), 4, steps, group), padded_rows(32))
+    codes, starts, out = aligned(x.shape, np.int8), aligned((rows, -(-k // min(64, group))), np.int32), aligned((rows, 2, 16))
+    codes[...] = x
+    assert w.steps is not None
+    site[[Site.CODES, Site.STEPS, Site.STEP_BYTES]] = address(w.digits), address(w.steps), w.steps[0].size
+    site[[Site.K, Site.GROUP_BITS, Site.UNITS, Site.SLICES]] = k, group.bit_length() - 1, starts.shape[1], 1
+    run[[Run.CODES, Run.STARTS]] = address(codes), address(starts)
+    for row in range(rows):
+        start_units(address(run), address(site), address(codes) + row * k, row)
+    grouped_tiles(address(run), address(site), 0, 0, rows, 0, k, address(out))
+    return out.view(np.int32).reshape(rows, 32)
+
+
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize(("largest", "step"), [(7, 18), (3, 42), (1, 126)])
+def test_the_largest_sums_of_groups_are_exact(largest: int, step: int, group: int) -> None:
+    """Codes, steps and activations at their ends, alike or of changing signs, in the longest row; digits of -128 in a block."""
+    for k, low in ((65536, -127), (4096, -128), (304, -128)):
+        ends = np.array([low, 127])
+        column = np.arange(k)
+        x = np.stack([ends[column * 0], ends[column * 0 + 1], *(ends[column // n % 2] for n in (1, 2, 4, 8, 64, 3))])
+        q = np.array([-largest, largest])[column // np.array([[1], [2], [4], [64], [k], [3], [8], [5]]).repeat(4, axis=0) % 2]
+        q[::2] *= -1
+        steps = np.full((32, -(-k // group)), step, np.uint8)
+        steps[16:, ::2] = 1
+        expected = x @ (q * steps.repeat(group, axis=1)[:, :k]).T
+        for rows in (1, 4, 8):
+            assert np.array_equal(grouped_product(q.astype(np.int8), steps, group, x[-rows:]), expected[-rows:])
 
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 31, 33, 65, 255, 257, 5000, 50280])
@@ -440,7 +475,8 @@ def test_without_vnni() -> None:
     code = (
         "from refmamba.backends.cpu.kernels import tiles; assert not tiles.VNNI\n"
         "import sys, pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/test_cpu_backend.py', '-k',"
-        " '(reference and (plain or odd) and not (mlp or a8 or a16)) or too_little or log_softmax or than_a_block']))"
+        " '(reference and (plain or odd) and not (mlp or a8 or a16)) or too_little or log_softmax or than_a_block'"
+        " ' or largest_sums']))"
     )
     older = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | older, capture_output=True, text=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from refmamba.backends.cpu.cache import layers
 from refmamba.backends.cpu.kernels.bound import sum_error
 from refmamba.backends.cpu.kernels.codes import code_bytes
-from refmamba.backends.cpu.kernels.digits import DIGITS_SCRATCH
+from refmamba.backends.cpu.kernels.digits import DIGITS_SCRATCH, spread_scratch
 from refmamba.backends.cpu.kernels.instructions import LANES
 from refmamba.backends.cpu.kernels.panels import PANELS_SCRATCH
 from refmamba.backends.cpu.kernels.scan import scan_scratch
@@ -71,6 +71,7 @@ class CpuRunner:
         self._threads, self._kept, self._lock = threads, list[NDArray[Any]](), threading.Lock()
         self._pool, self._logits_pool = Pool(), Pool()
         self._code_bytes, self._outlier_bytes, self._start_bytes = 0, 0, 0  # of a row's, at most
+        self._spread = 0  # columns of a weight in groups, at most
         self._prepared = 0  # strips of rows that are rotated or have outliers, at most
         c = self.config
         e, r, n = c.d_inner, c.dt_rank, c.d_state
@@ -106,7 +107,13 @@ class CpuRunner:
         self._workspace, self._residual = np.empty(0, np.uint8), np.empty((0, 0, LANES), np.float32)
         self._errors, self._overrun = np.zeros(0, np.int64), np.zeros(1, np.int64)
         self._counters = aligned((layers.REGIONS * (c.n_layer + 1), LINE // 8), np.int64)
-        scratch = max(DIGITS_SCRATCH, PANELS_SCRATCH, scan_scratch(n), transform_scratch(self._prepared * LANES))
+        scratch = max(
+            DIGITS_SCRATCH,
+            PANELS_SCRATCH,
+            scan_scratch(n),
+            transform_scratch(self._prepared * LANES),
+            spread_scratch(self._spread),
+        )
         scratch += -scratch % LINE
         self._set(
             THREADS=threads.count, COUNTERS=address(self._counters), REGIONS=layers.REGIONS,
@@ -157,6 +164,7 @@ class CpuRunner:
         if w.steps is not None:
             steps, step_bytes, bits = address(w.steps), w.steps[0].size, w.group.bit_length() - 1
             units = -(-k // min(UNIT, w.group))
+            self._spread = max(self._spread, k)
             self._start_bytes = max(self._start_bytes, 4 * slices * units)
         if outlier != NO_OUTLIER:
             self._outlier_bytes = max(self._outlier_bytes, 16 * (k + 1))

@@ -1,10 +1,13 @@
 """Products by digits: integer products of 8-bit digits, joined exactly."""
 
+from refmamba.backends.cpu.kernels.instructions import LANES
 from refmamba.backends.cpu.kernels.output import finish
 from refmamba.backends.cpu.kernels.tables import (
+    BYTES_OFFSET,
     DOUBLE_FLOATS,
     FIXED_OFFSET,
     FLOATS,
+    LINE,
     UNIT,
     Kind,
     Run,
@@ -18,7 +21,7 @@ from refmamba.backends.cpu.kernels.tables import (
     steps_of,
     vector_bytes,
 )
-from refmamba.backends.cpu.kernels.tiles import grouped_tile, tile
+from refmamba.backends.cpu.kernels.tiles import VNNI, grouped_tile, tile
 from refmamba.backends.cpu.kernels.vectors import (
     REGISTERS_32,
     double,
@@ -27,11 +30,13 @@ from refmamba.backends.cpu.kernels.vectors import (
     load_d,
     load_f,
     load_i,
+    load_steps,
     single,
     splat_f,
     splat_i,
     splat_l,
     store_d,
+    store_i,
     to_double,
     to_float,
     widen,
@@ -39,10 +44,14 @@ from refmamba.backends.cpu.kernels.vectors import (
 from refmamba.spec.codes import BLOCK
 
 ROWS_OF_TILE = 64  # rows of one item of a product by digits
+# Rows from which on codes in groups become bytes once for all rows of an item, and the rows of such an item. Without VNNI a
+# product straight from the codes is faster than one of bytes: never.
+SPREAD, ROWS_OF_SPREAD = (32, 128) if VNNI else (2**31, ROWS_OF_TILE)
 COLUMNS = 8  # slices of rows that are multiplied together, at most
 PLANE_BYTES = COLUMNS * 2 * FLOATS  # of the sums of a pair of strips
 # A thread's own: three planes of sums, and the float64 totals of one.
 DIGITS_SCRATCH = int(3 * PLANE_BYTES + COLUMNS * 2 * DOUBLE_FLOATS)
+AS_BYTES = int(Kind.BYTES)
 STRIPS = 2 if REGISTERS_32 else 1  # of a tile
 BYTES_8, BYTES_4, BYTES_1 = tile(False, STRIPS, 8, 1), tile(False, STRIPS, 4, 1), tile(False, STRIPS, 1, 4)
 PACKED_8, PACKED_4, PACKED_1 = tile(True, STRIPS, 8, 1), tile(True, STRIPS, 4, 1), tile(True, STRIPS, 1, 2)
@@ -123,6 +132,36 @@ def exact(kind, slices, sums, plane, codes):
     return to_double(joined(sums, slices) - splat_l(offset_of(kind) * codes))
 
 
+def spread_scratch(k: int) -> int:
+    """A thread's own: a pair of strips of k columns as bytes, after what a product by digits needs."""
+    return DIGITS_SCRATCH + 2 * LANES * k
+
+
+@inlined
+def spreads(site, rows):
+    """Whether a product of so many rows makes bytes of a weight's codes in groups."""
+    return at(site, Site.KIND) == Kind.GROUPED and rows >= SPREAD
+
+
+@kernel()
+def spread_bytes(site, strip, out):
+    """The codes of 16 rows of a weight in groups, times their steps, as digits of `Kind.BYTES`: (q + 8) m + 128 - 8 m, of which
+    the lowest byte counts. The products of two bytes of a lane fit 16 bits each, so four are made as two and two."""
+    k = at(site, Site.K)
+    codes = at(site, Site.CODES) + strip * vector_bytes(Kind.GROUPED) * k
+    low, byte = splat_i(0x000F000F), splat_i(0x00FF00FF)
+    for column in range(0, k, 8):
+        steps = load_steps(steps_of(site, strip, column))
+        offset = (splat_i(BYTES_OFFSET) - (steps << splat_i(3))) & splat_i(255)
+        offset = offset + (offset << splat_i(16))
+        v = load_i(codes + vector_bytes(Kind.GROUPED) * column)
+        for half in range(2):
+            place, four = out + (column // 4 + half) * LINE, v >> splat_i(4 * half)
+            evens = ((four & low) * steps + offset) & byte
+            odds = (((four >> splat_i(8)) & low) * steps + offset) & byte
+            store_i(place, evens + (odds << splat_i(8)))
+
+
 @kernel()
 def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes, limit, residual):
     """Rows first to last of a pair of strips of a product: eq. (11, 12, 13), the bias and the residual. limit: rows of w."""
@@ -131,6 +170,11 @@ def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes
     weights = at(site, Site.CODES) + 2 * pair * planes * plane_bytes
     sums = at(run, Run.SCRATCH) + rank * at(run, Run.SCRATCH_BYTES)
     plane, totals = PLANE_BYTES, sums + 3 * PLANE_BYTES
+    if spreads(site, last - first):
+        kind, weights = AS_BYTES, sums + DIGITS_SCRATCH
+        plane_bytes = vector_bytes(kind) * k
+        for s in range(2):
+            spread_bytes(site, 2 * pair + s, weights + s * plane_bytes)
     blocks = (k + BLOCK - 1) // BLOCK
     row = first
     while row < last:

@@ -81,6 +81,11 @@ def store_f(b: Any, address: Any, value: Any) -> Any:
     b.store(value, to_pointer(b, address, F.llvm), align=64)
 
 
+@machine(types.void, types.int64, I)
+def store_i(b: Any, address: Any, value: Any) -> Any:
+    b.store(value, to_pointer(b, address, I.llvm), align=64)
+
+
 @machine(types.void, types.int64, D)
 def store_d(b: Any, address: Any, value: Any) -> Any:
     b.store(value, to_pointer(b, address, D.llvm), align=64)
