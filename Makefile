@@ -1,13 +1,16 @@
-.PHONY: check lint types test quick vectors bench gpu-proof
+.PHONY: check ci lint types test quick vectors bench gpu-proof
 check: lint types test
 lint:
 	ruff check .
 	ruff format --check .
 types:
 	mypy
-# All tests, or those whose names match: make test T=rms_norm
+# All tests but those of `make ci`, or those whose names match: make test T=rms_norm
 test:
-	python -m pytest -q -k "$(T)"
+	python -m pytest -q -m "not ci" -k "$(T)"
+# What takes minutes, after `make check`: the page in a browser, the Triton kernels without a GPU, every planted fault.
+ci:
+	python -m pytest -q -m ci
 # Under a minute once the kernels are compiled: the specification, every backend on its vectors, files, scoring.
 QUICK = arith spec_document docs vectors imports linear conformance verify planted_faults \
 	checkpoint tokenizer perplexity smooth eval_data eval_score eval_golden eval_results

@@ -56,7 +56,7 @@ def test_operations(backend: Backend) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_prefill_steps_chunks_batches_and_forks(backend: Backend, scheme: str) -> None:
-    results = list(ModelChecks(backend, MODELS[scheme], SEQUENCES).run())
+    results = list(ModelChecks(backend, MODELS[scheme], SEQUENCES, long=True).run())
     ways = {"prefill", "positions", "batch", "states", "step", "chunks", "fork"}
     ways |= {"long prefill"} if scheme in LONG_SCHEMES else set()
     assert {row.check for row, _ in results} == {f"model: {way}" for way in ways}

@@ -17,6 +17,7 @@ def first_difference(backend: Faulty, schemes: tuple[str, ...] | None = None) ->
     return next((wrong for _, wrong in run_checks(backend, schemes) if wrong), None)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_verify_names_the_operation(fault: Fault) -> None:
     first = first_difference(Faulty(fault.faults, fault.runner))
@@ -24,6 +25,7 @@ def test_verify_names_the_operation(fault: Fault) -> None:
     assert first.operation == (fault.called or fault.operation), str(first)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault.shows], ids=lambda fault: fault.name)
 def test_verify_names_the_operation_of_a_fused_backend(fault: Fault) -> None:
     first = first_difference(Fused(fault.faults, fault.runner), FUSED_SCHEMES)

@@ -52,7 +52,7 @@ class ModelChecks:
         sequences: Sequence[Any],
         *,
         quick: bool = False,
-        long: bool | None = None,
+        long: bool = False,
     ) -> None:
         self.reference, self.runner, self.backend = Mamba(model), backend.load(model), backend
         self.whole, self.vocabulary = model.scheme.whole_sequence, model.config.vocab_size

@@ -18,7 +18,7 @@ def bar(total: int, what: str, unit: str) -> "tqdm[Any]":
                 mininterval=interval, maxinterval=interval)  # fmt: skip
 
 
-def say(line: str) -> None:
-    """A line on stdout while there is a bar."""
+def say(line: str, *, error: bool = False) -> None:
+    """A line on stdout, or on stderr, while there is a bar."""
     with tqdm.external_write_mode() if sys.stderr.isatty() else nullcontext():
-        print(line, flush=True)
+        print(line, flush=True, file=sys.stderr if error else sys.stdout)

@@ -13,7 +13,7 @@ import psutil
 
 from refmamba.backend import Runner
 from refmamba.run.peers import LLAMA_TYPES, Apart, LlamaCpp, Peer, Transformers, installed, write_gguf
-from refmamba.run.progress import bar
+from refmamba.run.progress import bar, say
 from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec.arith import IntArray
 from refmamba.spec.coders import ParameterGrouped
@@ -111,7 +111,7 @@ def speeds(
                 if not isinstance(peer, Apart):
                     raise
                 why = str(error).strip().splitlines() or [type(error).__name__]
-                measured.write(f"{peer.name} is left out: {why[0]}", file=sys.stderr)
+                say(f"{peer.name} is left out: {why[0]}", error=True)
                 del best[peer]
     return [
         {"name": peer.name, "prefill_tokens_per_second": len(prompt) / times["prefill"],
