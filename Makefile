@@ -1,4 +1,4 @@
-.PHONY: check ci lint types test quick vectors bench gpu-proof
+.PHONY: check ci lint types test quick vectors bench gpu-proof fuzz
 check: lint types test
 lint:
 	ruff check .
@@ -30,3 +30,7 @@ gpu-proof:
 	TRITON_INTERPRET=1 python -m pytest -q tests/test_triton_interpreter.py
 	python -m pytest -q tests/test_triton_ptx.py
 	for arch in sm_80 sm_90 sm_120; do python tools/compile_kernels.py build/ptx/$$arch --arch $$arch || exit 1; done
+# Changed files of every kind, 100,000 of them, read in process: about an hour. The short form: make fuzz FUZZ="--seconds 60"
+FUZZ = --cases 100000
+fuzz:
+	python tests/fuzz/fuzz.py $(FUZZ)

@@ -13,7 +13,7 @@ import click
 from refmamba.backends import DEFAULT_BACKEND
 from refmamba.errors import DataError
 
-SEEDS = 2**64 - 1  # the largest seed
+SEEDS = 2**63 - 1  # the largest seed
 MOST = 2**31 - 1  # of what is counted; no machine holds more
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

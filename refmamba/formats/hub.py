@@ -58,12 +58,15 @@ def _original_layout(folder: Path) -> bool:
 
 def _download(name: str, revision: str | None) -> Path:
     """The folder in the cache with config, tokenizer, and one format of the weights."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     with _hub_errors(f"model {name}", revision):
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=BESIDE_WEIGHTS + SAFETENSORS))
         if not any(folder.glob("model*.safetensors")):  # the folder's name is the commit
             snapshot_download(name, revision=folder.name, allow_patterns=TORCH)
+    if constants.HF_HUB_OFFLINE and not any(folder.glob("model*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        # before 2.0 the client takes what is left of an interrupted download for the whole
+        raise HubError(f"model {name}: not in the cache, and HF_HUB_OFFLINE is set; unset it to download")
     return folder
 
 

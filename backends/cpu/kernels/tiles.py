@@ -3,6 +3,7 @@
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import llvm_version_info
 from numba import types
 
 from refmamba.backends.cpu.kernels.instructions import (
@@ -25,6 +26,7 @@ from refmamba.backends.cpu.kernels.tables import PACKED_OFFSET, UNIT
 from refmamba.backends.cpu.kernels.vectors import DOUBLES
 
 AHEAD = 4096  # bytes from the codes being read to those asked for
+LLVM = llvm_version_info[0]
 # Bytes that one VNNI instruction multiplies; 0: there is none.
 VNNI = 64 if {"+avx512vnni", "+avx512bw", "+avx512vl"} <= FEATURES else 32 if "+avxvnni" in FEATURES else 0
 
@@ -43,6 +45,8 @@ def _dot(b: Any, total: Any, w: Any, x: Any) -> Any:
         for start in range(0, 64, VNNI):
             lanes, codes = range(start // 4, (start + VNNI) // 4), range(start, start + VNNI)
             arguments = pick(b, total, lanes), pick(b, w, codes), pick(b, x, codes)
+            if LLVM < 22:  # whose instruction takes the bytes in fours
+                arguments = arguments[0], *(b.bitcast(four, arguments[0].type) for four in arguments[1:])
             parts.append(call(b, f"llvm.x86.avx512.vpdpbusd.{8 * VNNI}", arguments[0].type, *arguments))
         together = ir.Constant(ir.VectorType(i32, LANES), list(range(LANES)))
         return parts[0] if len(parts) == 1 else b.shuffle_vector(*parts, together)
