@@ -1,7 +1,14 @@
 """`refmamba step` in the terminal: the numbers that it shows are the record's, and its errors those of exact arithmetic."""
 
+import fcntl
 import json
 import math
+import os
+import pty
+import select
+import struct
+import sys
+import termios
 from fractions import Fraction
 from typing import Any
 
@@ -127,3 +134,37 @@ def test_what_belongs_to_no_layer() -> None:
 )
 def test_what_is_not_there_is_said(arguments: tuple[str, ...], words: str) -> None:
     assert words in str(run(*arguments).exception)
+
+
+def test_keys_step_through_a_forward_in_a_terminal() -> None:
+    pytest.importorskip("prompt_toolkit", reason="pip install 'refmamba[teach]'")
+    pyte = pytest.importorskip("pyte", reason="pip install 'refmamba[test]'")
+    pid, terminal = pty.fork()
+    if pid == 0:  # the command, on a terminal of its own
+        os.environ["TERM"] = "xterm"
+        os.execv(sys.executable, [sys.executable, "-m", "refmamba", "step", PROMPT, "--layer", "3", "--channel", "7"])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    screen = pyte.Screen(120, 40)
+    stream = pyte.ByteStream(screen)
+
+    def until(heading: str) -> None:
+        while not any(line.rstrip() == heading for line in screen.display):
+            ready, _, _ = select.select([terminal], [], [], 60)
+            assert ready, "\n".join(screen.display)
+            stream.feed(os.read(terminal, 65536))
+
+    until("layers.3.norm [token 1, channel 7]")
+    for keys, heading in [
+        ("\x1b[C", "layers.3.in_proj.in_codes [token 1, channel 7]"),
+        ("\x1b[C", "layers.3.in_proj.acc [token 1, channel 7]"),
+        ("\x1b[B", "layers.4.in_proj.acc [token 1, channel 7]"),
+        ("\x1b[A", "layers.3.in_proj.acc [token 1, channel 7]"),
+        ("\x1b[D", "layers.3.in_proj.in_codes [token 1, channel 7]"),
+        ("[.", "layers.3.in_proj.in_codes [token 0, channel 8]"),
+        ("],", "layers.3.in_proj.in_codes [token 1, channel 7]"),
+        (",,,,,,,,,", "layers.3.in_proj.in_codes [token 1, channel 0]"),
+    ]:
+        os.write(terminal, keys.encode())
+        until(heading)
+    os.write(terminal, b"q")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

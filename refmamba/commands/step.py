@@ -1,6 +1,7 @@
 """`refmamba step`: one forward, number by number."""
 
 import json
+import sys
 from pathlib import Path
 
 import click
@@ -47,8 +48,17 @@ def command(
     if scheme is not None and len(scheme) > 1:
         raise SchemeError("several schemes are for --html; name one")
     follower = follow(opened, open_scheme(scheme[0] if scheme else DEFAULT_SCHEME), opened.tokenizer.encode_array(prompt))
-    sites, last = named_sites(follower, layer, op), len(follower.trace[0].arguments[0]) - 1
-    elements = [follower.at(site, last if token is None else token, channel) for site in sites]
+    sites = named_sites(follower, layer, op)
+    token = follower.shape(sites[0])[0] - 1 if token is None else token
+    if op is None and not as_json and sys.stdin.isatty() and sys.stdout.isatty():
+        try:
+            from refmamba.teach.terminal import Walk, walk
+        except ImportError:
+            click.echo("refmamba: to step with keys install prompt_toolkit: pip install 'refmamba[teach]'", err=True)
+        else:
+            walk(Walk(follower, sites[0], token, channel))
+            return
+    elements = [follower.at(site, token, channel) for site in sites]
     if as_json:
         click.echo(json.dumps({"prompt": prompt, "elements": [as_values(element) for element in elements]}, ensure_ascii=False))
         return

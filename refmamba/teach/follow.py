@@ -90,13 +90,14 @@ class Follower:
         # A state belongs to the last token alone; the scan's own story shows it.
         self.sites = [site for site in trace.sites if not site.endswith("_state")]
 
-    def width(self, site: str) -> int:
-        """Number of channels of a value."""
-        return int(numbers(self.trace[site]).shape[1])
+    def shape(self, site: str) -> tuple[int, int]:
+        """Number of tokens and of channels of a value."""
+        rows, columns = numbers(self.trace[site]).shape
+        return int(rows), int(columns)
 
     def at(self, site: str, token: int, channel: int) -> Element:
         """One element. Raises DataError for a token or a channel that is not there."""
-        rows, columns = numbers(self.trace[site]).shape
+        rows, columns = self.shape(site)
         for what, index, count in (("token", token, rows), ("channel", channel, columns)):
             if not 0 <= index < count:
                 raise DataError(f"{site} has no {what} {index}; there are 0 to {count - 1}")
