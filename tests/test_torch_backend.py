@@ -21,11 +21,7 @@ SCHEMES = ("int8", "w8a8-mlp", "fp32", "llm-int8")
 def test_no_layer_waits_for_a_value(scheme: str, tiny: RandomSource, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = load_backend("torch").load(quantize_model(tiny, parse_scheme(scheme)))
 
-<<<<<<< HEAD
-    def wait(self: object) -> bool:
-=======
     def wait(self: Any) -> bool:
->>>>>>> refs/heads/s7
         raise AssertionError("the host waits for a value of the device")
 
     for name in ("__bool__", "__int__", "__float__", "item"):
