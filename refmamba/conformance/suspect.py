@@ -33,7 +33,8 @@ def features(step: Step, result: int = 0) -> set[Feature]:
     """One result of an operation, and its way of being called: on which codes, at which widths."""
     kinds = [_kind(argument) for argument in step.arguments]
     name, site = step.operation, last_site(step.sites[result])
-    which = (f"for {site}",) if len(step.sites) > 1 or name == "add" else ()
+    bias = name == "add" and step.arguments[1].ndim == 1
+    which = (f"for {site}",) if bias or len(step.sites) > 1 else ()
     families: set[Feature] = {(family,) for family, members in FAMILIES.items() if name in members}
     factors = [argument for argument in step.arguments if isinstance(argument, Codes | FixedPoint)]
     if any(isinstance(factor, Codes) for factor in factors):
