@@ -73,8 +73,8 @@ class Results:
             regular(file)
         try:
             self._database = sqlite3.connect(file, timeout=0.5, isolation_level=None)
-            self._open()
-        except sqlite3.Error as error:
+            self._open()  # a UnicodeDecodeError is of an error's own text, which tells a name from the file
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise DataError(f"{file}: cannot be used as a results file: {error}; give another --results FILE") from error
 
     def _open(self) -> None:
@@ -127,7 +127,7 @@ class Results:
         query = "SELECT doc_id, loglikelihoods, greedy FROM result JOIN run ON run.id = run WHERE key = ?"
         try:
             rows = self._execute(query, _text(key)).fetchall()
-        except (sqlite3.Error, OverflowError) as error:
+        except (sqlite3.Error, UnicodeDecodeError, OverflowError) as error:
             raise DataError(f"{self._file}: cannot be read: {error}") from error
         return {row[0]: self._result(*row) for row in rows}
 
@@ -153,7 +153,7 @@ class Results:
             with self._transaction():
                 self._database.execute("INSERT INTO run (key) VALUES (?) ON CONFLICT (key) DO NOTHING", [_text(key)])
                 self._database.executemany(insert, rows)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise DataError(f"{self._file}: cannot be written: {error}") from error
 
 

@@ -472,6 +472,15 @@ def test_broken_results_are_one_line(change: dict[str, str], tmp_path: Path) -> 
     assert str(raised.value).isprintable()
 
 
+def test_a_database_whose_names_are_no_text_is_one_line(tmp_path: Path) -> None:
+    Results(tmp_path / "r.sqlite").__exit__(None, None, None)
+    database = sqlite3.connect(tmp_path / "r.sqlite", isolation_level=None)
+    database.execute("PRAGMA writable_schema = ON")
+    database.execute("UPDATE sqlite_master SET name = CAST(x'ff' AS TEXT), sql = 'CREATE' WHERE name = 'run'")
+    database.close()
+    refused(errors.DataError, lambda: Results(tmp_path / "r.sqlite"), "cannot be used as a results file")
+
+
 # --- at random --------------------------------------------------------------------------------------------------------
 
 
