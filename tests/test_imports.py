@@ -26,7 +26,7 @@ RULES: dict[str, set[str]] = {
     "conformance": {"errors", "spec", "backend", "backends", "formats", "run"},
     "eval_tasks": {"refmamba", "errors", "spec", "backend", "backends", "formats", "run"},
     "paper": {"errors", "spec", "backend", "backends", "formats", "run", "eval_tasks"},
-    "teach": {"errors", "spec", "backend", "backends", "formats", "run", "conformance"},
+    "teach": {"errors", "spec", "backend", "formats", "run", "conformance"},
     "commands": {
         "refmamba", "errors", "spec", "backend", "backends", "formats", "run", "conformance", "eval_tasks", "paper", "teach",
     },

@@ -25,6 +25,7 @@ from refmamba.spec.mamba1 import Mamba
 from refmamba.spec.parameters import QuantizedModel, quantize_model
 from refmamba.spec.scheme import parse_scheme
 
+pytestmark = pytest.mark.ci
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the last test starts")

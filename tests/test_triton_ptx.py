@@ -27,7 +27,10 @@ from refmamba.backends.triton.kernels import alone, layers
 from refmamba.spec import arith, codes, ops
 from refmamba.spec.arith import F32Array
 
-pytestmark = pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="kernels are interpreted here")
+pytestmark = [
+    pytest.mark.ci,
+    pytest.mark.skipif(bool(triton.knobs.runtime.interpret), reason="kernels are interpreted here"),
+]
 
 RUN = ("sm_80", "sm_90")
 RNG = np.random.default_rng(14)

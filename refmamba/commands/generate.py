@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from refmamba.commands.options import json_option, model_options, receipt_option
+from refmamba.commands.options import MOST, SEEDS, Number, json_option, model_options, receipt_option
 from refmamba.run.generate import Sampler
 from refmamba.run.model import Model
 from refmamba.run.receipt import Recorder
@@ -19,11 +19,11 @@ DEFAULT_PROMPT = "Once upon a time"
 @click.command("generate")
 @click.argument("prompt", default=DEFAULT_PROMPT)
 @model_options()
-@click.option("--max-new-tokens", default=100, show_default=True, type=click.IntRange(1))
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: the likeliest token.")
-@click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0: all.")
-@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--max-new-tokens", default=100, show_default=True, type=click.IntRange(1, MOST))
+@click.option("--temperature", default=0.0, show_default=True, type=Number(0), help="0: the likeliest token.")
+@click.option("--top-k", default=0, show_default=True, type=click.IntRange(0, MOST), help="0: all.")
+@click.option("--top-p", default=1.0, show_default=True, type=Number(0, 1, min_open=True))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, SEEDS))
 @receipt_option
 @json_option
 def command(

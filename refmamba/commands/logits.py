@@ -5,8 +5,8 @@ from pathlib import Path
 import click
 import numpy as np
 
-from refmamba.commands.options import model_options, receipt_option, text_or_tokens
-from refmamba.formats.files import write_file
+from refmamba.commands.options import OutputFile, model_options, receipt_option, text_or_tokens
+from refmamba.formats.writing import write_file
 from refmamba.run.model import Model
 from refmamba.run.receipt import Recorder
 from refmamba.run.session import ModelChoice, open_session
@@ -17,7 +17,7 @@ from refmamba.run.session import ModelChoice, open_session
 @click.option("--text", help="A text, or")
 @click.option("--tokens", help="its tokens, 1,2,3.")
 @receipt_option
-@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The .npy file to write.")
+@click.option("--out", required=True, type=OutputFile(), help="The .npy file to write.")
 def command(choice: ModelChoice, text: str | None, tokens: str | None, receipt: Path | None, out: Path) -> None:
     """Write the logits of every position: float32 (length, vocabulary)."""
     words, session = text_or_tokens(text, tokens), open_session(choice)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from refmamba.commands.options import (
+    InputFile,
     backend_option,
     calibrate_option,
     device_option,
@@ -25,7 +26,7 @@ its_model_option = click.option(
 
 
 @click.command("replay")
-@click.argument("receipt", type=click.Path(path_type=Path))
+@click.argument("receipt", type=InputFile())
 @model_options(its_model_option, revision_option, calibrate_option, backend_option, device_option)
 @json_option
 def command(receipt: Path, choice: ModelChoice, as_json: bool) -> None:

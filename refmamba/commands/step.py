@@ -1,26 +1,67 @@
 """`refmamba step`: one forward, number by number."""
 
+import json
+import sys
 from pathlib import Path
 
 import click
 
 from refmamba.commands.generate import DEFAULT_PROMPT
-from refmamba.commands.options import calibrate_option, model_option, names_option, revision_option
+from refmamba.commands.options import OutputFile, calibrate_option, json_option, model_option, names_option, revision_option
+from refmamba.errors import DataError, SchemeError
+from refmamba.formats.scheme import open_scheme
 from refmamba.run.session import ModelChoice, open_model
-from refmamba.spec.scheme import parse_scheme
-from refmamba.teach.pages import PAGE_SCHEMES, write_page
+from refmamba.teach.follow import as_text, as_values
+from refmamba.teach.forwards import follow, named_sites
+from refmamba.teach.pages import write_page
+
+DEFAULT_SCHEME = "int8"
 
 
 @click.command("step")
 @click.argument("prompt", default=DEFAULT_PROMPT)
 @model_option
 @revision_option
-@names_option("--scheme", default=None, help="Schemes with commas between.  [default: every built-in one]")
+@names_option(
+    "--scheme", default=None, help=f"{DEFAULT_SCHEME} by default; with --html several, by default every built-in one."
+)
 @calibrate_option
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), required=True, help="Write the page to this file.")
+@click.option("--layer", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--op", help="in_proj, in_proj.acc, conv1d, scan, ...; embedding, norm_f, lm_head.  [default: all of the layer]")
+@click.option("--token", type=click.IntRange(0), help="Place in the prompt.  [default: the last]")
+@click.option("--channel", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--html", type=OutputFile(), help="Write a page that runs the model in a browser.")
+@json_option
 def command(
-    prompt: str, model: str, revision: str | None, scheme: tuple[str, ...] | None, calibrate: Path | None, html: Path
-) -> None:
-    """Write a page that runs the model in a browser, and shows how every number comes about."""
+    prompt: str, model: str, revision: str | None, scheme: tuple[str, ...] | None, calibrate: Path | None, layer: int,
+    op: str | None, token: int | None, channel: int, html: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Show how the numbers of one forward come about: each operation with its formula, rounding and error."""
     opened = open_model(ModelChoice(model, revision=revision, calibrate=calibrate))
-    write_page(opened, [parse_scheme(name) for name in scheme or PAGE_SCHEMES], prompt, html)
+    if html is not None:
+        if op is not None or as_json:
+            raise DataError("--html writes the whole page; leave out --op and --json")
+        schemes = None if scheme is None else [open_scheme(name) for name in scheme]
+        if reason := write_page(opened, schemes, prompt, html):
+            click.echo(f"{html}: holds the recorded prompt, and not {model}: {reason}", err=True)
+        return
+    if scheme is not None and len(scheme) > 1:
+        raise SchemeError("several schemes are for --html; name one")
+    follower = follow(opened, open_scheme(scheme[0] if scheme else DEFAULT_SCHEME), opened.tokenizer.encode_array(prompt))
+    sites = named_sites(follower, layer, op)
+    token = follower.shape(sites[0])[0] - 1 if token is None else token
+    if op is None and not as_json and sys.stdin.isatty() and sys.stdout.isatty():
+        try:
+            from refmamba.teach.terminal import Walk, walk
+        except ImportError:
+            click.echo("refmamba: to step with keys install prompt_toolkit: pip install 'refmamba[teach]'", err=True)
+        else:
+            walk(Walk(follower, sites[0], token, channel))
+            return
+    elements = [follower.at(site, token, channel) for site in sites]
+    if as_json:
+        click.echo(json.dumps({"prompt": prompt, "elements": [as_values(element) for element in elements]}, ensure_ascii=False))
+        return
+    places = [follower.sites.index(site) + 1 for site in sites]
+    count = len(follower.sites)
+    click.echo("\n\n".join(as_text(element, place, count) for element, place in zip(elements, places, strict=True)))

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refmamba.errors import DataError
-from refmamba.formats.files import write_text
 from refmamba.formats.folder import content_hash
+from refmamba.formats.reading import TABLE_BYTES, read_utf8
+from refmamba.formats.writing import write_text
 from refmamba.run.generate import Sampler, choose_tokens
 from refmamba.run.session import Session
 from refmamba.spec import SPEC_VERSION
@@ -110,11 +111,12 @@ class Recorder:
 
 
 def read_receipt(file: Path) -> tuple[Receipt, Scheme]:
-    """A receipt, and its scheme. Raises DataError, SchemeError for a file that no run under this specification has made."""
+    """A receipt, and its scheme.
+
+    Raises FileError, and DataError or SchemeError for a file that no run under this specification has made.
+    """
     try:
-        values = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
+        values = json.loads(read_utf8(file, TABLE_BYTES))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not JSON ({error}), so no receipt") from error
     if not isinstance(values, dict):

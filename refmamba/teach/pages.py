@@ -7,20 +7,29 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from refmamba.formats.files import write_text
+from refmamba.errors import SchemeError
+from refmamba.formats.writing import write_text
 from refmamba.run.session import Opened
+from refmamba.spec import coders
 from refmamba.spec.calibrate import passage
-from refmamba.spec.scheme import Scheme
-from refmamba.teach.payload import packed, page_data, planes
+from refmamba.spec.scheme import NAMED, Scheme, parse_scheme
+from refmamba.spec.transforms import Hadamard, Smooth
+from refmamba.teach.payload import packed, page_data, planes, recorded_data, why_not
 
 WORKER = ("engine.js", "tokenizer.js", "checkpoint.js", "vectors.js", "follow.js", "lab.js", "worker.js")
 PAGE = ("equations.js", "page.js")
+SITES, BITS, ACT_BITS = ("mlp", "all"), range(8, 1, -1), range(16, 1, -1)
 PAGE_SCHEMES = (
-    "fp32", *(f"w{bits}-{sites}" for sites in ("mlp", "all") for bits in range(8, 1, -1)),
-    *(f"w{w}a{a}-{sites}" for sites in ("mlp", "all") for w, a in ((8, 8), (8, 4), (4, 16), (4, 8), (4, 4))),
-    "int8", "int8-static", "int8-smooth",
+    *NAMED, *(f"w{n}-{sites}" for sites in SITES for n in BITS),
+    *(f"w{n}a{m}-{sites}" for sites in SITES for n in BITS for m in ACT_BITS),
 )  # fmt: skip
-PARAGRAPH = 400  # characters of the passage that the page measures on at first
+# What engine.js knows.
+KNOWN = (
+    coders.ParameterPerTensor, coders.ParameterPerChannel, coders.ParameterGrouped, coders.PerTensor, coders.PerToken,
+    coders.Static, coders.PerTokenOutliers, coders.Flattened, Smooth, Hadamard,
+)  # fmt: skip
+PIECE = 2**17  # characters of the weights in one element
+PARAGRAPH = 600  # characters of the passage that the page measures on at first
 
 
 def source(name: str) -> str:
@@ -33,24 +42,51 @@ def scripts(names: Sequence[str]) -> str:
     return "\n".join(f"// ---- {name}\n{source(name)}" for name in names)
 
 
-def write_page(opened: Opened, schemes: Sequence[Scheme], prompt: str, file: Path) -> None:
-    """Write the page of a model. Raises RefmambaError."""
-    data = page_data(opened, schemes)
+def write_page(opened: Opened, schemes: Sequence[Scheme] | None, prompt: str, file: Path) -> str | None:
+    """Write the page of a model. schemes: that it offers; None: every built-in one.
+
+    Of a model that the page cannot run it holds the recorded forwards of the prompt, under `fp32` beside the schemes (None:
+    `int8`). Returns why, in words; None for a page that runs its model. Raises RefmambaError, so SchemeError for a scheme that
+    the page's engine does not know.
+    """
+    reason = why_not(opened)
+    if schemes is None:
+        schemes = [parse_scheme(name) for name in (PAGE_SCHEMES if reason is None else ("int8",))]
+    for scheme in schemes:
+        if unknown := scheme.unknown_to(KNOWN):
+            raise SchemeError(f"scheme {scheme.name}: the page does not know {unknown}; leave it out of --scheme")
+    if reason is None:
+        data, carried = page_data(opened, schemes), planes(opened.float_checkpoint())
+    else:
+        plain = [parse_scheme("fp32")] if "fp32" not in [scheme.name for scheme in schemes] else []
+        data, carried = recorded_data(opened, [*plain, *schemes], prompt)
     parts = {
         "page.css": source("page.css"),
         "worker": scripts(WORKER),
         "page": scripts(PAGE),
-        "about": html.escape(about(data["name"])),
+        "about": html.escape(about(data["name"], reason)),
         "prompt": html.escape(prompt),
         "paragraph": html.escape(passage()[:PARAGRAPH]),
         "data": packed(json.dumps(data).encode()),
-        "weights": packed(planes(opened.float_checkpoint())),
+        "weights": pieces(packed(carried)),
     }
     write_text(file, re.sub(r"\{\{([\w.]+)\}\}", lambda match: parts[match[1]], source("page.html")))
+    return reason
 
 
-def about(name: str) -> str:
-    """What the page is, in a sentence or two."""
+def pieces(text: str) -> str:
+    """A long text in many elements, so that a browser can paint while it reads them."""
+    parts = (text[at : at + PIECE] for at in range(0, len(text), PIECE))
+    return "\n".join(f'<script type="text/plain" class="weights">{part}</script>' for part in parts)
+
+
+def about(name: str, reason: str | None) -> str:
+    """What the page is, in a sentence or two. reason: why it does not run its model."""
+    if reason is not None:
+        return (
+            f"This page holds what refmamba's reference computed for the beginning of one prompt with the model “{name}”, "
+            f"number by number. It does not run the model: {reason}. Its engine checks itself on the test vectors all the same."
+        )
     return (
         f"This page holds the model “{name}” and runs it: every number below is computed here, with the same bits as "
         "refmamba's command line. Click a number, change it, and see what follows."

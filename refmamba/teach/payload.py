@@ -3,7 +3,8 @@
 import base64
 import gzip
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,12 +16,29 @@ from refmamba.formats.folder import open_checkpoint
 from refmamba.run.session import Opened
 from refmamba.spec.arith import F32Array
 from refmamba.spec.config import MambaConfig, ParameterSource, kind_of
+from refmamba.spec.mamba1 import Mamba
 from refmamba.spec.operations import OPERATIONS
-from refmamba.spec.parameters import QuantizedModel
+from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.scheme import Scheme, parse_scheme
 from refmamba.spec.transforms import exponents
+from refmamba.teach.recording import Blob
 
 LEVEL = 9  # of gzip
+MOST_BYTES = 40_000_000  # of weights in float16 that a page carries
+RECORDED = 8  # tokens of a prompt that are recorded for a larger model
+# What tokenizer.js knows of a tokenizer.json: how a text is cut before its bytes are merged.
+CUT = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {
+            "type": "Split",
+            "pattern": {"Regex": r"'(?:s|t|re|ve|m|ll|d)\b| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\n+|[^\S\n]+(?!\S)|\s+"},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ],
+}
 
 
 def packed(data: bytes) -> str:
@@ -47,25 +65,23 @@ def shape_of(config: MambaConfig) -> dict[str, Any]:
     return asdict(config) | {"d_inner": config.d_inner}
 
 
-def calibration_of(source: ParameterSource, absmax: Mapping[str, F32Array], schemes: Iterable[Scheme]) -> dict[str, Any]:
-    """The maxima of each site, and each scheme's exponents k, eq. (28)."""
-    smooth = {scheme.name: scheme.smooth for scheme in schemes if scheme.smooth}
-    weights = {site: np.max(np.abs(source.read(f"{site}.weight")), axis=0) for site in absmax if smooth and site != "lm_head"}
+def exponents_of(source: ParameterSource, absmax: Mapping[str, F32Array], scheme: Scheme) -> dict[str, list[int]]:
+    """The exponents k of each linear layer that a scheme smooths, one for each input channel: eq. (28)."""
+    sites = [site for site in linear_sites(source.config) if kind_of(site) in scheme.smooth]
+    largest = {site: np.max(np.abs(source.read(f"{site}.weight")), axis=0) for site in sites}
+    return {site: exponents(absmax[site], largest[site], scheme.smooth[kind_of(site)]).tolist() for site in sites}
+
+
+def calibration_of(source: ParameterSource, absmax: Mapping[str, F32Array], schemes: Sequence[Scheme]) -> dict[str, Any]:
+    """The maxima of each site, and each scheme's exponents k."""
     return {
         "absmax": {site: m.astype(float).tolist() for site, m in absmax.items()},
-        "exponents": {
-            name: {
-                site: exponents(absmax[site], m, alpha[kind_of(site)]).tolist()
-                for site, m in weights.items()
-                if kind_of(site) in alpha
-            }
-            for name, alpha in smooth.items()
-        },
+        "exponents": {scheme.name: exponents_of(source, absmax, scheme) for scheme in schemes if scheme.smooth},
     }
 
 
 def model_data(
-    source: ParameterSource, absmax: Mapping[str, F32Array], schemes: Iterable[Scheme], expected: Mapping[str, Any] | None
+    source: ParameterSource, absmax: Mapping[str, F32Array], schemes: Sequence[Scheme], expected: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """A model, without its weights. expected: sequences and the frozen hashes of their logits."""
     return {
@@ -82,13 +98,46 @@ def tiny_data() -> dict[str, Any]:
     source, expected = open_checkpoint(folder), json.loads((folder / "expected.json").read_text("utf-8"))
     assert not isinstance(source, QuantizedModel)
     schemes = [parse_scheme(name) for name in expected["logits_sha256"]["schemes"]]
-    data = model_data(source, load_calibration(folder / "calibration.json"), schemes, expected)
+    data = model_data(source, load_calibration(folder / "calibration.json", source.config), schemes, expected)
     return data | {"weights": base64.b64encode(planes(source)).decode("ascii")}
 
 
-def page_data(opened: Opened, schemes: Iterable[Scheme]) -> dict[str, Any]:
-    """Everything but the weights of the opened model."""
-    source, schemes, tokenizer = opened.float_checkpoint(), list(schemes), opened.tokenizer
+def why_not(opened: Opened) -> str | None:
+    """Why the page cannot run the model itself, in words; None where it can."""
+    size = 2 * sum(math.prod(shape) for shape in opened.float_checkpoint().config.shapes().values())
+    if size > MOST_BYTES:
+        return f"its weights have {size / 1e6:.0f} MB in float16, more than the {MOST_BYTES / 1e6:.0f} MB that a page may hold"
+    file = json.loads(opened.files.tokenizer.read_text("utf-8"))
+    known = {"normalizer": None, "post_processor": None, "pre_tokenizer": CUT}
+    if opened.tokenizer.add_bos or any(file.get(part) != value for part, value in known.items()):
+        return "its tokenizer is not of the kind that the page has"
+    return None
+
+
+def recorded_data(opened: Opened, schemes: Sequence[Scheme], prompt: str) -> tuple[dict[str, Any], bytes]:
+    """What stands for a model that the page cannot run: its forwards over the beginning of a prompt, and their arrays."""
+    source, blob = opened.float_checkpoint(), Blob()
+    tokens = opened.tokenizer.encode_array(prompt)[:RECORDED]
+    absmax = opened.calibration if any(scheme.needs_calibration for scheme in schemes) else {}
+    forwards = {scheme.name: blob.trace(Mamba(opened.quantized(scheme)).trace(tokens)) for scheme in schemes}
+    ids = tokens.tolist()
+    return {
+        "name": opened.choice.model,
+        "model": model_data(source, absmax, schemes, None),
+        "schemes": [scheme.to_json() for scheme in schemes],
+        "recorded": {"tokens": ids, "pieces": [opened.tokenizer.decode([token]) for token in ids], "forwards": forwards},
+        **vectors_data(),
+    }, bytes(blob.data)
+
+
+def vectors_data() -> dict[str, Any]:
+    """The vectors that every page carries."""
+    return {"tiny": tiny_data(), "vectors": {operation: read_vectors(operation) for operation in OPERATIONS}}
+
+
+def page_data(opened: Opened, schemes: Sequence[Scheme]) -> dict[str, Any]:
+    """Everything but the weights of the opened model, which the page runs."""
+    source, tokenizer = opened.float_checkpoint(), opened.tokenizer
     absmax = opened.calibration if any(scheme.needs_calibration for scheme in schemes) else {}
     expected = None
     if opened.choice.model == "small":
@@ -99,8 +148,7 @@ def page_data(opened: Opened, schemes: Iterable[Scheme]) -> dict[str, Any]:
         "schemes": [scheme.to_json() for scheme in schemes],
         "tokenizer": json.loads(opened.files.tokenizer.read_text("utf-8")),
         "special": {
-            "n_ids": tokenizer.n_ids, "end": tokenizer.eos_token_id, "prefix": tokenizer.prefix_token_id,
+            "n_ids": tokenizer.n_ids, "ends": sorted(tokenizer.end_token_ids), "prefix": tokenizer.prefix_token_id,
         },
-        "tiny": tiny_data(),
-        "vectors": {operation: read_vectors(operation) for operation in OPERATIONS},
+        **vectors_data(),
     }  # fmt: skip

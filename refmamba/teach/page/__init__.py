@@ -1,0 +1,1 @@
+"""The page's own files: read by `refmamba.teach.pages`, and never imported."""

@@ -14,7 +14,7 @@ class RefmambaError extends Error {}
 
 const tensor = (shape, data) => ({ shape, data });
 const size = (shape) => shape.reduce((a, b) => a * b, 1);
-const map = (x, operation) => tensor(x.shape, x.data.map(operation)); // Float32Array.map rounds to float32 once more: no change
+const map = (x, operation) => tensor(x.shape, x.data.map(operation)); // of a Float32Array: each result is stored as float32
 const floats = (shape) => tensor(shape, new Float32Array(size(shape)));
 
 // ---------------------------------------------------------------------------------------------- 1. Arithmetic
@@ -131,10 +131,11 @@ function tree_sum(x) {
 // ---------------------------------------------------------------------------------------- 2. Codes and products
 //
 // Codes are {q, scale, bits}: q a tensor of whole numbers (in a Float32Array, the fastest to multiply), scale a tensor of
-// the shape [] (one) or [rows, 1]. Fixed-point codes are {q, exponent}: q a tensor of int32, exponent an Int32Array tensor.
+// the shape [] (one) or [rows, 1]. With steps for groups of columns (30), {q, scale, bits, steps, group}: q * step stands under the scale. Fixed-point
+// codes are {q, exponent}: q a tensor of int32, exponent an Int32Array tensor.
 
 const ABSMAX_ZERO = two_to(-100);
-const ACTIVATION_BITS = 30, WEIGHT_BITS = 22, LOW_PART = 4096, BLOCK = 4096;
+const ACTIVATION_BITS = 30, WEIGHT_BITS = 22, LOW_PART = 4096, BLOCK = 4096, STEPPED = 126;
 
 const largest_code = (bits) => two_to(bits - 1) - 1;
 const columns_of = (x) => x.shape.at(-1);
@@ -176,9 +177,22 @@ function quantize(x, scale, bits) {
   return q;
 }
 
+// What a product is of: q, times its group's step where there are steps; made once for a matrix.
+function integers(codes) {
+  if (!codes.steps) return codes.q;
+  if (!codes.stepped) {
+    const n = columns_of(codes.q), groups = columns_of(codes.steps);
+    codes.stepped = floats(codes.q.shape);
+    for (let row = 0, i = 0; row < rows_of(codes.q); row++) {
+      for (let j = 0; j < n; j++, i++) codes.stepped.data[i] = codes.q.data[i] * codes.steps.data[row * groups + Math.floor(j / codes.group)];
+    }
+  }
+  return codes.stepped;
+}
+
 // (9)
 function dequantize(codes) {
-  const { q, scale } = codes, x = floats(q.shape), n = scale.shape.length ? columns_of(q) : q.data.length;
+  const q = integers(codes), { scale } = codes, x = floats(q.shape), n = scale.shape.length ? columns_of(q) : q.data.length;
   for (let i = 0; i < x.data.length; i++) x.data[i] = f(q.data[i] / scale.data[scale.shape.length ? (i / n) | 0 : 0]);
   return x;
 }
@@ -193,6 +207,46 @@ function code_static(x, static_absmax, bits, site) {
   absmax(x, site);
   const m = map(static_absmax, (value) => (value < ABSMAX_ZERO ? 0 : value)), scale = scale_of(m, bits);
   return { q: quantize(m.data[0] === 0 ? floats(x.shape) : x, scale, bits), scale, bits };
+}
+
+// Codes that are not held at the largest one (33). threshold: its magnitude has the largest code.
+function code_flattened(x, threshold, bits, site) {
+  absmax(x, site);
+  const m = map(threshold, (value) => (value < ABSMAX_ZERO ? 0 : value)), scale = scale_of(m, bits), most = two_to(ACTIVATION_BITS);
+  const held = (value) => rint(Math.min(most, Math.max(-most, f(value * scale.data[0]))));
+  return { q: tensor(x.shape, Int32Array.from(x.data, m.data[0] === 0 ? () => 0 : held)), scale, bits };
+}
+
+// Codes with a whole step for each group of columns (30), chosen in float64.
+function code_grouped(x, bits, group, site) {
+  const n = columns_of(x), rows = rows_of(x), groups = Math.ceil(n / group), high = largest_code(bits), most = Math.floor(STEPPED / high);
+  const m = absmax(x, site, "per_row"), scale = map(m, (value) => (value === 0 ? 1 : f(STEPPED / value)));
+  const q = floats(x.shape), steps = tensor([rows, groups], new Uint8Array(rows * groups).fill(1)), t = new Float64Array(group);
+  const coded = (value, step) => Math.min(high, Math.max(-high, rint(value / step)));
+  for (let row = 0; row < rows; row++) {
+    if (m.data[row] === 0) continue;
+    for (let g = 0; g < groups; g++) {
+      const from = row * n + g * group, length = Math.min(group, n - g * group);
+      let top = 0;
+      for (let j = 0; j < length; j++) {
+        t[j] = x.data[from + j] * scale.data[row];
+        top = Math.max(top, Math.abs(t[j]));
+      }
+      const first = Math.min(most, Math.max(1, Math.ceil(top / high)));
+      let least = Infinity, best = first;
+      for (let step = first; step >= Math.max(1, first - 5); step--) {
+        let error = 0;
+        for (let j = 0; j < length; j++) {
+          const off = t[j] - coded(t[j], step) * step;
+          error += off * off;
+        }
+        if (error < least) [least, best] = [error, step];
+      }
+      steps.data[row * groups + g] = best;
+      for (let j = 0; j < length; j++) q.data[from + j] = coded(t[j], best);
+    }
+  }
+  return { q, scale, bits, steps, group };
 }
 
 // (10), each row with its own power of two.
@@ -255,10 +309,10 @@ function integer_product(x, w) {
   const acc = tensor([tokens, rows], new Float64Array(tokens * rows)), values = new Float64Array(n);
   const high = new Float64Array(rows), low = new Float64Array(rows);
   for (let t = 0; t < tokens; t++) {
-    values.set(x.q.data.subarray(t * n, (t + 1) * n));
+    values.set((x.scale ? integers(x) : x.q).data.subarray(t * n, (t + 1) * n));
     const y = acc.data.subarray(t * rows, (t + 1) * rows);
     if (x.scale || w.scale) {
-      multiply(w.scale ? w.q.data : Float64Array.from(w.q.data), n, 0, n, values, y);
+      multiply(w.scale ? integers(w).data : Float64Array.from(w.q.data), n, 0, n, values, y);
       continue;
     }
     split(w);
@@ -308,7 +362,7 @@ function unpack4(packed, columns) {
 
 // (15): tokens (L,), embedding (vocabulary, d) in codes or float32 -> (L, d)
 function embed(tokens, embedding) {
-  const rows = embedding.q ?? embedding, n = columns_of(rows), x = floats([tokens.length, n]);
+  const rows = embedding.q ? integers(embedding) : embedding, n = columns_of(rows), x = floats([tokens.length, n]);
   tokens.forEach((token, t) => x.data.set(rows.data.subarray(token * n, (token + 1) * n), t * n));
   if (!embedding.q) return x;
   const { scale } = embedding, one = !scale.shape.length;
@@ -458,12 +512,19 @@ function draws(seed) {
 
 // --------------------------------------------------------------------------------------------------- 4. Schemes
 //
-// A scheme is what Scheme.to_json gives: {name, weights, inputs, outputs, smooth}, each site with {bits, scale}.
+// A scheme is what Scheme.to_json gives: {name, weights, inputs, outputs, smooth, rotate}, each site with {bits, scale} and, where
+// its coder takes one, an option.
 
 const LINEAR_LAYERS = ["in_proj", "x_proj", "dt_proj", "out_proj"];
 const LINEAR_WEIGHTS = LINEAR_LAYERS.map((layer) => `${layer}.weight`);
 const HEAD_WEIGHTS = ["embedding.weight", "lm_head.weight"];
 const OTHER_PARAMETERS = ["norm.weight", "in_proj.bias", "conv1d.weight", "conv1d.bias", "dt_proj.bias", "A_log", "D", "out_proj.bias", "norm_f.weight"];
+
+// The schemes of 8-bit inputs: how those are coded.
+const INT8 = {
+  int8: "per_token", "int8-static": "static", "int8-smooth": "static", int4: "per_token", "int4-all": "per_token",
+  "int8-hadamard": "static", "llm-int8": "per_token_outliers", "flatten-int8": "flattened",
+};
 
 const alike = (sites, value) => Object.fromEntries(sites.map((site) => [site, value]));
 
@@ -474,27 +535,42 @@ function parse_scheme(name) {
     const sites = match[3] === "mlp" ? LINEAR_WEIGHTS : [...HEAD_WEIGHTS, ...LINEAR_WEIGHTS, ...OTHER_PARAMETERS];
     scheme.weights = alike(sites, { bits: Number(match[1]), scale: "per_tensor" });
     if (match[2]) scheme.outputs = alike(LINEAR_LAYERS, { bits: Number(match[2]), scale: "per_tensor" });
-  } else if (["int8", "int8-static", "int8-smooth"].includes(name)) {
+  } else if (name in INT8) {
     scheme.weights = alike([...HEAD_WEIGHTS, ...LINEAR_WEIGHTS], { bits: 8, scale: "per_channel" });
-    scheme.inputs = alike([...LINEAR_LAYERS, "lm_head"], { bits: 8, scale: name === "int8" ? "per_token" : "static" });
+    scheme.inputs = alike([...LINEAR_LAYERS, "lm_head"], { bits: 8, scale: INT8[name] });
+    if (name.startsWith("int4")) Object.assign(scheme.weights, alike(name === "int4" ? LINEAR_WEIGHTS : Object.keys(scheme.weights), { bits: 4, scale: "grouped" }));
     if (name === "int8-smooth") scheme.smooth = alike(LINEAR_LAYERS, 0.5);
+    if (name === "int8-hadamard") scheme.rotate = ["in_proj", "out_proj"];
   } else if (name !== "fp32") {
     throw new RefmambaError(`unknown scheme '${name}'`);
   }
   return scheme;
 }
 
-// A coder is one function. Of a parameter: (x, bits, name) -> codes. Of one side of a linear layer: it lists the operations
+// A coder is one function. Of a parameter: (x, quantizer, name) -> codes. Of one side of a linear layer: it lists the operations
 // that make its parts, each a factor of a product of its own.
 const PARAMETER_CODERS = {
-  per_tensor: (x, bits, name) => code(x, bits, name, "per_tensor"),
-  per_channel: (x, bits, name) => code(x, bits, name, "per_row"),
+  per_tensor: (x, { bits }, name) => code(x, bits, name, "per_tensor"),
+  per_channel: (x, { bits }, name) => code(x, bits, name, "per_row"),
+  grouped: (x, { bits, group = 64 }, name) => code_grouped(x, bits, group, name),
 };
 const CODERS = {
   per_token: ({ bits }) => (x, site) => [[code, x, bits, site, "per_row"]],
   per_tensor: ({ bits }) => (x, site) => [[code, x, bits, site, "per_tensor"]],
   static: ({ bits, absmax }) => (x, site) => [[code_static, x, absmax, bits, site]],
+  flattened: ({ bits, absmax }) => (x, site) => [[code_flattened, x, absmax, bits, site]],
+  per_token_outliers: ({ bits, threshold = 6 }) => (x, site) => {
+    const inside = x.data.map((value) => Math.abs(value) < f(threshold)); // 1 or 0; a NaN is an outlier, and is refused there
+    const part = (kept) => tensor(x.shape, x.data.map((value, i) => (inside[i] === kept ? value : 0)));
+    return [[code, part(1), bits, site, "per_row"], [fixed_point, part(0), ACTIVATION_BITS, site]];
+  },
   unquantized: () => (x, site) => [[fixed_point, x, ACTIVATION_BITS, site]],
+};
+
+// The absolute maximum of a site from those of its channels, in order.
+const REDUCE = {
+  static: (maxima) => maxima.at(-1),
+  flattened: (maxima, { quantile = 0.98 }) => maxima[Math.ceil(quantile * (maxima.length - 1))],
 };
 
 const kind_of = (name) => (name.startsWith("layers.") ? name.split(".").slice(2).join(".") : name);
@@ -525,13 +601,42 @@ function smoothed(source, k) {
   return { config: source.config, read };
 }
 
+// (31): Hadamard's matrix times each block of columns, stage by stage, in place. values: a Float64Array.
+function butterfly(values, block) {
+  for (let half = 1; half < block; half *= 2) {
+    for (let from = 0; from < values.length; from += 2 * half) {
+      for (let i = from; i < from + half; i++) {
+        const a = values[i], b = values[i + half];
+        values[i] = a + b;
+        values[i + half] = a - b;
+      }
+    }
+  }
+  return values;
+}
+
+const hadamard_block = (channels) => channels & -channels;
+
+// (31) of an activation: sums of integers, one rounding to float32.
+function rotate(x, site) {
+  const { q, exponent } = fixed_point(x, ACTIVATION_BITS, site), n = columns_of(x), sums = butterfly(new Float64Array(q.data), hadamard_block(n));
+  return map(x, (_, i) => sums[i] * two_to(-exponent.data[Math.floor(i / n)]));
+}
+
+// (31) of a matrix
+function rotated(x) {
+  const block = hadamard_block(columns_of(x)), sums = butterfly(new Float64Array(x.data), block);
+  return map(x, (_, i) => sums[i] / block);
+}
+
 // A checkpoint {config, read} under a scheme. calibration: {absmax: site -> Float32Array, exponents: site -> Int32Array}.
 function quantize_model(source, scheme, calibration) {
   const { config } = source, k = Object.keys(scheme.smooth).length ? calibration.exponents : {};
   const checkpoint = smoothed(source, k), tied = !source.has("lm_head.weight"), params = {};
   const parameter = (name, kind) => {
-    const x = checkpoint.read(name), quantizer = scheme.weights[kind];
-    if (quantizer) return PARAMETER_CODERS[quantizer.scale](x, quantizer.bits, name);
+    const plain = checkpoint.read(name), quantizer = scheme.weights[kind];
+    const x = scheme.rotate?.includes(kind.replace(/\.weight$/, "")) ? rotated(plain) : plain;
+    if (quantizer) return PARAMETER_CODERS[quantizer.scale](x, quantizer, name);
     return LINEAR_WEIGHTS.includes(kind) || kind === "lm_head.weight" ? fixed_point(x, WEIGHT_BITS, name) : x;
   };
   for (const name of source.names) params[name] = parameter(name, kind_of(name));
@@ -542,13 +647,15 @@ function quantize_model(source, scheme, calibration) {
   for (const [name, x] of Object.entries(params)) if (!LINEAR_WEIGHTS.includes(kind_of(name)) && !HEAD_WEIGHTS.includes(name)) values[name] = x.q ? dequantize(x) : x;
   for (const site of sites_of(config)) {
     const layer = kind_of(site), input = { ...(scheme.inputs[layer] ?? { scale: "unquantized" }) }, output = scheme.outputs[layer];
-    if (input.scale === "static") {
-      const m = calibration.absmax[site].map((value, j) => f(value * two_to(-(k[site]?.[j] ?? 0))));
-      input.absmax = tensor([], Float32Array.of(m.reduce((a, b) => Math.max(a, b))));
+    const turned = scheme.rotate?.includes(layer) ?? false, folded = layer === "in_proj" || layer === "dt_proj";
+    if (REDUCE[input.scale]) {
+      const maxima = calibration.absmax[turned ? `${site}.rotated` : site].map((value, j) => f(value * two_to(-(k[site]?.[j] ?? 0))));
+      input.absmax = tensor([], Float32Array.of(REDUCE[input.scale](maxima.sort((a, b) => a - b), input)));
     }
-    const folded = layer === "in_proj" || layer === "dt_proj";
+    const transforms = !folded && k[site] ? [(x) => [divide_channels, x, k[site]]] : [];
+    if (turned) transforms.push((x) => [rotate, x, `${site}.in`]);
     linear[site] = {
-      site, weight: params[`${site}.weight`], smooth: folded ? null : (k[site] ?? null),
+      site, weight: params[`${site}.weight`], transforms,
       input: CODERS[input.scale](input), output: output ? CODERS[output.scale](output) : null,
       bias: layer === "dt_proj" ? null : (values[`${site}.bias`] ?? null),
     };
@@ -575,7 +682,7 @@ function numbered(site, n) {
 
 function linear(layer, x, run) {
   const { site, weight } = layer;
-  if (layer.smooth) x = run(`${site}.transformed`, divide_channels, x, layer.smooth);
+  layer.transforms.forEach((transform, n) => { x = run(numbered(`${site}.transformed`, n), ...transform(x)); });
   let y = null;
   layer.input(x, `${site}.in`).forEach(([operation, ...rest], n) => {
     const codes = run(numbered(`${site}.in_codes`, n), operation, ...rest);
@@ -633,14 +740,14 @@ function forward(model, tokens, state = null, positions = "last", record = null)
 }
 
 // The tokens that follow a prompt, one for each turn of the iteration: {token, logits}.
-function* generate(model, prompt, { maxNewTokens, temperature = 0, top_k = 0, top_p = 1, seed = 0, n_ids, end }) {
+function* generate(model, prompt, { maxNewTokens, temperature = 0, top_k = 0, top_p = 1, seed = 0, n_ids, ends }) {
   const draw = draws(seed);
   let { logits, state } = forward(model, prompt);
   for (let n = 0; n < maxNewTokens; n++) {
     const row = tensor([n_ids], logits.data.subarray(0, n_ids));
     const token = sample(row, temperature > 0 ? draw() : 0, temperature, top_k, top_p);
     yield { token, logits: logits.data };
-    if (token === end || n === maxNewTokens - 1) return;
+    if (ends.includes(token) || n === maxNewTokens - 1) return;
     ({ logits, state } = forward(model, [token], state));
   }
 }

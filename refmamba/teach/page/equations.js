@@ -35,8 +35,10 @@ function digits(x) {
 function number(x) {
   const [mantissa, exponent] = digits(Math.abs(x)).split("e");
   const written = exponent ? math`${`<mn>${mantissa}</mn>`}·${power("<mn>10</mn>", `<mn>${Number(exponent)}</mn>`)}` : `<mn>${mantissa}</mn>`;
-  return x < 0 ? `<mrow><mo>(</mo><mo>−</mo>${written}<mo>)</mo></mrow>` : written;
+  return x < 0 ? `<mrow><mo>(</mo><mo form="prefix" lspace="0" rspace="0">−</mo>${written}<mo>)</mo></mrow>` : written;
 }
+
+const product_sum = (v) => math`acc = ${v("q_0")} · ${v("w_0")} + ${v("q_1")} · ${v("w_1")} + … , ${v("K")} ${"<mtext>&nbsp;products</mtext>"}`;
 
 // name -> {equation, title, says, math(v, e)}: v(letter) is MathML; e has the raw values where the form depends on them.
 const FORMS = {
@@ -58,13 +60,21 @@ const FORMS = {
     equation: "10", title: "write in fixed point", says: "This scheme does not quantize this input: 31 bits with a power of two for the token, so that the product is a product of integers all the same.",
     math: (v) => math`e = min(126, ${v("M")} − ${v("E")}) , q = rint(${v("x")} · ${two(v("e"))})`,
   },
+  code_flattened: {
+    equation: "33", title: "make a code that may be wide", says: "The scale is that of a threshold from calibration; a larger value has a larger code, as if its channel were split.",
+    math: (v) => math`q = rint(${v("x")} · ${v("s")})`,
+  },
+  rotate: {
+    equation: "31", title: "rotate", says: "Every channel of the block is added or subtracted, by the rows of Hadamard's matrix: an outlier is spread over all n of them, in whole numbers.",
+    math: (v) => math`x′ = ${v("x_0")} + ${v("x_1")} + … , n = ${v("n")}`,
+  },
   integer_product: {
     equation: "11", title: "multiply and add whole numbers", says: "Every product and every partial sum is a whole number that float64 holds exactly, so the order does not matter.",
-    math: (v) => math`acc = ${v("a")} · ${v("b")} + ${v("a1")} · ${v("b1")} + … (${v("K")} products)`,
+    math: product_sum,
   },
   wide_product: {
     equation: "12", title: "multiply and add in fixed point", says: "Both factors are wide, so the weight is split into 4096 · high + low: two exact sums, joined with one rounding in float64.",
-    math: (v) => math`acc = ${v("a")} · ${v("b")} + ${v("a1")} · ${v("b1")} + … (${v("K")} products)`,
+    math: product_sum,
   },
   rescale: {
     equation: "13", title: "turn the sum into its value", says: "Powers of two first, which is exact; one rounding to float32; one division by the scales.",

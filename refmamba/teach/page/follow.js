@@ -6,15 +6,21 @@
 
 // Every operation of one forward, by the names of its results.
 class Recording {
-  constructor(model, tokens) {
+  constructor(model, tokens, steps) {
     this.model = model;
     this.tokens = tokens;
     this.made = new Map();
-    forward(model, tokens, null, "all", (step) => {
+    for (const step of steps) {
       step.sites.forEach((site, i) => this.made.set(site, { step, value: step.sites.length > 1 ? step.result[i] : step.result }));
-    });
+    }
     // A state belongs to the last token alone; the scan's own explanation shows it.
     this.sites = [...this.made.keys()].filter((site) => !site.endsWith("_state"));
+  }
+
+  static of(model, tokens) {
+    const steps = [];
+    forward(model, tokens, null, "all", (step) => steps.push(step));
+    return new Recording(model, tokens, steps);
   }
 
   value(site) {
@@ -63,12 +69,21 @@ function real_product(acc, x, w, t, c) {
   return (acc * powers) / ((x.scale ? scale_at(x.scale, t) : 1) * (w.scale ? scale_at(w.scale, c) : 1));
 }
 
-// The site of the unquantized forward that an element is to be compared with.
-function plain_site(baseline, site) {
-  if (baseline.made.has(site)) return site;
+// What a value within a linear layer is measured in: an input may be rotated, or a part of a sum; null elsewhere.
+function terms_of(recording, site) {
+  const [, layer, side] = /^(.*)\.(in_codes|transformed|acc|result)(_\d+)?$/.exec(site) ?? [];
+  if (!layer) return null;
+  if (recording.made.has(`${layer}.sum`) && side !== "transformed") return "part";
+  const rotated = recording.model.scheme.rotate?.includes(kind_of(layer));
+  return rotated && (side === "in_codes" || side === "transformed") ? "rotated" : null;
+}
+
+// The site of another forward with which a value can be compared; null where none is in the same terms.
+function counterpart(other, recording, site) {
   const layer = site.slice(0, site.lastIndexOf("."));
-  if (site.includes("transformed")) return `${layer}.in_codes`;
-  return `${layer}.result`;
+  let name = site;
+  if (!other.made.has(site)) name = /transformed/.test(site) ? `${layer}.in_codes` : /(result|sum|out_codes|out_value)$/.test(site) ? other.output(layer) : null;
+  return name && terms_of(other, name) === terms_of(recording, site) ? name : null;
 }
 
 // What each operation did for element (t, c): {symbols, inputs, exact, and what is its own}. symbols: the values of the
@@ -76,8 +91,8 @@ function plain_site(baseline, site) {
 const STORIES = {
   embed({ step, recording, t, c }) {
     const [tokens, embedding] = step.arguments, token = tokens[t];
-    if (!embedding.q) return { form: "embed", symbols: { t: token, x: recording.element("embedding", t, c) }, inputs: [], exact: recording.element("embedding", t, c) };
-    const q = embedding.q.data[token * columns_of(embedding.q) + c], s = scale_at(embedding.scale, token);
+    if (!embedding.q) return { form: "embed", symbols: { t: recording.tokens[t], x: recording.element("embedding", t, c) }, inputs: [], exact: recording.element("embedding", t, c) };
+    const q = integers(embedding).data[token * columns_of(embedding.q) + c], s = scale_at(embedding.scale, token);
     return { form: "dequantize", symbols: { q, s }, inputs: [], exact: q / s };
   },
 
@@ -102,6 +117,11 @@ const STORIES = {
     return { ...coding(recording, site, x, step.result, bits, t, c, 0, 0), calibrated: m.data[0] };
   },
 
+  code_flattened({ step, site, recording, t, c }) {
+    const [x, m, bits] = step.arguments;
+    return { ...coding(recording, site, x, step.result, bits, t, c, 0, 0), form: "code_flattened", code: { q: step.result.q.data[t * columns_of(x) + c], bits: 32 }, calibrated: m.data[0], saturates: false };
+  },
+
   fixed_point({ step, site, recording, t, c }) {
     const [x] = step.arguments, n = columns_of(x), { q, exponent } = step.result, e = exponent.data[t], value = x.data[t * n + c];
     const m = absmax_of(x.data, t * n, (t + 1) * n, site);
@@ -109,25 +129,26 @@ const STORIES = {
       symbols: { x: value, e, m, E: m ? (bits_of(m) >> 23) - 126 : 0, M: ACTIVATION_BITS },
       inputs: [["x", input_of(recording, site), t, c]],
       code: { q: q.data[t * n + c], bits: 32 },
-      rounding: { before: value * two_to(e), after: q.data[t * n + c] },
+      rounding: { before: value * two_to(e), after: q.data[t * n + c], unit: 1 },
       exact: value,
     };
   },
 
   integer_product({ step, site, t, c }) {
-    const [x, w] = step.arguments, n = columns_of(x.q), terms = [], sums = [];
+    const [x, w] = step.arguments, n = columns_of(x.q), terms = [], sums = [], form = x.exponent && w.exponent ? "wide_product" : "integer_product";
+    if (!w.q) return { form, symbols: { K: n, q_0: x.q.data[t * n], q_1: x.q.data[t * n + 1] }, inputs: [["q", site.replace(".acc", ".in_codes"), t, 0]], exact: null, sum: true };
+    const stepped = w.scale ? integers(w) : w.q;
     let sum = 0;
     for (let k = 0; k < n; k++) {
-      const q = x.q.data[t * n + k], p = w.q.data[c * n + k];
+      const q = x.q.data[t * n + k], p = stepped.data[c * n + k];
       sum += q * p;
       terms.push([k, q, p, q * p]);
       sums.push(sum);
     }
-    const codes = `${site.slice(0, site.lastIndexOf("."))}.in_codes${site.split(".acc")[1]}`;
+    const codes = site.replace(".acc", ".in_codes");
     const largest = terms.toSorted((a, b) => Math.abs(b[3]) - Math.abs(a[3])).slice(0, 8);
     return {
-      form: x.exponent && w.exponent ? "wide_product" : "integer_product",
-      symbols: { K: n, a: terms[0][1], b: terms[0][2], a1: terms[1]?.[1] ?? 0, b1: terms[1]?.[2] ?? 0 },
+      form, sum: true, symbols: { K: n, q_0: terms[0][1], w_0: terms[0][2], q_1: terms[1]?.[1] ?? 0, w_1: terms[1]?.[2] ?? 0 },
       inputs: largest.slice(0, 1).map(([k]) => ["q", codes, t, k]),
       partial: { sums, largest, codes },
       exact: null,
@@ -140,6 +161,7 @@ const STORIES = {
     return {
       symbols: { acc: value, e_x, e_w, s_x: x.scale ? scale_at(x.scale, t) : null, s_w: w.scale ? scale_at(w.scale, c) : null },
       inputs: [["acc", site.replace(".result", ".acc"), t, c]],
+      rounding: { before: value * two_to(-e_x) * two_to(-e_w), after: f(value * two_to(-e_x) * two_to(-e_w)), unit: spacing(f(value * two_to(-e_x) * two_to(-e_w))) },
       exact: real_product(value, x, w, t, c),
     };
   },
@@ -152,6 +174,17 @@ const STORIES = {
   divide_channels({ step, site, recording, t, c }) {
     const [x, k] = step.arguments, value = x.data[t * columns_of(x) + c];
     return { symbols: { x: value, k: k[c] }, inputs: [["x", input_of(recording, site), t, c]], exact: value * two_to(-k[c]) };
+  },
+
+  rotate({ step, site, recording, t, c }) {
+    const [x] = step.arguments, n = columns_of(x), block = hadamard_block(n), first = c - (c % block);
+    const sign = (j) => (ones(j & (c - first)) % 2 ? -1 : 1), part = x.data.subarray(t * n + first, t * n + first + block);
+    const largest = part.reduce((best, value, j) => (Math.abs(value) > Math.abs(part[best]) ? j : best), 0);
+    return {
+      symbols: { n: block, x_0: part[0], x_1: part[1] * sign(1) },
+      inputs: [["the largest x", input_of(recording, site), t, first + largest]],
+      exact: part.reduce((sum, value, j) => sum + sign(j) * value, 0),
+    };
   },
 
   conv1d({ step, site, recording, t, c }) {
@@ -208,6 +241,16 @@ const STORIES = {
   },
 };
 
+// From a float32 to the next one.
+function spacing(x) {
+  return two_to(Math.max(-149, ((bits_of(x) >> 23) & 255) - 150));
+}
+
+// How many bits of a whole number are 1.
+function ones(n) {
+  return n ? (n & 1) + ones(n >>> 1) : 0;
+}
+
 function coding(recording, site, x, codes, bits, t, c, from, to) {
   const n = columns_of(x), value = x.data[t * n + c], s = scale_at(codes.scale, t), high = largest_code(bits), q = codes.q.data[t * n + c];
   let widest = from;
@@ -216,7 +259,7 @@ function coding(recording, site, x, codes, bits, t, c, from, to) {
     symbols: { x: value, s, Q: high, m: to > from ? Math.abs(x.data[widest]) : null },
     inputs: [["x", input_of(recording, site), t, c]],
     code: { q, bits },
-    rounding: { before: f(value * s), after: q },
+    rounding: { before: f(value * s), after: q, unit: 1 },
     saturates: Math.abs(f(value * s)) > high + 0.5,
     widest: to > from ? { token: Math.floor(widest / n), channel: widest % n, value: x.data[widest] } : null,
     exact: value,
@@ -233,7 +276,8 @@ function residual_before(recording, site) {
 function input_of(recording, site) {
   const at = layer_of(site), [layer, side] = kind_of(site).split(".");
   if (side === "out_codes") return recording.sites[recording.sites.indexOf(site) - 1];
-  if (side.startsWith("in_codes") && recording.made.has(`${at}.${layer}.transformed`)) return `${at}.${layer}.transformed`;
+  const transformed = recording.sites.findLast((other) => other.startsWith(`${at}.${layer}.transformed`));
+  if (side.startsWith("in_codes") && transformed) return transformed;
   const inputs = { in_proj: `${at}.norm`, x_proj: `${at}.u`, out_proj: `${at}.gate`, lm_head: "norm_f" };
   return inputs[layer] ?? recording.output(`${at}.x_proj`);
 }
@@ -258,12 +302,12 @@ function explain(recording, baseline, site, t, c) {
   const { step, value } = recording.made.get(site);
   const story = STORIES[step.operation]({ step, site, recording, t, c });
   const result = recording.element(site, t, c), meant = stands_for(recording, site, t, c);
-  const x = recording.numbers(site), n = columns_of(x), other = plain_site(baseline, site), plain = stands_for(baseline, other, t, c);
+  const x = recording.numbers(site), n = columns_of(x), other = counterpart(baseline, recording, site), plain = other && stands_for(baseline, other, t, c);
   const unscaled = two_to(-smoothing_of(recording, site, c)), exact = story.exact;
   const bits = x.data instanceof Float32Array && !value.q && !value.exponent ? bits_of(result) >>> 0 : null;
   return {
     form: step.operation, ...story, site, operation: step.operation, token: t, channel: c, channels: n, result, bits,
-    row: Array.from(x.data.subarray(t * n, (t + 1) * n)), stands_for: meant, plain, so_far: meant - plain,
+    row: Array.from(x.data.subarray(t * n, (t + 1) * n)), stands_for: meant, plain, so_far: other && meant - plain,
     added: exact === null || value.exponent ? 0 : meant * unscaled - exact,
   };
 }

@@ -25,12 +25,12 @@ function histogram({ q, high }) {
   return { counts, high, ends: (counts[0] + counts[2 * high]) / q.length, zero: counts[high] / q.length, used: counts.filter(Boolean).length };
 }
 
-// The relative error of an approximation, and its signal to noise ratio in dB.
-function relative_error(exact, approximate) {
+// The error of an approximation, relative to a signal.
+function relative_error(exact, approximate, beside = exact) {
   let error = 0, signal = 0;
   for (let i = 0; i < exact.length; i++) {
     error += (exact[i] - approximate[i]) ** 2;
-    signal += exact[i] ** 2;
+    signal += beside[i] ** 2;
   }
   return Math.sqrt(error / signal);
 }
@@ -50,20 +50,6 @@ function bits_per_byte(model, tokenizer, tokens) {
   return bits / new TextEncoder().encode(tokenizer.decode(tokens.slice(1))).length;
 }
 
-// The Hadamard transform of each row, orthonormal: a rotation that spreads one channel over all. K is a power of two.
-function hadamard(x) {
-  const n = columns_of(x), y = Float64Array.from(x.data);
-  for (let from = 0; from < y.length; from += n) {
-    for (let half = 1; half < n; half *= 2) {
-      for (let i = from; i < from + n; i++) {
-        if ((i - from) & half) continue;
-        [y[i], y[i + half]] = [y[i] + y[i + half], y[i] - y[i + half]];
-      }
-    }
-  }
-  return tensor(x.shape, Float32Array.from(y, (value) => value / Math.sqrt(n)));
-}
-
 // x (L, K) and w (rows, K) of one linear layer; channel's values are multiplied by 2^power; then the remedy; then codes.
 function outlier(x, w, { channel, power, remedy, bits }) {
   const n = columns_of(x);
@@ -74,9 +60,10 @@ function outlier(x, w, { channel, power, remedy, bits }) {
     const k = Array.from({ length: n }, (_, j) => (m(grown, j) && m(w, j) ? Math.round(Math.log2(Math.sqrt(m(grown, j) / m(w, j)))) : 0));
     [left, right] = [scaled(grown, (i) => -k[i % n]), scaled(w, (i) => k[i % n])];
   }
-  if (remedy === "hadamard") [left, right] = [hadamard(grown), hadamard(w)];
+  if (remedy === "hadamard") [left, right] = [rotate(grown, "x"), rotated(w)];
   const a = coded(left, bits, remedy === "per_token" ? "per_row" : "per_tensor"), b = coded(right, bits, "per_row");
-  return { ...histogram(a), row: Array.from(a.q.slice(-n)), error: relative_error(exact, real_matrix(a.value, b.value)) };
+  const others = real_matrix(tensor(x.shape, x.data.map((value, i) => (i % n === channel ? 0 : value))), w);
+  return { ...histogram(a), row: Array.from(a.q.slice(-n)), error: relative_error(exact, real_matrix(a.value, b.value), others) };
 }
 
 // x wᵀ in float64, rounding aside.
@@ -104,15 +91,17 @@ function state_of(recording, layer, t) {
 function compare(a, b) {
   const rows = [];
   for (const site of b.sites) {
-    const other = plain_site(a, site), x = a.numbers(other), y = b.numbers(site), n = columns_of(x);
-    let error = 0, signal = 0, first = null;
+    const other = counterpart(a, b, site);
+    if (!other) continue;
+    const x = a.numbers(other), y = b.numbers(site), n = columns_of(x);
+    let error = 0, signal = 0, first = null, p0 = null, q0 = null;
     for (let i = 0; i < x.data.length; i++) {
       const [t, c] = [Math.floor(i / n), i % n], p = stands_for(a, other, t, c), q = stands_for(b, site, t, c);
-      if (first === null && p !== q) first = i;
+      if (first === null && p !== q) [first, p0, q0] = [i, p, q];
       error += (p - q) ** 2;
       signal += p ** 2;
     }
-    rows.push({ site, operation: b.made.get(site).step.operation, error: signal ? Math.sqrt(error / signal) : 0, first: first === null ? null : [Math.floor(first / n), first % n] });
+    rows.push({ site, operation: b.made.get(site).step.operation, error: signal ? Math.sqrt(error / signal) : 0, first: first === null ? null : [Math.floor(first / n), first % n], a: p0, b: q0 });
   }
   return rows;
 }

@@ -45,6 +45,12 @@ function latest(work, delay = 150) {
   };
 }
 
+// The names of the schemes in groups, by what they quantize.
+function scheme_options() {
+  const groups = Object.groupBy(opened.schemes, (name) => (/^w\d-/.test(name) ? "weights" : /^w\da/.test(name) ? "weights and outputs" : "general"));
+  return Object.entries(groups).map(([label, names]) => element("optgroup", { label }, ...names.map((name) => element("option", { value: name }, name))));
+}
+
 const say = (words) => { $("status").textContent = words; };
 
 // ------------------------------------------------------------------------------------------------------- pieces
@@ -60,7 +66,6 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const whole = (id, low, high) => Math.min(high, Math.max(low, Math.trunc(Number($(id).value)) || 0));
 const percent = (x) => `${(100 * x).toFixed(x < 0.001 ? 3 : 1)} %`;
 const short = (x) => (x === 0 ? "0" : Math.abs(x) < 0.001 || Math.abs(x) >= 1e6 ? x.toExponential(2) : String(Number(x.toPrecision(4))));
@@ -68,6 +73,9 @@ const short = (x) => (x === 0 ? "0" : Math.abs(x) < 0.001 || Math.abs(x) >= 1e6 
 function svg(width, height, inner, label) {
   return `<svg viewBox="0 0 ${width} ${height}" role="img" aria-label="${escaped(label)}">${inner}</svg>`;
 }
+
+// Words below a chart, from its left end to its right.
+const ends_of = (...words) => `<div class="ends">${words.map((word) => `<span>${word}</span>`).join("")}</div>`;
 
 function line_chart(values, label, marks = "") {
   const high = Math.max(...values, 0), low = Math.min(...values, 0), span = high - low || 1;
@@ -83,7 +91,7 @@ function bar_chart(counts, high, label) {
     const height = count ? Math.max(1.5, (110 * Math.log1p(count)) / Math.log1p(top)) : 0, end = Math.abs(i - high) === high;
     return `<rect x="${(i * step).toFixed(2)}" y="${(116 - height).toFixed(1)}" width="${Math.max(0.8, step * 0.85).toFixed(2)}" height="${height.toFixed(1)}" fill="var(--${end ? "negative" : "positive"})"/>`;
   });
-  return svg(600, 132, `${bars.join("")}<text x="0" y="130">−${high}</text><text x="300" y="130" text-anchor="middle">0</text><text x="600" y="130" text-anchor="end">${high}</text>`, label);
+  return svg(600, 118, `${bars.join("")}`, label) + ends_of(`−${high}`, "0", high);
 }
 
 // A colour for a value between -1 and 1: orange, paper, blue. Square root, so that small values are seen.
@@ -162,7 +170,7 @@ const record = latest(async (current) => {
   if (!record.done) Object.assign(view, { token: Math.min(view.token, last) }, from_fragment());
   record.done = true;
   draw_tokens(recorded.tokens, recorded.pieces);
-  await Promise.all([show_number(), show_state(), show_codes(), show_outlier(), show_weight()]);
+  await Promise.all([show_number(), show_state(), ...(opened.recorded ? [] : [show_codes(), show_outlier(), show_weight()])]);
 }, 200);
 
 const request_of = (more) => ({ scheme: recorded.scheme, tokens: recorded.tokens, ...more });
@@ -193,9 +201,8 @@ function draw_tiles() {
     for (let c = 0; c < channels; c++) for (let s = 0; s < states; s++) put((c % across) * size, Math.floor(c / across) * band + s * size, h[c * states + s] / largest);
   });
   const [c, s] = view.tile;
-  context.strokeStyle = getComputedStyle($("tiles")).outlineColor;
   context.lineWidth = Math.max(2, size / 3);
-  context.strokeStyle = getComputedStyle($("state-word")).color;
+  context.strokeStyle = getComputedStyle($("tiles")).color;
   context.strokeRect((c % across) * size - 1, Math.floor(c / across) * band + s * size - 1, size + 2, size + 2);
   $("tiles").setAttribute("aria-label", `State h of layer ${shown.layer} after token ${shown.token}: ${channels} channels of ${states} states, the largest magnitude ${short(largest)}.`);
 }
@@ -206,16 +213,16 @@ function draw_forgetting() {
   const sorted = shown.keeps.map(half_life).sort((a, b) => a - b), logs = sorted.map((n) => Math.log10(Math.min(1e5, Math.max(0.1, n))));
   const at = sorted.indexOf(half_life(shown.keeps[view.tile[0]])), span = Math.max(...logs, 0) - Math.min(...logs, 0) || 1;
   const x = (600 * at) / Math.max(1, sorted.length - 1), y = 8 + (104 * (Math.max(...logs, 0) - logs[at])) / span;
-  const ends = `<circle cx="${x}" cy="${y}" r="5" fill="var(--mark)"/><text x="4" y="116">${short(sorted[0])} tokens</text><text x="596" y="24" text-anchor="end">${short(sorted.at(-1))} tokens</text>`;
-  $("forget").innerHTML = line_chart(logs, `Half-lives from ${short(sorted[0])} to ${short(sorted.at(-1))} tokens; the marked channel has ${short(sorted[at])}.`, ends);
+  const ends = `<circle cx="${x}" cy="${y}" r="4" fill="var(--mark)"/>`;
+  $("forget").innerHTML = line_chart(logs, `Half-lives from ${short(sorted[0])} to ${short(sorted.at(-1))} tokens; the marked channel has ${short(sorted[at])}.`, ends) + ends_of(`${short(sorted[0])} tokens`, `${short(sorted.at(-1))} tokens`);
 }
 
 const show_tile = latest(async (current) => {
   const [channel, s] = view.tile, { layer, token } = shown;
   const { states } = await ask("tile", request_of({ layer, token, channel })), { A_bar, before, B_bar_u, after } = states[s];
   if (!current()) return;
-  const equation = math`h = Ā · h + B̄u = ${number(A_bar)} · ${number(before)} + ${number(B_bar_u)} = ${number(after)}`;
-  $("tile").innerHTML = `Channel ${channel}, state ${s}: <math>${equation}</math> The channel keeps ${percent(shown.keeps[channel])} at this token: half is forgotten in ${short(half_life(shown.keeps[channel]))} tokens.`;
+  const equation = [math`h = Ā · h + B̄u`, math`= ${number(A_bar)} · ${number(before)}`, math`+ ${number(B_bar_u)}`, math`= ${number(after)}`];
+  $("tile").innerHTML = `Channel ${channel}, state ${s}: ${equation.map((part) => `<math>${part}</math>`).join(" ")}. The channel keeps ${percent(shown.keeps[channel])} at this token: half is forgotten in ${short(half_life(shown.keeps[channel]))} tokens.`;
   $("tile").append(" ", element("button", { type: "button", onclick: () => follow({ site: `layers.${layer}.scan`, token, channel }, true) }, "Follow this channel"));
 }, 30);
 
@@ -292,7 +299,7 @@ function draw_number(e) {
   const form = FORMS[e.form], written = formula(e.form, e.symbols), place = recorded.sites.indexOf(e.site) + 1;
   const heading = element("h3", {}, `${e.site} [token ${e.token}, channel ${e.channel}]`);
   const says = element("p", {}, `Operation ${place} of ${recorded.sites.length}: ${form.title}, equation (${form.equation}). ${form.says}`);
-  const formulas = element("div", { html: written.symbols + written.numbers.replace("<math", '<math class="numbers"') });
+  const formulas = element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "The formula, and the same with this element's numbers", html: written.symbols + written.numbers.replace("<math", '<math class="numbers"') });
   const strip = element("canvas", { role: "img", "aria-label": `All ${e.channels} channels of this value at this token; the followed one is ${e.channel}.` });
   const body = element("div", { class: "panes" });
   const asked = $("predict").checked && question(e, () => reveal(e, body, formulas));
@@ -308,16 +315,16 @@ function reveal(e, body, formulas) {
     ["code", digits(e.code.q)],
     ["it stands for", digits(e.stands_for)],
   ] : [
-    [e.partial ? "sum" : "value", digits(e.result)],
-    e.partial && ["it stands for", digits(e.stands_for)],
+    [e.sum ? "sum" : "value", digits(e.result)],
+    e.sum && ["it stands for", digits(e.stands_for)],
   ];
   const first = element("div", {}, element("h4", {}, "Result"), facts(result));
   if (e.code) first.append(bit_row(e.code.q, e.code.bits, 0));
   else if (e.bits !== null) first.append(bit_row(e.bits, 32, 8));
   const errors = element("div", {}, element("h4", {}, "Error"), facts([
-    ["added by this operation", e.partial && e.form === "integer_product" ? "0: whole numbers are added exactly" : digits(e.added)],
-    ["without quantization (fp32)", digits(e.plain)],
-    ["error so far", digits(e.so_far)],
+    ["added by this operation", e.form === "integer_product" ? "0: whole numbers are added exactly" : digits(e.added)],
+    e.plain === null ? ["beside fp32", "not to be compared: it is rotated, or one part of a sum"] : ["without quantization (fp32)", digits(e.plain)],
+    e.plain !== null && ["error so far", digits(e.so_far)],
   ]));
   body.append(first, errors);
   if (e.rounding) body.append(rounding(e));
@@ -327,9 +334,9 @@ function reveal(e, body, formulas) {
 }
 
 function rounding(e) {
-  const { before, after } = e.rounding, tie = 0.5 - Math.abs(before - Math.round(before)), words = [["before", digits(before)], ["after", digits(after)]];
+  const { before, after, unit } = e.rounding, tie = 0.5 - Math.abs(before - after) / unit, words = [["before", digits(before)], ["after", digits(after)]];
   if (e.saturates) words.push(["beyond the last code", element("span", { class: "warn" }, "it saturates")]);
-  else words.push(["distance to the tie", digits(Math.abs(tie))]);
+  else words.push(["distance to the tie", `${short(tie)} of a step of ${short(unit)}`]);
   if (e.widest) {
     const mine = e.widest.channel === e.channel && e.widest.token === e.token;
     words.push(["the scale is taken by", mine ? "this very value" : `token ${e.widest.token}, channel ${e.widest.channel}: ${digits(e.widest.value)}, ${short(Math.abs(e.widest.value / (e.symbols.x || Infinity)))} times this one`]);
@@ -341,7 +348,7 @@ function rounding(e) {
 function partial_sums(e) {
   const rows = e.partial.largest.map(([k, q, w, product]) => element("tr", {}, element("td", {}, element("button", { type: "button", onclick: () => follow({ site: e.partial.codes, channel: k }) }, String(k))), ...[q, w, product, e.partial.sums[k]].map((value) => element("td", {}, digits(value)))));
   const head = element("tr", {}, ...["channel", "input", "weight", "product", "sum until here"].map((name) => element("th", { scope: "col" }, name)));
-  return element("div", {}, element("h4", {}, "The accumulator, channel by channel, and the eight largest products"),
+  return element("div", { class: "all" }, element("h4", {}, "The accumulator, channel by channel, and the eight largest products"),
     element("div", { html: line_chart(e.partial.sums, `Partial sums over ${e.partial.sums.length} channels, ending at ${digits(e.result)}`) }),
     element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "The largest products" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows))));
 }
@@ -349,19 +356,18 @@ function partial_sums(e) {
 function states_table(e) {
   const head = element("tr", {}, ...["state", "Ā", "h before", "B̄u", "h", "C", "C·h"].map((name) => element("th", { scope: "col" }, name)));
   const rows = e.states.map((s, i) => element("tr", {}, element("td", {}, String(i)), ...[s.A_bar, s.before, s.B_bar_u, s.after, s.C, s.term].map((value) => element("td", {}, short(value)))));
-  return element("div", {}, element("h4", {}, "The states of this channel"), element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "States" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows))));
+  return element("div", { class: "all" }, element("h4", {}, "The states of this channel"), element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "States" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows))));
 }
 
 function draw_strip(canvas, e) {
-  const ratio = devicePixelRatio, width = canvas.clientWidth * ratio, per_row = Math.min(e.row.length, 256), size = Math.max(1, Math.floor(width / per_row));
-  const largest = e.row.reduce((m, value) => Math.max(m, Math.abs(value)), 0) || 1, lines = Math.ceil(e.row.length / per_row), hidden = $("predict").checked && (e.code || e.partial);
-  const height = Math.max(size, 4);
-  const context = paint(canvas, per_row * size, lines * height, size, (put) => e.row.forEach((value, i) => put((i % per_row) * size, Math.floor(i / per_row) * height, hidden ? 0 : value / largest)));
-  context.strokeStyle = colour("color") || getComputedStyle(canvas).color;
+  const ratio = devicePixelRatio, width = canvas.clientWidth * ratio, size = Math.max(Math.round(4 * ratio), Math.floor(width / 256)), per_row = Math.min(e.row.length, Math.floor(width / size));
+  const largest = e.row.reduce((m, value) => Math.max(m, Math.abs(value)), 0) || 1, lines = Math.ceil(e.row.length / per_row), hidden = $("predict").checked && (e.code || e.sum);
+  const context = paint(canvas, per_row * size, lines * size, size, (put) => e.row.forEach((value, i) => put((i % per_row) * size, Math.floor(i / per_row) * size, hidden ? 0 : value / largest)));
+  context.strokeStyle = getComputedStyle(canvas).color;
   context.lineWidth = 2;
-  context.strokeRect((e.channel % per_row) * size, Math.floor(e.channel / per_row) * height, size, height);
+  context.strokeRect((e.channel % per_row) * size, Math.floor(e.channel / per_row) * size, size, size);
   canvas.onclick = (event) => {
-    const scale = canvas.width / canvas.clientWidth, c = Math.floor((event.offsetY * scale) / height) * per_row + Math.floor((event.offsetX * scale) / size);
+    const scale = canvas.width / canvas.clientWidth, c = Math.floor((event.offsetY * scale) / size) * per_row + Math.floor((event.offsetX * scale) / size);
     if (c < e.row.length) follow({ channel: c });
   };
 }
@@ -399,7 +405,7 @@ function question(e, then) {
     then();
   };
   form.addEventListener("submit", (event) => event.preventDefault());
-  if (e.partial) {
+  if (e.sum) {
     const sign = Math.sign(e.result);
     const press = (words, value) => element("button", { type: "button", onclick: () => done(sign === value, `the sum is ${digits(e.result)}.`) }, words);
     form.append("Is the sum below or above zero?", press("below", -1), press("above", 1), answer);
@@ -449,7 +455,7 @@ const show_outlier = latest(async (current) => {
   const step = 600 / result.row.length;
   const bars = result.row.map((q, i) => `<rect x="${(i * step).toFixed(1)}" width="${(step * 0.8).toFixed(1)}" y="${(60 - Math.max(0, (56 * q) / result.high)).toFixed(1)}" height="${Math.max(0.6, (56 * Math.abs(q)) / result.high).toFixed(1)}" fill="var(--${i === channel && remedy !== "hadamard" ? "negative" : "positive"})"/>`).join("");
   $("outlier-codes").innerHTML = svg(600, 120, bars, `Codes of the last token, one bar a channel, from −${result.high} to ${result.high}.`);
-  $("outlier-words").textContent = `Codes of the last token's ${result.row.length} channels${remedy === "hadamard" ? ", after the rotation" : " (the grown one in orange)"}: ${new Set(result.row).size} different ones; of all tokens ${percent(result.zero)} are 0. Relative error of in_proj's output: ${percent(result.error)}.`;
+  $("outlier-words").textContent = `Codes of the last token's ${result.row.length} channels${remedy === "hadamard" ? ", after the rotation" : " (the grown one in orange)"}: ${new Set(result.row).size} different ones; of all tokens ${percent(result.zero)} are 0. Relative error of in_proj's output, beside what the other channels add to it: ${percent(result.error)}.`;
 }, 40);
 
 // -------------------------------------------------------------------------------------------- 5 · two schemes
@@ -458,7 +464,7 @@ async function compare_two() {
   const a = $("two-a").value, b = $("two-b").value;
   $("two-words").textContent = "Running both …";
   const rows = await ask("compare", { tokens: recorded.tokens, a, b }), first = rows.find((row) => row.first);
-  $("two-words").textContent = first ? `They part at ${first.site} (${first.operation}), token ${first.first[0]}, channel ${first.first[1]}. At the logits the relative difference is ${percent(rows.at(-1).error)}.` : "Every value of every operation is the same.";
+  $("two-words").textContent = first ? `They part at ${first.site} (${first.operation}), token ${first.first[0]}, channel ${first.first[1]}: ${digits(first.a)} under A, ${digits(first.b)} under B. At the logits the relative difference is ${percent(rows.at(-1).error)}.` : "Every value of every operation is the same.";
   const top = Math.max(...rows.map((row) => row.error)) || 1;
   const lines = rows.map((row) => {
     const go = element("button", { type: "button", onclick: () => { set_scheme(b); record().then(() => follow({ site: row.site, token: row.first?.[0] ?? view.token, channel: row.first?.[1] ?? 0 }, true)); } }, row.site);
@@ -544,8 +550,9 @@ function fragment_changed() {
   const values = new URLSearchParams(location.hash.slice(1));
   if (!values.has("op")) return;
   if (values.has("scheme") && values.get("scheme") !== $("scheme").value) {
+    const change = from_fragment(); // now: recording rewrites the address
     set_scheme(values.get("scheme"));
-    record().then(() => follow(from_fragment(), true));
+    record().then(() => follow(change, true));
   } else follow(from_fragment(), true);
 }
 
@@ -603,7 +610,7 @@ async function play() {
 async function start() {
   worker = new Worker(URL.createObjectURL(new Blob([$("worker").textContent], { type: "text/javascript" })));
   worker.onmessage = answered;
-  const ready = ask("open", { data: $("data").textContent, weights: $("weights").textContent });
+  const ready = ask("open", { data: $("data").textContent, weights: Array.from(document.querySelectorAll(".weights"), (piece) => piece.textContent).join("") });
   window.refmamba = {
     ready,
     encode: async (text) => (await ask("encode", { text })).tokens,
@@ -614,16 +621,19 @@ async function start() {
     verify,
   };
   opened = await ready;
-  for (const id of ["scheme", "two-a", "two-b"]) $(id).replaceChildren(...opened.schemes.map((name) => element("option", { value: name }, name)));
-  set_scheme(opened.schemes.includes("int8") ? "int8" : opened.schemes[0]);
+  document.body.dataset.runs = opened.recorded ? "no" : "yes";
+  for (const id of ["scheme", "two-a", "two-b"]) $(id).replaceChildren(...scheme_options());
+  set_scheme(opened.schemes.includes("int8") ? "int8" : opened.schemes.at(-1));
   set_scheme(new URLSearchParams(location.hash.slice(1)).get("scheme"));
   $("two-a").value = opened.schemes[0];
   $("two-b").value = $("scheme").value;
   $("flip-name").replaceChildren(...opened.tensors.map(([name]) => element("option", { value: name }, name)));
   $("flip-name").value = opened.tensors.find(([name]) => name.endsWith("in_proj.weight"))[0];
   listen();
-  show_tokens();
-  await write();
+  if (!opened.recorded) {
+    show_tokens();
+    await write();
+  } else say(`Recorded: ${opened.recorded} tokens of this prompt.`);
   await record();
   document.body.dataset.ready = "yes";
 }

@@ -10,16 +10,16 @@ const BYTE_CHARACTERS = (() => {
 const CHARACTER_BYTES = new Map(BYTE_CHARACTERS.map((character, b) => [character, b]));
 
 // The library's \s is Unicode's White_Space (U+0085 is one, U+FEFF is none), and its \b knows Unicode's word characters.
-// JavaScript's differ, so both are spelled out. GAP is white space that is no line feed.
+// JavaScript's differ, so both are spelled out. GAP is white space that is no line feed. The file's own expression is
+// '(?:s|t|re|ve|m|ll|d)\b| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\n+|[^\S\n]+(?!\S)|\s+
 const SPACE = "\\p{White_Space}", GAP = `(?:(?!\\n)${SPACE})`;
 const END_OF_WORD = "(?![\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}²³¹¼½¾])";
-const PATTERN = "'(?:s|t|re|ve|m|ll|d)\\b| ?\\p{L}+| ?\\p{N}| ?[^\\s\\p{L}\\p{N}]+|\\n+|[^\\S\\n]+(?!\\S)|\\s+";
 const PIECE = new RegExp(
   `'(?:s|t|re|ve|m|ll|d)${END_OF_WORD}| ?\\p{L}+| ?\\p{N}| ?[^${SPACE}\\p{L}\\p{N}]+|\\n+|${GAP}+(?!\\P{White_Space})|${SPACE}+`, "gu",
 );
 
 class Tokenizer {
-  // json: tokenizer.json; special: {n_ids, end, prefix}, what the command line takes from beside it.
+  // json: tokenizer.json; special: {n_ids, ends, prefix}, what the command line takes from beside it.
   constructor(json, special) {
     this.vocabulary = new Map(Object.entries(json.model.vocab));
     this.ranks = new Map(json.model.merges.map((pair, rank) => [typeof pair === "string" ? pair : pair.join(" "), rank]));

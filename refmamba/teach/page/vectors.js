@@ -48,7 +48,7 @@ function difference(expected, result, compare) {
     const at = expected.data.findIndex((value, i) => !same(value, result.data[i], compare));
     return at < 0 ? null : `element ${at} is ${result.data[at]}, not ${expected.data[at]}`;
   }
-  if (expected?.q) return ["q", "scale", "exponent"].filter((name) => expected[name]).map((name) => difference(expected[name], result[name], compare)).find(Boolean) ?? null;
+  if (expected?.q) return ["q", "scale", "exponent", "steps"].filter((name) => expected[name]).map((name) => difference(expected[name], result[name], compare)).find(Boolean) ?? null;
   return same(expected, result, compare) ? null : `is ${result}, not ${expected}`;
 }
 

@@ -1,8 +1,10 @@
 // The worker: the only thread that computes. A request is {id, call, ...}; the answer has the same id, and progress may come before.
 "use strict";
 
+const BLOB_ARRAYS = { float32: Float32Array, float64: Float64Array, int8: Int8Array, int16: Int16Array, int32: Int32Array, uint8: Uint8Array };
 let carried, source, tokenizer, tiny;
-const held = new Map(), recordings = new Map(); // the last few of each
+const PARAGRAPH = 128, PROMPT = 48; // tokens that are measured, and recorded, at most
+const held = new Map(), recordings = new Map(), losses = new Map(); // the last few of each
 
 const scheme_of = (name) => carried.schemes.find((scheme) => scheme.name === name) ?? parse_scheme(name);
 const calibration_of = (data, scheme) => ({ absmax: data.calibration.absmax, exponents: data.calibration.exponents[scheme.name] ?? {} });
@@ -25,17 +27,40 @@ function quantized(from, scheme) {
   return model;
 }
 
-function recording_of(name, tokens) {
-  return kept(recordings, `${name} ${tokens}`, () => new Recording(model_of(name), tokens), 4);
+// A forward as Python recorded it. Arrays lie in the blob.
+function restored(scheme, steps, blob) {
+  const value = (x) => {
+    if (Array.isArray(x)) return x.map(value);
+    if (x === null || typeof x !== "object") return x;
+    if (!x.array) return Object.fromEntries(Object.entries(x).map(([name, part]) => [name, value(part)]));
+    const [dtype, shape, at] = x.array;
+    return tensor(shape, new BLOB_ARRAYS[dtype](blob.buffer, at, size(shape)));
+  };
+  const { config, calibration } = carried.model, smoothing = calibration.exponents[scheme.name] ?? null;
+  const decoded = steps.map((step) => ({ ...step, arguments: step.arguments.map(value), result: value(step.result) }));
+  return new Recording({ config, scheme, smoothing }, carried.recorded.tokens, decoded);
 }
+
+function recording_of(name, tokens) {
+  if (carried.recorded) return recordings.get(name);
+  return kept(recordings, `${name} ${tokens}`, () => Recording.of(model_of(name), tokens), 4);
+}
+
+// Bits for each byte of a paragraph under a scheme.
+const paragraph_of = (text) => tokenizer.encode(text).slice(0, PARAGRAPH);
+const loss_of = (name, text) => kept(losses, `${name} ${text}`, () => bits_per_byte(model_of(name), tokenizer, paragraph_of(text)));
 
 const REQUESTS = {
   async open({ data, weights }) {
     const [json, planes] = await Promise.all([gunzip(data), gunzip(weights)]);
     carried = JSON.parse(new TextDecoder().decode(json));
-    source = checkpoint(carried.model.config, carried.model.tensors, planes);
-    tokenizer = new Tokenizer(carried.tokenizer, carried.special);
-    return { name: carried.name, config: carried.model.config, schemes: carried.schemes.map(({ name }) => name), tensors: carried.model.tensors };
+    if (carried.recorded) {
+      for (const scheme of carried.schemes) recordings.set(scheme.name, restored(scheme, carried.recorded.forwards[scheme.name], planes));
+    } else {
+      source = checkpoint(carried.model.config, carried.model.tensors, planes);
+      tokenizer = new Tokenizer(carried.tokenizer, carried.special);
+    }
+    return { recorded: carried.recorded?.tokens.length, name: carried.name, config: carried.model.config, schemes: carried.schemes.map(({ name }) => name), tensors: carried.model.tensors };
   },
 
   encode({ text }) {
@@ -46,7 +71,7 @@ const REQUESTS = {
   async generate({ prompt, scheme, maxNewTokens = 40, seed = 0, temperature = 0, topK = 0, topP = 1 }, progress) {
     const model = model_of(scheme), tokens = [], logits = [];
     const options = { maxNewTokens, seed, temperature, top_k: topK, top_p: topP, ...carried.special };
-    const text = () => tokenizer.decode(tokens.at(-1) === carried.special.end ? tokens.slice(0, -1) : tokens);
+    const text = () => tokenizer.decode(carried.special.ends.includes(tokens.at(-1)) ? tokens.slice(0, -1) : tokens);
     const started = performance.now();
     let first = 0;
     for (const chosen of generate(model, tokenizer.encode(prompt), options)) {
@@ -66,7 +91,7 @@ const REQUESTS = {
     const rows = [], put = (row) => progress(rows[rows.push(row) - 1]);
     for (const row of check_operations(carried.vectors)) put(row);
     tiny ??= checkpoint(carried.tiny.config, carried.tiny.tensors, base64_bytes(carried.tiny.weights));
-    for (const [title, data, from] of [["tiny model", carried.tiny, tiny], ["this model", carried.model, source]]) {
+    for (const [title, data, from] of [["tiny model", carried.tiny, tiny], ...(carried.recorded ? [] : [["this model", carried.model, source]])]) {
       for (const name of Object.keys(data.expected?.logits_sha256.schemes ?? {})) {
         const scheme = parse_scheme(name);
         if (title === "this model" && !(schemes ?? carried.schemes.map((s) => s.name)).includes(name)) continue;
@@ -77,7 +102,11 @@ const REQUESTS = {
   },
 
   record({ prompt, scheme }) {
-    const tokens = tokenizer.encode(prompt).slice(0, 48); // of a longer prompt the beginning: every value is kept
+    if (carried.recorded) {
+      const { tokens, pieces } = carried.recorded;
+      return { tokens, pieces, sites: recording_of(scheme).sites };
+    }
+    const tokens = tokenizer.encode(prompt).slice(0, PROMPT);
     const recording = recording_of(scheme, tokens);
     recording_of("fp32", tokens);
     return { tokens, pieces: tokens.map((token) => tokenizer.decode([token])), sites: recording.sites };
@@ -103,12 +132,11 @@ const REQUESTS = {
   },
 
   paragraph({ text, part, bits, granularity }) {
-    const tokens = tokenizer.encode(text).slice(0, 64);
     let scheme = { ...parse_scheme("fp32"), name: "page" }, from = source;
     if (part === "weight" && granularity === "groups") from = in_groups(source, bits, 64);
     else if (part === "weight") scheme.weights = alike(LINEAR_WEIGHTS, { bits, scale: granularity === "per_row" ? "per_channel" : "per_tensor" });
     else scheme.inputs = alike(LINEAR_LAYERS, { bits, scale: granularity === "per_row" ? "per_token" : "per_tensor" });
-    return { value: bits_per_byte(quantize_model(from, scheme, {}), tokenizer, tokens), plain: bits_per_byte(model_of("fp32"), tokenizer, tokens) };
+    return { value: bits_per_byte(quantize_model(from, scheme, {}), tokenizer, paragraph_of(text)), plain: loss_of("fp32", text) };
   },
 
   outlier({ tokens, layer, channel, power, remedy, bits }) {
@@ -121,8 +149,7 @@ const REQUESTS = {
   },
 
   scheme_losses({ text, a, b }) {
-    const tokens = tokenizer.encode(text).slice(0, 64);
-    return { a: bits_per_byte(model_of(a), tokenizer, tokens), b: bits_per_byte(model_of(b), tokenizer, tokens) };
+    return { a: loss_of(a, text), b: loss_of(b, text) };
   },
 
   weight({ name, index }) {
@@ -131,7 +158,7 @@ const REQUESTS = {
   },
 
   async flip({ scheme, tokens, name, index, bit }) {
-    const before = recording_of(scheme, tokens), after = new Recording(quantized(flipped(source, name, index, bit), scheme_of(scheme)), tokens);
+    const before = recording_of(scheme, tokens), after = Recording.of(quantized(flipped(source, name, index, bit), scheme_of(scheme)), tokens);
     const last = (recording) => recording.value(recording.output("lm_head")).data;
     return { ...first_break(before, after), before: await sha256([last(before)]), after: await sha256([last(after)]) };
   },
