@@ -25,11 +25,12 @@ vectors:
 bench:
 	python benchmarks/cpu.py
 	python benchmarks/length.py
-# What a CPU can prove of the Triton kernels (docs/GPU.md): about half an hour.
+# What a CPU can prove of the Triton kernels (docs/GPU.md): an hour or two.
 gpu-proof:
 	TRITON_INTERPRET=1 python -m refmamba verify --backend triton
 	TRITON_INTERPRET=1 python -m pytest -q tests/test_triton_interpreter.py
 	python -m pytest -q tests/test_triton_ptx.py
+	python benchmarks/gpu.py --dry-run --out build/gpu.json
 	for arch in sm_80 sm_90 sm_120; do python tools/compile_kernels.py build/ptx/$$arch --arch $$arch || exit 1; done
 # Changed files of every kind, 100,000 of them, read in process: about an hour. The short form: make fuzz FUZZ="--seconds 60"
 FUZZ = --cases 100000
