@@ -19,11 +19,11 @@ from refmamba.commands.main import COMMANDS, refmamba
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely."
-SILENT = ("logits", "step")  # which write a file, and say nothing
+SILENT = ("logits", "step", "trace")  # which write a file, and say nothing
 NAN = {  # an option that takes a number, and what is said of NaN
     "ablate": "--sigma", "bench": "--prompt-len", "eval": "--limit", "generate": "--temperature", "logits": "--tokens",
     "outliers": "--sigma", "perplexity": "--bits", "quantize": "--bits", "replay": "--device", "reproduce": "--draws",
-    "smooth-search": "--act-bits", "step": "--scheme", "verify": "--device",
+    "smooth-search": "--act-bits", "step": "--scheme", "trace": "--tokens", "verify": "--device",
 }  # fmt: skip
 
 
@@ -52,6 +52,7 @@ def words_of(command: str, folder: Path) -> list[str]:
         "reproduce": [str(folder / "out"), "--dry-run"],
         "smooth-search": ["--text", str(text)],
         "step": ["--scheme", "fp32", "--html", str(folder / "page.html")],
+        "trace": ["--tokens", "1,2", "--out", str(folder / "trace.npz")],
         "verify": ["--schemes", "fp32"],
     }[command]
     return [command, *more]
