@@ -1,13 +1,16 @@
-.PHONY: check lint types test quick vectors bench
+.PHONY: check ci lint types test quick vectors bench gpu-proof fuzz
 check: lint types test
 lint:
 	ruff check .
 	ruff format --check .
 types:
 	mypy
-# All tests, or those whose names match: make test T=rms_norm
+# All tests but those of `make ci`, or those whose names match: make test T=rms_norm
 test:
-	python -m pytest -q -k "$(T)"
+	python -m pytest -q -m "not ci" -k "$(T)"
+# What takes minutes, after `make check`: the page in a browser, the Triton kernels without a GPU, every planted fault.
+ci:
+	python -m pytest -q -m ci
 # Under a minute once the kernels are compiled: the specification, every backend on its vectors, files, scoring.
 QUICK = arith spec_document docs vectors imports linear conformance verify planted_faults \
 	checkpoint tokenizer perplexity smooth eval_data eval_score eval_golden eval_results
@@ -21,3 +24,13 @@ vectors:
 bench:
 	python benchmarks/cpu.py
 	python benchmarks/length.py
+# What a CPU can prove of the Triton kernels (docs/GPU.md): about half an hour.
+gpu-proof:
+	TRITON_INTERPRET=1 python -m refmamba verify --backend triton
+	TRITON_INTERPRET=1 python -m pytest -q tests/test_triton_interpreter.py
+	python -m pytest -q tests/test_triton_ptx.py
+	for arch in sm_80 sm_90 sm_120; do python tools/compile_kernels.py build/ptx/$$arch --arch $$arch || exit 1; done
+# Changed files of every kind, 100,000 of them, read in process: about an hour. The short form: make fuzz FUZZ="--seconds 60"
+FUZZ = --cases 100000
+fuzz:
+	python tests/fuzz/fuzz.py $(FUZZ)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from refmamba.formats.files import write_text
+from refmamba.formats.writing import write_text
 from refmamba.run.peers import LLAMA_TYPES, LlamaCpp, Peer, Transformers, installed, write_gguf
 from refmamba.run.timing import Ours, peak_rss, read_bandwidth, seconds, weight_bytes
 from refmamba.spec.arith import F32Array
@@ -30,7 +30,7 @@ from refmamba.spec.config import MambaConfig
 
 SHAPES = {"130m": MambaConfig(768, 24, 50280), "370m": MambaConfig(1024, 48, 50280)}
 OLDER = " without VNNI"  # the same kernels, compiled for a processor of 2013 with AVX2
-OUR_SCHEMES = ("int8", "w8-all", "w4-all", "w8a8-all", "fp32", "int8" + OLDER)
+OUR_SCHEMES = ("int8", "w8-all", "w4-all", "w8a8-all", "int4", "int4-all", "fp32", "int8" + OLDER, "int4-all" + OLDER)
 HASWELL = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+popcnt"}
 PEERS = [*(["transformers"] if installed("transformers") else []),
          *(LLAMA_TYPES if installed("gguf") and installed("llama_cpp") else [])]  # fmt: skip

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -31,8 +32,8 @@ Scores = Callable[[Job, Sequence[Block]], Iterator[list[Result]]]
 def cluster(workers: int | None, address: str | None) -> Iterator[Scores]:
     """A scorer on `workers` spawned processes here, each with its share of the cores, or on a scheduler's workers.
 
-    Raises BackendError where dask.distributed is missing, the scheduler does not answer, or a block kills its workers. Call it
-    from the main thread.
+    Raises BackendError where dask.distributed or cryptography is missing, the scheduler does not answer, or a block kills its
+    workers. Call it from the main thread.
     """
     dask = _distributed()
     for name in ("distributed", "distributed.client", "asyncio"):  # lost workers and schedulers are dealt with below
@@ -48,16 +49,25 @@ def cluster(workers: int | None, address: str | None) -> Iterator[Scores]:
     threads = str(max(1, (os.cpu_count() or 1) // (workers or 1)))
     environment = {"NUMBA_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
     with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="refmamba-workers-"))
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit it: Ctrl-C is for this process
         try:
             local = stack.enter_context(dask.LocalCluster(
                 n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=None, env=environment,
-                silence_logs=logging.CRITICAL,
+                silence_logs=logging.CRITICAL, security=_keys(dask), local_directory=scratch,
             ))  # fmt: skip
         finally:
             signal.signal(signal.SIGINT, interrupt)
         client = stack.enter_context(dask.Client(local))
         yield lambda job, blocks: _score(client, job, blocks)
+
+
+def _keys(dask: Any) -> Any:
+    """Keys for this run alone: without them any user of the machine could make the scheduler run code."""
+    try:
+        return dask.Security.temporary()
+    except ImportError:
+        raise BackendError("several workers need cryptography, to shut others out: pip install 'refmamba[cluster]'") from None
 
 
 def _distributed() -> Any:

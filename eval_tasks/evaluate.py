@@ -148,6 +148,16 @@ def subject(choice: ModelChoice, max_length: int) -> Subject:
     return Subject(choice, sha256, session.scheme, calibration, session.backend, max_length, added)
 
 
+def finished_results(results: Results, key: Key, data: Dataset) -> dict[int, Result]:
+    """What there is of a task's results, by doc_id. Raises DataError, JSONError where they are not those of its documents."""
+    found = results.load(key)
+    for doc_id, result in found.items():
+        choices = len(data.documents[doc_id].continuations) if 0 <= doc_id < len(data.documents) else 0
+        if len(result.scores) != choices:
+            raise DataError(f"the result of document {doc_id} of {data.task.name} is broken; give another --results FILE")
+    return found
+
+
 def evaluate(subject: Subject, data: Dataset, limit: int | None, results: Results, scorer: Scorer, progress: Progress) -> None:
     """Score what is missing of a task's first `limit` documents into `results`. Raises RefmambaError."""
     evaluate_all([(subject, data)], limit, results, scorer, progress)
@@ -160,7 +170,7 @@ def evaluate_all(
     given = []
     for subject, data in wanted:
         key = subject.key(data)
-        documents, there = data.documents[:limit], results.load(key)
+        documents, there = data.documents[:limit], finished_results(results, key, data)
         missing = [(i, document) for i, document in enumerate(documents) if i not in there]
         missing.sort(key=lambda item: len(item[1].contexts[0]) + sum(map(len, item[1].continuations)), reverse=True)
         finished = scorer(subject.job, [missing[i : i + BLOCK] for i in range(0, len(missing), BLOCK)])

@@ -13,6 +13,7 @@ from refmamba.errors import DataError, HubError
 from refmamba.eval_tasks.formats import READERS, read_rows
 from refmamba.eval_tasks.task import Document, HubFile, Task
 from refmamba.eval_tasks.tasks import TASKS
+from refmamba.formats.reading import TEXT_BYTES, folder_there, read_bytes
 
 SAMPLE, HUB = "sample", "hub"  # words that --data takes besides folders and TASK=FILE
 SAMPLE_NOTE = "20 rows written for this package: a sample, not the benchmark"
@@ -70,7 +71,7 @@ def check_hub(task: Task, file: Path, pinned: HubFile) -> Dataset:
     """
     blob = file.resolve().name
     expected = pinned.sha256 or (blob if re.fullmatch("[0-9a-f]{64}", blob) else None)
-    if expected is not None and hashlib.sha256(file.read_bytes()).hexdigest() != expected:
+    if expected is not None and hashlib.sha256(read_bytes(file, TEXT_BYTES)).hexdigest() != expected:
         raise DataError(f"{file}: is not {pinned.file} of {pinned.repo} at {pinned.revision[:12]}; delete it and try again")
     data = load_file(task, file)
     if len(data.documents) != pinned.rows:
@@ -108,7 +109,7 @@ def load_tasks(names: Sequence[str], data: Iterable[str]) -> list[Dataset]:
         if name not in TASKS:
             raise DataError(f"unknown task '{name}'; there are {', '.join(TASKS)}")
     words = list(data) or [SAMPLE]
-    places = [word for word in words if word in (SAMPLE, HUB) or Path(word).is_dir()]
+    places = [word for word in words if word in (SAMPLE, HUB) or folder_there(Path(word))]
     named = {}
     for word in words:
         name, equals, place = word.partition("=")

@@ -7,7 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-LOG_SECONDS = 10.0  # between two lines where stderr is a file
+from refmamba.run.progress import LOG_SECONDS
 
 
 class Progress:

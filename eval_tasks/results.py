@@ -7,7 +7,9 @@ first result stays.
 """
 
 import json
+import math
 import sqlite3
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,10 +18,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from refmamba.errors import DataError
-from refmamba.eval_tasks.score import Score
+from tqdm import tqdm
 
-WAIT_SECONDS = 60.0  # for another writer's transaction
+from refmamba.errors import DataError, printable
+from refmamba.eval_tasks.score import Score
+from refmamba.formats.reading import parse_json, regular, there
+
+QUIET_SECONDS, WAIT_SECONDS = 2.0, 60.0  # for another writer's transaction: without a word, and at all
 APPLICATION = 0x72666D62  # marks the file as ours
 TABLES = (
     f"PRAGMA application_id = {APPLICATION}",
@@ -64,35 +69,45 @@ class Results:
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        if there(file):
+            regular(file)
         try:
-            self._database = sqlite3.connect(file, timeout=WAIT_SECONDS, isolation_level=None)
+            self._database = sqlite3.connect(file, timeout=0.5, isolation_level=None)
             self._open()
         except sqlite3.Error as error:
             raise DataError(f"{file}: cannot be used as a results file: {error}; give another --results FILE") from error
 
     def _open(self) -> None:
-        until = time.monotonic() + WAIT_SECONDS
+        with self._transaction():
+            if self._one("SELECT count(*) FROM sqlite_master") == 0:
+                for statement in TABLES:
+                    self._database.execute(statement)
+            elif self._one("PRAGMA application_id") != APPLICATION:
+                raise sqlite3.DatabaseError("it is another program's database")
+        self._execute("PRAGMA journal_mode = WAL")  # readers and one writer at a time, safe against kill -9
+
+    def _execute(self, statement: str, *parameters: Any) -> sqlite3.Cursor:
+        """A statement that may find the file locked by another process: wait for that, and say so."""
+        start, said = time.monotonic(), False
         while True:
             try:
-                with self._transaction():
-                    if self._one("SELECT count(*) FROM sqlite_master") == 0:
-                        for statement in TABLES:
-                            self._database.execute(statement)
-                    elif self._one("PRAGMA application_id") != APPLICATION:
-                        raise sqlite3.DatabaseError("it is another program's database")
-                self._database.execute("PRAGMA journal_mode = WAL")  # readers and one writer at a time, safe against kill -9
-                return
-            except sqlite3.OperationalError as error:  # a change of journal mode does not wait for another process
-                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                return self._database.execute(statement, parameters)
+            except sqlite3.OperationalError as error:
+                waited = time.monotonic() - start
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or waited > WAIT_SECONDS:
                     raise
-                time.sleep(0.02)
+            if waited > QUIET_SECONDS and not said:
+                words = f"{self._file} is locked by another process; waiting for it, {WAIT_SECONDS:.0f} seconds at most"
+                tqdm.write(words, file=sys.stderr)
+                said = True
+            time.sleep(0.02)  # a change of journal mode does not wait by itself
 
     def _one(self, query: str) -> Any:
         return self._database.execute(query).fetchone()[0]
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._database.execute("BEGIN IMMEDIATE")
+        self._execute("BEGIN IMMEDIATE")
         try:
             yield
             self._database.execute("COMMIT")
@@ -108,15 +123,24 @@ class Results:
         self._database.close()
 
     def load(self, key: Key) -> dict[int, Result]:
-        """The finished results under a key, by doc_id. Raises DataError where the file cannot be read."""
+        """The finished results under a key, by doc_id. Raises DataError, JSONError where the file is broken."""
         query = "SELECT doc_id, loglikelihoods, greedy FROM result JOIN run ON run.id = run WHERE key = ?"
         try:
-            rows = self._database.execute(query, [_text(key)]).fetchall()
-        except sqlite3.Error as error:
+            rows = self._execute(query, _text(key)).fetchall()
+        except (sqlite3.Error, OverflowError) as error:
             raise DataError(f"{self._file}: cannot be read: {error}") from error
-        return {
-            doc_id: Result(doc_id, tuple(map(Score, json.loads(values), json.loads(greedy)))) for doc_id, values, greedy in rows
-        }
+        return {row[0]: self._result(*row) for row in rows}
+
+    def _result(self, doc_id: Any, values: Any, greedy: Any) -> Result:
+        """What a row holds, if it is what `save` writes."""
+        where = f"{self._file}: the result of document {printable(repr(doc_id), 40)}"
+        if not (type(doc_id) is int and isinstance(values, str) and isinstance(greedy, str)):
+            raise DataError(f"{where} is broken; give another --results FILE")
+        numbers, flags = parse_json(values.encode(), where), parse_json(greedy.encode(), where)
+        lists = isinstance(numbers, list) and isinstance(flags, list) and len(numbers) == len(flags) > 0
+        if not lists or not all(type(x) is float and math.isfinite(x) for x in numbers) or {*map(type, flags)} != {bool}:
+            raise DataError(f"{where} is broken; give another --results FILE")
+        return Result(doc_id, tuple(map(Score, numbers, flags)))
 
     def save(self, key: Key, block: Iterable[Result]) -> None:
         """Write a block of results, whole or not at all. Raises DataError where the file cannot be written."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from refmamba.errors import DataError
+from refmamba.errors import DataError, printable
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,13 @@ class DataRow:
 
     def _field(self, name: str) -> Any:
         if name not in self.values:
-            names = ", ".join(map(str, self.values)) or "nothing"
+            names = printable(", ".join(map(str, self.values)), 120) or "nothing"
             raise DataError(f"{self.where}: no field '{name}' (it has {names}); is this another task's file?")
         return self.values[name]
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return printable(repr(value), 60)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """`python -m refmamba` is the `refmamba` command."""
 
-from refmamba.commands.main import main
+from refmamba.commands.entry import main
 
 if __name__ == "__main__":
     main()

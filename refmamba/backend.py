@@ -1,11 +1,16 @@
 """The backend protocol: what every implementation of the specification offers, and how one is found by name."""
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
 from refmamba.backends import BACKENDS
-from refmamba.errors import BackendError
+from refmamba.errors import BackendError, RefmambaError
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.config import MambaConfig
 from refmamba.spec.mamba1 import Positions
@@ -76,6 +81,9 @@ class Backend(Protocol):
         """Its single operations by the name of the specification's function, with that function's signature."""
 
 
+PARTS = ("name", "device", "exact", "sites", "supports", "load", "operations")  # of Backend
+
+
 def check_support(backend: Backend, scheme: Scheme) -> None:
     """Raise BackendError where the backend does not know a coder, a scale or a transform of the scheme."""
     if unknown := backend.supports(scheme):
@@ -85,17 +93,70 @@ def check_support(backend: Backend, scheme: Scheme) -> None:
 def load_backend(name: str, device: str | None = None) -> Backend:
     """A backend by its short name, or a stranger's as `package.module:Class`; the class is called with device=.
 
-    Raises BackendError where it is unknown, cannot be imported, or does not know the device.
+    Raises BackendError where it is unknown, cannot be imported, lacks a part of `Backend`, or does not know the device.
     """
-    module, _, attribute = (BACKENDS[name].path if name in BACKENDS else name).partition(":")
-    if not attribute:
+    if name in BACKENDS:
+        path, extra, _ = BACKENDS[name]
+        module, _, attribute = path.partition(":")
+        try:
+            backend: Backend = getattr(importlib.import_module(module), attribute)(device=device)
+        except ImportError as error:
+            hint = f"; install it with: pip install 'refmamba[{extra}]'" if extra else ""
+            raise BackendError(f"backend '{name}' cannot be imported: {error}{hint}") from error
+        return backend
+    if ":" not in name:
         raise BackendError(f"unknown backend '{name}'; there are {', '.join(BACKENDS)}, and package.module:Class")
+    made = stranger(name)
+    if not callable(made):
+        raise BackendError(f"backend '{name}' is no class but {type(made).__name__}")
     try:
-        backend: Backend = getattr(importlib.import_module(module), attribute)(device=device)
-    except ImportError as error:
-        extra = BACKENDS[name].extra if name in BACKENDS else ""
-        hint = f"; install it with: pip install 'refmamba[{extra}]'" if extra else ""
-        raise BackendError(f"backend '{name}' cannot be imported: {error}{hint}") from error
-    except AttributeError as error:
-        raise BackendError(f"backend '{name}': {module} has no {attribute}") from error
+        inspect.signature(made).bind(device=device)
+    except TypeError as error:
+        raise BackendError(f"backend '{name}' cannot be called with device=, as {name}(device=None): {error}") from error
+    except ValueError:  # compiled: it has no signature that can be read
+        pass
+    with strangers_error(name):
+        backend = made(device=device)
+    if missing := [part for part in PARTS if not hasattr(backend, part)]:
+        operations = "" if "operations" in missing else f"; single operations are checked with --operations {name}"
+        raise BackendError(f"backend '{name}' lacks {', '.join(missing)} of refmamba.backend.Backend{operations}")
     return backend
+
+
+def stranger(path: str) -> Any:
+    """What `package.module:attribute` names; the module may lie in the working directory. Raises BackendError."""
+    module, _, attribute = path.partition(":")
+    if not module or not attribute:
+        raise BackendError(f"'{path}' is not of the form package.module:Name")
+    if os.getcwd() not in sys.path and "" not in sys.path:  # as with `python -m`
+        sys.path.insert(0, os.getcwd())
+    try:
+        with strangers_error(module):
+            value = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise BackendError(f"'{path}' cannot be imported: {error}") from error
+    for part in attribute.split("."):
+        if not hasattr(value, part):
+            raise BackendError(f"'{path}': {module} has no {attribute}")
+        value = getattr(value, part)
+    return value
+
+
+@contextmanager
+def strangers_error(path: str) -> Iterator[None]:
+    """Whatever a stranger's code raises becomes a BackendError of one line that says where. Its own RefmambaError stays, and so
+    does ModuleNotFoundError."""
+    try:
+        yield
+    except (RefmambaError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        raise BackendError(f"'{path}' {told(error)}") from error
+
+
+def told(error: BaseException) -> str:
+    """An error of a stranger's code in one line: its file and line, its kind and what it says."""
+    where = ""
+    if frames := traceback.extract_tb(error.__traceback__):
+        where = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})"
+    return f"raised {type(error).__name__}: {' '.join(str(error).split())}{where}"

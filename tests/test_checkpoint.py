@@ -73,6 +73,7 @@ def write_safetensors(file: Path, tensors: Arrays, dtype: str = "F32") -> None:
         header[name] = {"dtype": dtype, "shape": value.shape, "data_offsets": [len(data), len(data) + len(raw)]}
         data += raw
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the values are aligned
     file.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
@@ -112,6 +113,7 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
     "float32": write_hf,
     "float16": lambda folder: write_hf(folder, dtype="F16"),
     "bfloat16": lambda folder: write_hf(folder, dtype="BF16"),
+    "float64": lambda folder: write_hf(folder, dtype="F64"),
     "sharded": write_sharded,
     "original": write_original,
     "original_bfloat16": lambda folder: write_original(folder, "bfloat16"),
@@ -320,7 +322,9 @@ def test_file_that_git_lfs_did_not_fetch(tmp_path: Path) -> None:
 
 
 def test_types_that_are_not_read(tmp_path: Path) -> None:
-    refuses(write_hf(tmp_path / "model", dtype="F64"), "model.safetensors", "F64")
+    file = write_hf(tmp_path / "model") / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"U32"'))
+    refuses(tmp_path / "model", "model.safetensors", "U32")
 
 
 def test_codes_where_floats_are_expected(tmp_path: Path) -> None:

@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 
 from refmamba.backend import Backend, load_backend
-from refmamba.conformance.models import SCHEMES, ModelChecks, check_frozen, tiny_expected, tiny_models
+from refmamba.conformance.models import LONG_SCHEMES, SCHEMES, ModelChecks, check_frozen, tiny_expected, tiny_models
 from refmamba.conformance.operations import Row, check_operations
+from refmamba.conformance.verify import run_models
 from refmamba.errors import BackendError
 from refmamba.spec.operations import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("reference", "torch", "cpu")
 NOT_OFFERED = {
-    "torch": {"sample", "pack4", "unpack4"},  # they run on the host
+    "torch": {"sample", "pack4", "unpack4", "code_grouped"},  # they run on the host
     "cpu": set(OPERATIONS) - {"exp", "softplus", "silu", "log_softmax"},  # the others are fused: whole models show their bits
 }
+EDGES = ("int8", "int8-static", "w8a8-all", "mixed", "whole")
 MODELS = tiny_models(SCHEMES)
 SEQUENCES = [np.array(s) for s in tiny_expected()["sequences"]]
 
@@ -46,7 +48,7 @@ def assert_right(results: list[tuple[Row, object]]) -> None:
 
 
 def test_operations(backend: Backend) -> None:
-    results = list(check_operations(backend))
+    results = list(check_operations(backend.operations()))
     assert_right(list(results))
     assert {row.check for row, _ in results} == set(OPERATIONS)
     assert {row.check for row, _ in results if not row.offered} == NOT_OFFERED.get(backend.name, set())
@@ -54,8 +56,17 @@ def test_operations(backend: Backend) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_prefill_steps_chunks_batches_and_forks(backend: Backend, scheme: str) -> None:
-    results = list(ModelChecks(backend, MODELS[scheme], SEQUENCES).run())
-    assert {row.check for row, _ in results} == {f"model: {c}" for c in ("prefill", "batch", "step", "chunks", "fork")}
+    results = list(ModelChecks(backend, MODELS[scheme], SEQUENCES, long=True).run())
+    ways = {"prefill", "positions", "batch", "states", "step", "chunks", "fork"}
+    ways |= {"long prefill"} if scheme in LONG_SCHEMES else set()
+    assert {row.check for row, _ in results} == {f"model: {way}" for way in ways}
+    assert_right(list(results))
+
+
+def test_other_models_and_what_must_be_refused(backend: Backend) -> None:
+    """Untied heads, odd sizes, sequences over 256, schemes from files, NaN, subnormal numbers, sums beyond float64."""
+    results = list(run_models(backend, EDGES, None, quick=False, tolerance=None))
+    assert {row.check for row, _ in results} >= {f"model: {c}" for c in ("refused", "subnormals", "large sums")}
     assert_right(list(results))
 
 
@@ -91,10 +102,11 @@ def test_threads_that_run_at_once_do_not_disturb_each_other(backend: Backend) ->
 FROZEN = """
 import sys
 from refmamba.backend import load_backend
-from refmamba.conformance.verify import check_frozen, check_operations, tiny_expected, tiny_models
+from refmamba.conformance.models import check_frozen, tiny_expected, tiny_models
+from refmamba.conformance.operations import check_operations
 expected, backend = tiny_expected(), load_backend(sys.argv[1])
 models = tiny_models(("fp32", "w4-mlp", "w8a8-all", "int8", "int8-static"))
-wrong = [str(w) for _, w in [*check_operations(backend), *check_frozen(backend, models, expected)] if w]
+wrong = [str(w) for _, w in [*check_operations(backend.operations()), *check_frozen(backend, models, expected)] if w]
 sys.exit("\\n".join(wrong) or 0)
 """
 AVX2 = {
@@ -154,6 +166,6 @@ def test_torch_on_cuda() -> None:
             load_backend("torch", "cuda")
         return
     cuda = load_backend("torch", "cuda")
-    assert_right(list(check_operations(cuda)))
+    assert_right(list(check_operations(cuda.operations())))
     for scheme in SCHEMES:
         assert_right(list(ModelChecks(cuda, MODELS[scheme], SEQUENCES).run()))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,18 @@ from conftest import RandomSource, assert_bits
 from refmamba.backends.cpu import runner as cpu_runner
 from refmamba.backends.cpu.backend import Cpu
 from refmamba.backends.cpu.kernels import regions
-from refmamba.backends.cpu.kernels.tables import Run
+from refmamba.backends.cpu.kernels.codes import start_units
+from refmamba.backends.cpu.kernels.digits import grouped_tiles
+from refmamba.backends.cpu.kernels.tables import Run, Site
 from refmamba.backends.cpu.memory import address, aligned
-from refmamba.backends.cpu.pack import pack, packed_bytes, padded_rows
+from refmamba.backends.cpu.pack import Packed, pack, packed_bytes, padded_rows
 from refmamba.backends.cpu.passes import passes
 from refmamba.backends.cpu.state import State
 from refmamba.backends.cpu.threads import Threads
 from refmamba.conformance.models import ModelChecks
 from refmamba.errors import BackendError, NonFiniteError
 from refmamba.spec import arith
+from refmamba.spec.calibrate import calibrate
 from refmamba.spec.codes import Codes, FixedPoint
 from refmamba.spec.config import MambaConfig
 from refmamba.spec.mamba1 import Mamba
@@ -45,10 +49,23 @@ MIXED = scheme_from_json({
     "outputs": {"in_proj": {"bits": 9, "scale": "per_token"}, "out_proj": {"bits": 16, "scale": "per_tensor"},
                 "dt_proj": {"bits": 2, "scale": "per_token"}},
 })  # fmt: skip
+NEW = ("int4", "int4-all", "int8-hadamard", "llm-int8", "flatten-int8")
+METHODS = scheme_from_json({
+    "name": "several methods",
+    "weights": {"in_proj.weight": {"bits": 3, "scale": "grouped", "group": 16},
+                "dt_proj.weight": {"bits": 2, "scale": "grouped", "group": 32},
+                "out_proj.weight": {"bits": 4, "scale": "grouped", "group": 128}},
+    "inputs": {"in_proj": {"bits": 7, "scale": "per_token_outliers", "threshold": 0.7},
+               "x_proj": {"bits": 8, "scale": "per_token"}, "out_proj": {"bits": 4, "scale": "flattened", "quantile": 0.5},
+               "lm_head": {"bits": 8, "scale": "per_token_outliers", "threshold": 1.5}},
+    "outputs": {"in_proj": {"bits": 9, "scale": "per_token"}},
+    "rotate": ["in_proj", "x_proj"],
+})  # fmt: skip
+WHOLE = replace(METHODS, name="and of a whole sequence", inputs={**METHODS.inputs, "x_proj": Quantizer(8, "per_tensor")})
 SCHEMES = [
     *map(parse_scheme, ("fp32", "w8-mlp", "w8-all", "w5-all", "w4-mlp", "w4-all", "w2-all", "w8a8-mlp", "w4a16-all", "int8",
                         "int8-static", "int8-smooth")),
-    MIXED,
+    MIXED, *map(parse_scheme, NEW), METHODS, WHOLE,
 ]  # fmt: skip
 CONFIGS = {
     "plain": MambaConfig(64, 2, 100),
@@ -61,15 +78,7 @@ CONFIGS = {
 
 def quantized(config: MambaConfig, scheme: Scheme) -> QuantizedModel:
     source = RandomSource(config)
-    absmax: dict[str, np.ndarray] = {}
-
-    def look(site: str, value: np.ndarray) -> None:
-        if site.endswith(".in"):
-            absmax[site.removesuffix(".in")] = np.max(np.abs(value), axis=0)
-
-    if scheme.needs_calibration:
-        Mamba(quantize_model(source, parse_scheme("w8-all"))).prefill([tokens(config, 9)], hook=look)
-    return quantize_model(source, scheme, absmax)
+    return quantize_model(source, scheme, calibrate(source, tokens(config, 9)) if scheme.needs_calibration else {})
 
 
 def tokens(config: MambaConfig, length: int, seed: int = 0) -> np.ndarray:
@@ -128,10 +137,10 @@ def test_a_zero_of_the_other_sign_is_found(backend: Cpu, monkeypatch: pytest.Mon
     assert [str(wrong) for _, wrong in checks.run() if wrong]
 
 
-@pytest.mark.parametrize("name", ["fp32", "w4-all", "int8"])
-def test_chunks_and_many_passes_change_nothing(name: str, backend: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scheme", [*map(parse_scheme, ("fp32", "w4-all", "int8", *NEW)), METHODS], ids=lambda s: s.name)
+def test_chunks_and_many_passes_change_nothing(scheme: Scheme, backend: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIGS["odd"]
-    runner = backend.load(quantized(config, parse_scheme(name)))
+    runner = backend.load(quantized(config, scheme))
     batch = [tokens(config, n, n) for n in (1, 17, 5, 9)]
     whole, state = runner.prefill(batch, logits="all")
     monkeypatch.setattr(cpu_runner, "PASS_ROWS", 7)
@@ -148,11 +157,15 @@ def test_chunks_and_many_passes_change_nothing(name: str, backend: Cpu, monkeypa
     equal_states(state_of_one, state.take([1]))
 
 
+EVERY = Scheme("every", inputs=dict.fromkeys(LINEAR_LAYERS, Quantizer(8, "per_token_outliers", threshold=0.05)))
+
+
 @pytest.mark.parametrize("rows", [3, 40])
-def test_rows_longer_than_a_block(rows: int, backend: Cpu) -> None:
+@pytest.mark.parametrize("scheme", [*map(parse_scheme, ("fp32", "flatten-int8")), METHODS, EVERY], ids=lambda s: s.name)
+def test_rows_longer_than_a_block(rows: int, scheme: Scheme, backend: Cpu) -> None:
     """d_inner 4192: the fixed-point product is joined from two blocks, with a rounding after each."""
     config = MambaConfig(2096, 1, 20)
-    model = quantized(config, parse_scheme("fp32"))
+    model = quantized(config, scheme)
     (a,), _ = Mamba(model).prefill([tokens(config, rows)], logits="all")
     (b,), _ = backend.load(model).prefill([tokens(config, rows)], logits="all")
     assert_bits(a, b)
@@ -192,6 +205,39 @@ def test_sums_of_which_float64_keeps_too_little(rows: int, backend: Cpu) -> None
     assert_bits(expected, shown)
 
 
+def grouped_product(q: np.ndarray, steps: np.ndarray, group: int, x: np.ndarray) -> np.ndarray:
+    """The kernels' product of weights in groups (32, K) with rows of digits, 1, 4 or 8 of them (rows, K): int32 (rows, 32)."""
+    (rows, k), site, run = x.shape, np.zeros(len(Site), np.int64), np.zeros(len(Run), np.int64)
+    w = Packed.of(Codes(q, np.ones((32, 1), np.float32), 4, steps, group), padded_rows(32))
+    codes, starts, out = aligned(x.shape, np.int8), aligned((rows, -(-k // min(64, group))), np.int32), aligned((rows, 2, 16))
+    codes[...] = x
+    assert w.steps is not None
+    site[[Site.CODES, Site.STEPS, Site.STEP_BYTES]] = address(w.digits), address(w.steps), w.steps[0].size
+    site[[Site.K, Site.GROUP_BITS, Site.UNITS, Site.SLICES]] = k, group.bit_length() - 1, starts.shape[1], 1
+    run[[Run.CODES, Run.STARTS]] = address(codes), address(starts)
+    for row in range(rows):
+        start_units(address(run), address(site), address(codes) + row * k, row)
+    grouped_tiles(address(run), address(site), 0, 0, rows, 0, k, address(out))
+    return out.view(np.int32).reshape(rows, 32)
+
+
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize(("largest", "step"), [(7, 18), (3, 42), (1, 126)])
+def test_the_largest_sums_of_groups_are_exact(largest: int, step: int, group: int) -> None:
+    """Codes, steps and activations at their ends, alike or of changing signs, in the longest row; digits of -128 in a block."""
+    for k, low in ((65536, -127), (4096, -128), (304, -128)):
+        ends = np.array([low, 127])
+        column = np.arange(k)
+        x = np.stack([ends[column * 0], ends[column * 0 + 1], *(ends[column // n % 2] for n in (1, 2, 4, 8, 64, 3))])
+        q = np.array([-largest, largest])[column // np.array([[1], [2], [4], [64], [k], [3], [8], [5]]).repeat(4, axis=0) % 2]
+        q[::2] *= -1
+        steps = np.full((32, -(-k // group)), step, np.uint8)
+        steps[16:, ::2] = 1
+        expected = x @ (q * steps.repeat(group, axis=1)[:, :k]).T
+        for rows in (1, 4, 8):
+            assert np.array_equal(grouped_product(q.astype(np.int8), steps, group, x[-rows:]), expected[-rows:])
+
+
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 31, 33, 65, 255, 257, 5000, 50280])
 def test_log_softmax_of_any_length(n: int, backend: Cpu) -> None:
     """Rows of a length that is no multiple of a vector lie at any address."""
@@ -209,9 +255,10 @@ def test_log_softmax_hides_no_value_that_is_none(bad: float, backend: Cpu) -> No
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_any_number_of_threads(count: int) -> None:
+@pytest.mark.parametrize("scheme", [parse_scheme("w8a8-all"), WHOLE], ids=lambda s: s.name)
+def test_any_number_of_threads(scheme: Scheme, count: int) -> None:
     config = CONFIGS["plain"]
-    model = quantized(config, parse_scheme("w8a8-all"))
+    model = quantized(config, scheme)
     backend = Cpu()
     backend.threads = Threads(count)
     (a,), state_a = Mamba(model).prefill([tokens(config, 40)], logits="all")
@@ -245,9 +292,10 @@ def test_a_state_is_a_value(backend: Cpu) -> None:
     equal_lists(before, state.arrays())
 
 
-def test_hooks_show_the_references_values(backend: Cpu) -> None:
+@pytest.mark.parametrize("scheme", [parse_scheme("w8a8-all"), parse_scheme("int8-hadamard"), WHOLE], ids=lambda s: s.name)
+def test_hooks_show_the_references_values(scheme: Scheme, backend: Cpu) -> None:
     config = CONFIGS["odd"]
-    model = quantized(config, parse_scheme("w8a8-all"))
+    model = quantized(config, scheme)
     seen: list[dict[str, np.ndarray]] = [{}, {}]
     order: list[list[str]] = [[], []]
     runners: list[Any] = [Mamba(model), backend.load(model)]
@@ -264,7 +312,7 @@ def test_hooks_show_the_references_values(backend: Cpu) -> None:
         assert_bits(seen[0][site], value, site)
 
 
-@pytest.mark.parametrize("scheme", ["fp32", "int8", "w8a8-all", "int8-static"])
+@pytest.mark.parametrize("scheme", ["fp32", "int8", "w8a8-all", "int8-static", *NEW])
 @pytest.mark.parametrize(
     ("name", "bad"), [("layers.1.D", np.nan), ("layers.0.conv1d.bias", np.inf), ("norm_f.weight", -np.inf)]
 )
@@ -427,14 +475,15 @@ def test_without_vnni() -> None:
     code = (
         "from refmamba.backends.cpu.kernels import tiles; assert not tiles.VNNI\n"
         "import sys, pytest; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/test_cpu_backend.py', '-k',"
-        " '(reference and (plain or odd) and (fp32 or w4-all or int8)) or too_little or log_softmax']))"
+        " '(reference and (plain or odd) and not (mlp or a8 or a16)) or too_little or log_softmax or than_a_block'"
+        " ' or largest_sums']))"
     )
     older = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | older, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["fp32", "w8-all", "w4-all", "int8", "w4-mlp"])
+@pytest.mark.parametrize("name", ["fp32", "w8-all", "w4-all", "int8", "w4-mlp", "int4", "int4-all"])
 def test_a_loaded_model_still_gives_its_parameters(name: str, backend: Cpu) -> None:
     """They are unpacked from the one copy of the codes."""
     model = quantized(CONFIGS["biased"], parse_scheme(name))
@@ -446,7 +495,8 @@ def test_a_loaded_model_still_gives_its_parameters(name: str, backend: Cpu) -> N
         if isinstance(param, Codes) and isinstance(ours, Codes):
             assert_bits(param.q, ours.q)
             assert_bits(param.scale, ours.scale)
-            assert (ours.q.dtype, ours.bits) == (param.q.dtype, param.bits)
+            assert (ours.q.dtype, ours.bits, ours.group) == (param.q.dtype, param.bits, param.group)
+            assert_bits(param.integers(), ours.integers())
         elif isinstance(param, FixedPoint) and isinstance(ours, FixedPoint):
             assert_bits(param.q, ours.q)
             assert_bits(param.exponent, ours.exponent)

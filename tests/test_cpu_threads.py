@@ -105,7 +105,7 @@ def command(**variables: str) -> "subprocess.CompletedProcess[str]":
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", ""])
 def test_a_number_of_threads_that_is_none(value: str) -> None:
     done = command(NUMBA_NUM_THREADS=value)
-    message = f"refmamba: NUMBA_NUM_THREADS is '{value}', and must be a number of threads from 1: change or unset it\n"
+    message = f"refmamba: NUMBA_NUM_THREADS is '{value}', and must be a number of threads from 1 to 1024: change or unset it\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
 
 

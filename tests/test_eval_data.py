@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from refmamba.errors import DataError, RefmambaError
+from refmamba.errors import DataError, FileError, RefmambaError
 from refmamba.eval_tasks.load import check_hub, load_file, load_sample, load_tasks
 from refmamba.eval_tasks.task import HubFile
 from refmamba.eval_tasks.tasks import TASKS
@@ -212,16 +212,16 @@ def without(task: str, field: str) -> dict[str, Any]:
         ("copa", [ROWS["copa"] | {"question": "why"}], "'question' is 'why'; it must be cause or effect"),
         ("copa", [ROWS["copa"] | {"choice1": ""}], "copa.jsonl:1: field 'choice1' is empty"),
         ("lambada", [{"text": 7}], "lambada.jsonl:1: field 'text' is 7; it must be a text"),
-        ("lambada", [ROWS["lambada"], '{"text": "a b'], "lambada.jsonl:2: broken JSON at column 10"),
+        ("lambada", [ROWS["lambada"], '{"text": "a b'], "lambada.jsonl:2: not JSON at column 10"),
         ("lambada", ["[1]"], "lambada.jsonl:1: not a JSON object"),
         ("lambada", [ROWS["lambada"], r'{"text": "a \ud83d b"}'], "lambada.jsonl:2: half of a surrogate pair"),
-        ("lambada", ["[" * 100_000], "lambada.jsonl:1: broken JSON: maximum recursion depth"),
-        ("lambada", ['{"text": ' + "1" * 5000 + "}"], "lambada.jsonl:1: broken JSON: Exceeds the limit"),
+        ("lambada", ["[" * 100_000], "lambada.jsonl:1: brackets stand more than 64 deep"),
+        ("lambada", ['{"text": ' + "1" * 5000 + "}"], r"lambada.jsonl:1: the number 1+\.\.\.1+ has more than 19 digits"),
         ("lambada", [ROWS["lambada"], "", ROWS["lambada"]], "lambada.jsonl:2: the line is empty"),
     ],
 )
 def test_a_wrong_row_is_one_line_with_its_place(task: str, rows: list[Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=message) as error:
+    with pytest.raises((DataError, FileError), match=message) as error:
         load_file(TASKS[task], write(tmp_path, task, *rows))
     assert "\n" not in str(error.value)
 
@@ -240,7 +240,7 @@ def test_a_wrong_row_is_one_line_with_its_place(task: str, rows: list[Any], mess
 )
 def test_a_wrong_file_is_one_line_with_its_place(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises((DataError, FileError), match=message):
         load_file(TASKS["lambada"], tmp_path / name)
 
 
@@ -274,7 +274,7 @@ def test_labels_that_do_not_fit_the_rows(tmp_path: Path) -> None:
         (["rte"], ["nowhere", "sample"], "--data nowhere: no such folder"),
         (["rte"], ["rte={tmp}"], "is a folder; give the file"),
         (["rte"], ["{tmp}/a=b"], "unknown task"),
-        (["rte"], ["rte=nowhere.jsonl"], "nowhere.jsonl: cannot be read: No such file"),
+        (["rte"], ["rte=nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["rte"], ["{tmp}"], "no data for rte in .*add --data rte=FILE"),
         ([], ["{tmp}"], "no task's data in"),
     ],

@@ -188,6 +188,14 @@ def test_names_that_are_no_names(name: str, tmp_path: Path, monkeypatch: pytest.
     assert "\n" not in str(raised.value)
 
 
+def test_a_file_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("state").mkdir()
+    Path("state/hf").write_text("weights")
+    with pytest.raises(HubError, match="model state/hf: is a file; name the folder"):
+        resolve_model("state/hf")
+
+
 def test_folder_wins_and_has_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = Path("state/hf")

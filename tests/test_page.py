@@ -30,9 +30,12 @@ from refmamba.teach.pages import PAGE_SCHEMES
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 playwright = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright: pip install 'refmamba[test]'")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="the page's tests need a Chromium: `apt-get install chromium`, or a `chromium` on the PATH"
-)
+pytestmark = [
+    pytest.mark.ci,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="the page's tests need a Chromium: `apt-get install chromium`, or a `chromium` on the PATH"
+    ),
+]
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",

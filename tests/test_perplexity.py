@@ -7,7 +7,7 @@ import pytest
 from conftest import RandomSource
 
 from refmamba.errors import DataError
-from refmamba.run.perplexity import CALL, perplexity
+from refmamba.run.perplexity import CALL, Perplexity, perplexity
 from refmamba.spec.mamba1 import Mamba
 from refmamba.spec.parameters import quantize_model
 from refmamba.spec.scheme import parse_scheme
@@ -24,6 +24,11 @@ def test_the_sum_over_calls_is_that_of_one_softmax_over_all_positions(tiny: Rand
     assert result.nats == pytest.approx(nats, rel=1e-6)
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / 1000, rel=1e-6)
     assert result.per_token == pytest.approx(math.exp(nats / (len(tokens) - 1)), rel=1e-6)
+
+
+def test_a_perplexity_that_no_float_holds_is_infinite() -> None:
+    assert Perplexity(tokens=2, nats=1500.0, n_bytes=8).per_token == math.inf
+    assert Perplexity(tokens=2, nats=2.0, n_bytes=8).per_token == pytest.approx(math.e)
 
 
 def test_one_token_cannot_be_scored(tiny: RandomSource) -> None:

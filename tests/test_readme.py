@@ -37,4 +37,4 @@ def test_the_reading_order_has_the_files_lines() -> None:
     assert {Path(file).name for file, _ in rows} == room
     for file, lines in rows:
         assert len((ROOT / file).read_text(encoding="utf-8").splitlines()) == int(lines), file
-    assert sum(int(lines) for file, lines in rows if file.endswith(".py")) < 1650
+    assert sum(int(lines) for file, lines in rows if file.endswith(".py")) < 2050

@@ -156,6 +156,43 @@ def fixed_point(x: Floats, magnitude_bits: int) -> tuple[list[int], int]:
     return [round(Fraction(v) * Fraction(2) ** exponent) for v in x], exponent
 
 
+def grouped(row: Floats, bits: int, group: int) -> tuple[list[int], list[int], float]:
+    """Eq. (30), one row: codes, steps, scale. Squared errors in exact rational numbers; raises where two are so close that the
+    rounding of the sums could decide, but for equal ones."""
+    m, largest = absmax(row), 2 ** (bits - 1) - 1
+    if not m:
+        return [0] * len(row), [1] * -(-len(row) // group), 1.0
+    s = div(126.0, m)
+    codes: list[int] = []
+    steps: list[int] = []
+    for start in range(0, len(row), group):
+        t = [Fraction(v) * Fraction(s) for v in row[start : start + group]]
+        top = min(126 // largest, max(1, math.ceil(max(abs(v) for v in t) / largest)))
+        tried = {}
+        for step in range(top, max(0, top - 6), -1):
+            q = [max(-largest, min(largest, round(v / step))) for v in t]
+            tried[step] = (sum(((v - c * step) ** 2 for v, c in zip(t, q, strict=True)), Fraction(0)), q)
+        least = min(error for error, _ in tried.values())
+        close = [step for step, (error, _) in tried.items() if error != least and error < least * (1 + Fraction(1, 10**9))]
+        assert not close, close
+        step = max(step for step, (error, _) in tried.items() if error == least)
+        steps.append(step)
+        codes += tried[step][1]
+    return codes, steps, s
+
+
+def rotated(row: Floats) -> Floats:
+    """Eq. (31), one row: Hadamard's matrix by its definition on the fixed-point codes, each sum rounded once."""
+    q, e = fixed_point(row, 30)
+    block = len(row) & -len(row)
+    out = []
+    for start in range(0, len(row), block):
+        for i in range(block):
+            total = sum((-1) ** (i & j).bit_count() * q[start + j] for j in range(block))
+            out.append(rounded(Fraction(total) / Fraction(2) ** e))
+    return out
+
+
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """Eq. (16), one token."""
     root = sqrt(add(div(tree([mul(v, v) for v in x]), float(len(x))), f32(eps)))

@@ -255,6 +255,71 @@ def twice() -> None:
             )
 
 
+def groups() -> None:
+    """code_grouped, code_flattened and rotate."""
+    r = generator(30)
+
+    def grouped(name: str, source: str, x: Any, bits: int, group: int, comment: str) -> None:
+        rows = [exact.grouped(row, bits, group) for row in x.tolist()]
+        q, steps = np.array([row[0] for row in rows], np.int8), np.array([row[1] for row in rows], np.uint8)
+        result = Codes(q, array([[row[2]] for row in rows]), bits, steps, group)
+        add("code_grouped", name, source, [x, bits, group, "w"], result, comment)
+
+    by_hand = array([[126, 63, 7, -1]])
+    add("code_grouped", "by hand", HAND, [by_hand, 4, 2, "w"],
+        Codes(np.array([[7, 4, 7, -1]], np.int8), array([[1]]), 4, np.array([[17, 1]], np.uint8), 2),
+        "18 would clamp nothing and is off by 81 in squares, 17 by 74")  # fmt: skip
+    tie = array([[126] + [0] * 15 + [15, 2] + [0] * 14])
+    add("code_grouped", "equal errors", HAND, [tie, 4, 16, "w"],
+        Codes(np.array([[7] + [0] * 15 + [5, 1] + [0] * 14], np.int8), array([[1]]), 4, np.array([[18, 3]], np.uint8), 16),
+        "the larger of two steps that are equally good")  # fmt: skip
+    grouped(
+        "zeros",
+        FRACTIONS,
+        array([[0, 0, 0], [1e-35, -1e-36, 0], [1, 0, -0.5]]),
+        4,
+        16,
+        "a row of zeros, and one that counts as such",
+    )
+    for bits in (2, 3, 4):
+        x = normal(r, 3, 40) * array([[0.02], [1], [300]])
+        grouped(f"{bits} bits, groups of 16", FRACTIONS, x, bits, 16, "the last group is shorter")
+    grouped("groups of 64", FRACTIONS, normal(r, 2, 130) * array([[1], [1e-20]]), 4, 64, "the last group has two columns")
+    grouped(
+        "one outlier",
+        FRACTIONS,
+        np.where(np.arange(64) == 5, array(900), normal(r, 1, 64)),
+        4,
+        16,
+        "small groups keep their codes",
+    )
+    raises("code_grouped", "NaN", [array([[1, np.nan]]), 4, 16, "w"], "a maximum that drops NaN")
+
+    def flattened(name: str, x: Any, threshold: float, bits: int, comment: str) -> None:
+        limit = array(threshold)
+        s = exact.scale(exact.absmax([float(limit)]), bits)
+        held = [max(min(Fraction(exact.mul(v, s)), Fraction(2**30)), Fraction(-(2**30))) for v in x.ravel().tolist()]
+        q = [0 if exact.absmax([float(limit)]) == 0 else round(v) for v in held]
+        result = Codes(np.array(q, np.int32).reshape(x.shape), array(s), bits)
+        add("code_flattened", name, FRACTIONS, [x, limit, bits, "x"], result, comment)
+
+    flattened("beyond the threshold", array([[2, -1, 0.5, 100, -3.7]]), 1, 8, "held at 127")
+    flattened("beyond 2^30", array([[1e30, -1e30, 1]]), 1, 8, "an integer that wraps around")
+    flattened("a tiny threshold", array([[1, -1]]), 1e-35, 8, "counts as zero: every code is 0")
+    flattened("random", normal(r, 3, 9) * array(5), 2.5, 8, "ordinary values")
+    raises("code_flattened", "infinity", [array([[1, np.inf]]), array(1), 8, "x"], "an infinity that is held at 2^30")
+
+    def turned(name: str, x: Any, comment: str) -> None:
+        add("rotate", name, FRACTIONS, [x, "x"], array([exact.rotated(row) for row in x.tolist()]), comment)
+
+    turned("whole numbers", array([[1, 2, 3, 4], [1, 0, 0, 0]]), "Sylvester's order of the signs")
+    turned("blocks of four", normal(r, 2, 12), "12 channels are three blocks, not one of 16")
+    turned("no block", normal(r, 2, 7), "an odd number of channels is left alone")
+    turned("one outlier", np.where(np.arange(64) == 9, array(3e4), normal(r, 1, 64)), "sums in float32 lose the small ones")
+    turned("large and small", normal(r, 2, 32) * array([[1e30], [1e-30]]), "the power of two is taken off exactly")
+    raises("rotate", "NaN", [array([[np.nan, 1]]), "x"], "a NaN that becomes a code")
+
+
 def products() -> None:
     """Vectors of integer_product and rescale."""
     r = generator(3)
@@ -278,6 +343,11 @@ def products() -> None:
         fixed_by_fixed = isinstance(x, FixedPoint) and isinstance(w, FixedPoint)
         add("integer_product", name, FRACTIONS, [x, w], split(x, w) if fixed_by_fixed else integer(x, w), comment, "value")
 
+    stepped = Codes(np.array([[1, -7, 3, 2, 7], [7, 7, 7, 7, 7]], np.int8), array([[4], [1]]), 4,
+                    np.array([[2, 18], [18, 18]], np.uint8), 3)  # fmt: skip
+    x = Codes(np.array([[1, 1, 1, 1, 1], [0, 0, 0, 0, -127]], np.int8), array(1), 8)
+    by_step = np.array([[156, 630], [-16002, -16002]], np.float64)  # 2 - 14 + 6 + 36 + 126, and 5 times 126
+    add("integer_product", "groups with steps", HAND, [x, stepped], by_step, "codes without their steps", "value")
     for k in (1, 3, 48, 97):
         product(f"8 by 8 bits, K = {k}", codes_of(8, 2, k), codes_of(8, 3, k), "any length; 48 is the largest dt_rank")
         product(f"fixed by 8 bits, K = {k}", fixed(30, 2, k), codes_of(8, 3, k), "unquantized activations")
@@ -525,6 +595,7 @@ def write_operations() -> None:
     """Write tests/vectors/operations."""
     functions()
     codes()
+    groups()
     products()
     block()
     folder = FOLDER / "operations"
@@ -582,6 +653,23 @@ WHOLE = {
     "inputs": chosen("per_tensor", in_proj=6, x_proj=7, dt_proj=5, lm_head=3),
     "outputs": chosen("per_tensor", in_proj=10, dt_proj=3) | chosen("per_token", x_proj=12, out_proj=15),
 }
+METHODS = {
+    "name": "methods",
+    "weights": {
+        "in_proj.weight": {"bits": 3, "scale": "grouped", "group": 16},
+        "x_proj.weight": {"bits": 2, "scale": "grouped"},
+        "out_proj.weight": {"bits": 4, "scale": "grouped", "group": 32},
+        "lm_head.weight": {"bits": 4, "scale": "grouped", "group": 16},
+    },
+    "inputs": {
+        "in_proj": {"bits": 6, "scale": "per_token_outliers", "threshold": 1.5},
+        "x_proj": {"bits": 7, "scale": "static"},
+        "dt_proj": {"bits": 8, "scale": "per_token_outliers"},
+        "out_proj": {"bits": 5, "scale": "flattened", "quantile": 0.5},
+    },
+    "outputs": chosen("per_token", in_proj=9),
+    "rotate": ["x_proj", "out_proj"],
+}
 GENERATED = {
     "tiny": Generated(hugging_face(20, 2, 67), 5, TINY_SEQUENCES, SCHEMES),
     # An untied head, no bias but dt_proj's, an odd number of states and of taps, six sequences at once, odd widths.
@@ -590,7 +678,7 @@ GENERATED = {
                      tie_word_embeddings=False),
         6, sequences_of(7, 71, 33, 1, 7, 2, 19, 66),
         ("fp32", "w3-mlp", "w5-all", "w6-mlp", "w7-all", "w8a8-all", "int8", "int8-static", "int8-smooth"),
-        {"mixed": MIXED, "whole": WHOLE},
+        {"mixed": MIXED, "whole": WHOLE, "methods": METHODS},
     ),
     # More tokens than a kernel takes at a time; another epsilon; as many channels as the residual stream is wide.
     "long": Generated(

@@ -15,7 +15,8 @@ from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.codes import Codes, FixedPoint, Param
 
 PACK_ROWS = 4096  # rows of a weight packed at a time, to bound memory
-OFFSET = {Kind.PACKED: PACKED_OFFSET, Kind.BYTES: BYTES_OFFSET, Kind.FIXED: FIXED_OFFSET}
+OFFSET = {Kind.PACKED: PACKED_OFFSET, Kind.GROUPED: PACKED_OFFSET, Kind.BYTES: BYTES_OFFSET, Kind.FIXED: FIXED_OFFSET}
+HALVES = (Kind.PACKED, Kind.GROUPED)  # two codes a byte
 
 
 def padded_rows(*parts: int) -> IntArray:
@@ -33,13 +34,15 @@ def kind_of(w: Codes | FixedPoint) -> int:
     """How a weight's codes are stored."""
     if isinstance(w, FixedPoint):
         return int(Kind.FIXED)
+    if w.steps is not None:
+        return int(Kind.GROUPED)
     return int(Kind.PACKED if w.bits <= 4 else Kind.BYTES)
 
 
 def packed_bytes(w: Codes | FixedPoint, rows: int) -> int:
     """Bytes of a weight's digits, for so many rows."""
     k, kind = strips_of(w.q.shape[1]) * LANES, kind_of(w)
-    return rows * k // 2 if kind == Kind.PACKED else rows * k * kind
+    return rows * k // 2 if kind in HALVES else rows * k * (3 if kind == Kind.FIXED else 1)
 
 
 def pack(w: Codes | FixedPoint, order: IntArray, out: NDArray[np.uint8]) -> None:
@@ -53,7 +56,7 @@ def pack(w: Codes | FixedPoint, order: IntArray, out: NDArray[np.uint8]) -> None
         q[rows >= 0, :columns] = w.q[rows[rows >= 0]].astype(q.dtype)
         q += q.dtype.type(OFFSET[Kind(kind)])
         strips = len(rows) // LANES
-        if kind == Kind.PACKED:
+        if kind in HALVES:
             groups = q.reshape(strips, LANES, k // 8, 2, 4)
             digits = (groups[:, :, :, 0] | groups[:, :, :, 1] << 4).transpose(0, 2, 1, 3)
         elif kind == Kind.BYTES:
@@ -65,16 +68,23 @@ def pack(w: Codes | FixedPoint, order: IntArray, out: NDArray[np.uint8]) -> None
         done += digits.size
 
 
+def pack_steps(steps: NDArray[np.uint8], order: IntArray) -> NDArray[np.uint8]:
+    """The steps (rows, groups) of a weight in groups as the kernels read them: (strips, groups, 16), 1 for a row of zeros."""
+    packed = aligned((len(order) // LANES, steps.shape[1], LANES), np.uint8)
+    packed.swapaxes(1, 2)[...] = np.where(order[:, None] >= 0, steps[order], 1).reshape(-1, LANES, steps.shape[1])
+    return packed
+
+
 def unpack(kind: int, k: int, digits: NDArray[np.uint8], places: IntArray) -> IntArray:
     """The codes that `pack` wrote at some places of its order, padding included: (len(places), k)."""
     planes = 1 if kind != Kind.FIXED else 3
-    groups = digits.reshape(-1, planes, k // (8 if kind == Kind.PACKED else 4), LANES, 4)
+    groups = digits.reshape(-1, planes, k // (8 if kind in HALVES else 4), LANES, 4)
     chosen = groups[places // LANES, :, :, places % LANES]
     if kind == Kind.FIXED:
         values = chosen.astype(np.int32) << np.array([0, 8, 16], np.int32)[:, None, None]
         fixed: IntArray = values.sum(axis=1, dtype=np.int32).reshape(len(places), k) - np.int32(OFFSET[Kind.FIXED])
         return fixed
-    q = np.stack([chosen & 15, chosen >> 4], axis=3) if kind == Kind.PACKED else chosen
+    q = np.stack([chosen & 15, chosen >> 4], axis=3) if kind in HALVES else chosen
     codes: IntArray = (q.reshape(len(places), k) - np.uint8(OFFSET[Kind(kind)])).view(np.int8)
     return codes
 
@@ -90,6 +100,8 @@ class Packed:
     bits: int  # 0 in fixed point
     scale: NDArray[Any]
     norms: F32Array  # of the rows in fixed point, none too small; else 0: their products need no bound of an error
+    steps: NDArray[np.uint8] | None = None  # of a weight in groups: `pack_steps`
+    group: int = 0
 
     @classmethod
     def of(cls, w: Codes | FixedPoint, order: IntArray) -> "Packed":
@@ -102,16 +114,22 @@ class Packed:
             squares = np.einsum("ij,ij->i", w.q, w.q, dtype=np.float64)
             norms = (np.sqrt(squares) * WEIGHT_NORM_ROOM).astype(np.float32)
             return cls(digits, places, kind_of(w), columns, 0, w.exponent, norms)
-        return cls(digits, places, kind_of(w), columns, w.bits, w.scale, np.zeros((), np.float32))
+        steps, no_norms = None if w.steps is None else pack_steps(w.steps, order), np.zeros((), np.float32)
+        return cls(digits, places, kind_of(w), columns, w.bits, w.scale, no_norms, steps, w.group)
 
-    def rows(self, rows: IntArray) -> IntArray:
-        """The codes of some rows: (len(rows), columns)."""
-        return unpack(self.kind, strips_of(self.columns) * LANES, self.digits, self.places[rows])[:, : self.columns]
+    def rows(self, rows: IntArray) -> Codes | FixedPoint:
+        """Some rows of the weight."""
+        places = self.places[rows]
+        q = unpack(self.kind, strips_of(self.columns) * LANES, self.digits, places)[:, : self.columns]
+        scale = self.scale[rows] if self.scale.ndim else self.scale
+        if self.kind == Kind.FIXED:
+            return FixedPoint(q, scale)
+        steps = None if self.steps is None else self.steps[places // LANES, :, places % LANES]
+        return Codes(q, scale, self.bits, steps, self.group)
 
     def param(self) -> Codes | FixedPoint:
         """The weight again."""
-        q = self.rows(np.arange(len(self.places)))
-        return FixedPoint(q, self.scale) if self.kind == Kind.FIXED else Codes(q, self.scale, self.bits)
+        return self.rows(np.arange(len(self.places)))
 
 
 class Params(Mapping[str, Param]):

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from refmamba.backends.cpu.cache import layers
 from refmamba.backends.cpu.kernels.bound import sum_error
 from refmamba.backends.cpu.kernels.codes import code_bytes
-from refmamba.backends.cpu.kernels.digits import DIGITS_SCRATCH
+from refmamba.backends.cpu.kernels.digits import DIGITS_SCRATCH, spread_scratch
 from refmamba.backends.cpu.kernels.instructions import LANES
 from refmamba.backends.cpu.kernels.panels import PANELS_SCRATCH
 from refmamba.backends.cpu.kernels.scan import scan_scratch
-from refmamba.backends.cpu.kernels.tables import LINE, Kind, Layer, Mode, Run, Site
+from refmamba.backends.cpu.kernels.tables import LINE, NO_OUTLIER, UNIT, Kind, Layer, Mode, Run, Site
 from refmamba.backends.cpu.kernels.tiles import VNNI
+from refmamba.backends.cpu.kernels.transforms import transform_scratch
 from refmamba.backends.cpu.memory import Pool, address, aligned, strips_of
 from refmamba.backends.cpu.pack import Packed, Params, padded_rows
 from refmamba.backends.cpu.passes import passes, plan
@@ -24,7 +25,18 @@ from refmamba.backends.cpu.state import State
 from refmamba.backends.cpu.threads import Threads
 from refmamba.errors import BackendError, NonFiniteError
 from refmamba.spec.arith import F32Array, IntArray, f32
-from refmamba.spec.coders import Coder, ParameterPerChannel, ParameterPerTensor, PerTensor, PerToken, Static, Unquantized
+from refmamba.spec.coders import (
+    Coder,
+    Flattened,
+    ParameterGrouped,
+    ParameterPerChannel,
+    ParameterPerTensor,
+    PerTensor,
+    PerToken,
+    PerTokenOutliers,
+    Static,
+    Unquantized,
+)
 from refmamba.spec.codes import ABSMAX_ZERO, ACTIVATION_BITS, BLOCK, Codes, dequantize, scale_of
 from refmamba.spec.config import kind_of
 from refmamba.spec.linear import Linear
@@ -33,19 +45,20 @@ from refmamba.spec.ops import state_matrix
 from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.scheme import LINEAR_LAYERS
 from refmamba.spec.trace import Hook
-from refmamba.spec.transforms import Smooth
+from refmamba.spec.transforms import Hadamard, Smooth, hadamard_block
 
 PASS_ROWS = 256  # tokens that go through the layers together, to bound memory; the bits do not depend on it
 NEVER = 2**31  # more rows than a pass has
 FIELDS = {field.name: int(field) for field in Run}
-MODES = {PerToken: Mode.TOKEN, PerTensor: Mode.TENSOR, Static: Mode.STATIC, Unquantized: Mode.NONE}
+MODES = {PerToken: Mode.TOKEN, PerTokenOutliers: Mode.TOKEN, PerTensor: Mode.TENSOR, Static: Mode.STATIC,
+         Flattened: Mode.STATIC, Unquantized: Mode.NONE}  # fmt: skip
 # The coders and transforms that the kernels know.
-KNOWN = frozenset({ParameterPerTensor, ParameterPerChannel, Smooth, *MODES})
+KNOWN = frozenset({ParameterPerTensor, ParameterPerChannel, ParameterGrouped, Smooth, Hadamard, *MODES})
 
 
 def largest_code(coder: Coder) -> int:
     """The largest magnitude of a coder's codes."""
-    if isinstance(coder, PerToken | PerTensor | Static):
+    if isinstance(coder, PerToken | PerTokenOutliers | PerTensor | Static):
         return int(2 ** (coder.bits - 1) - 1)
     return int(2**ACTIVATION_BITS)
 
@@ -57,7 +70,9 @@ class CpuRunner:
         self.config, self.scheme = model.config, model.scheme
         self._threads, self._kept, self._lock = threads, list[NDArray[Any]](), threading.Lock()
         self._pool, self._logits_pool = Pool(), Pool()
-        self._code_bytes = 0  # of a row's codes, at most
+        self._code_bytes, self._outlier_bytes, self._start_bytes = 0, 0, 0  # of a row's, at most
+        self._spread = 0  # columns of a weight in groups, at most
+        self._prepared = 0  # strips of rows that are rotated or have outliers, at most
         c = self.config
         e, r, n = c.d_inner, c.dt_rank, c.d_state
         orders = {"in_proj": padded_rows(e, e), "x_proj": padded_rows(r, n, n), "dt_proj": padded_rows(e),
@@ -92,7 +107,13 @@ class CpuRunner:
         self._workspace, self._residual = np.empty(0, np.uint8), np.empty((0, 0, LANES), np.float32)
         self._errors, self._overrun = np.zeros(0, np.int64), np.zeros(1, np.int64)
         self._counters = aligned((layers.REGIONS * (c.n_layer + 1), LINE // 8), np.int64)
-        scratch = max(DIGITS_SCRATCH, PANELS_SCRATCH, scan_scratch(n))
+        scratch = max(
+            DIGITS_SCRATCH,
+            PANELS_SCRATCH,
+            scan_scratch(n),
+            transform_scratch(self._prepared * LANES),
+            spread_scratch(self._spread),
+        )
         scratch += -scratch % LINE
         self._set(
             THREADS=threads.count, COUNTERS=address(self._counters), REGIONS=layers.REGIONS,
@@ -100,7 +121,8 @@ class CpuRunner:
             SCRATCH=self._keep(np.zeros(threads.count * scratch, np.uint8)), SCRATCH_BYTES=scratch,
             HEAD=address(self._table[c.n_layer]), EPSILON=self._keep(np.array([c.norm_eps], np.float32)),
             D_MODEL=c.d_model, MODEL_STRIPS=strips_of(c.d_model), INNER_STRIPS=strips_of(e), RANK_STRIPS=strips_of(r),
-            STATE_STRIPS=strips_of(n), D_STATE=n, TAPS=c.d_conv, VOCABULARY=c.vocab_size,
+            STATE_STRIPS=strips_of(n), OUTLIER_BYTES=self._outlier_bytes,
+ D_STATE=n, TAPS=c.d_conv, VOCABULARY=c.vocab_size,
             SUM_BLOCKS=-(-max(e, c.d_model, r) // BLOCK),
         )  # fmt: skip
 
@@ -125,15 +147,29 @@ class CpuRunner:
         fixed, unit, into, out = w.kind == Kind.FIXED, np.ones((), np.float32), linear.input, linear.output
         mode = MODES[type(into)]
         static = np.zeros((), np.float32)
-        if isinstance(into, Static) and into.absmax >= ABSMAX_ZERO:
+        if isinstance(into, Static | Flattened) and into.absmax >= ABSMAX_ZERO:
             static = scale_of(into.absmax, into.bits)
-        smooth = 0
+        smooth, block, k = 0, 0, strips_of(w.columns) * LANES
         for transform in linear.transforms:
-            assert isinstance(transform, Smooth)
-            powers = np.ldexp(1.0, -transform.exponents)
-            smooth = self._keep(np.pad(powers, (0, -len(powers) % LANES)))
+            if isinstance(transform, Hadamard):
+                block = hadamard_block(w.columns)
+            else:
+                assert isinstance(transform, Smooth)
+                powers = np.ldexp(1.0, -transform.exponents)
+                smooth = self._keep(np.pad(powers, (0, -len(powers) % LANES)))
+        outlier = int(f32(into.threshold).view(np.int32)) if isinstance(into, PerTokenOutliers) else NO_OUTLIER
         bias = 0 if linear.bias is None else self._rows(linear.bias, order, 0)
-        slices, k = 4 if fixed or mode == Mode.NONE else 1, strips_of(w.columns) * LANES
+        slices = 4 if fixed or mode == Mode.NONE or isinstance(into, Flattened) else 1
+        steps = bits = units = step_bytes = 0
+        if w.steps is not None:
+            steps, step_bytes, bits = address(w.steps), w.steps[0].size, w.group.bit_length() - 1
+            units = -(-k // min(UNIT, w.group))
+            self._spread = max(self._spread, k)
+            self._start_bytes = max(self._start_bytes, 4 * slices * units)
+        if outlier != NO_OUTLIER:
+            self._outlier_bytes = max(self._outlier_bytes, 16 * (k + 1))
+        if block or outlier != NO_OUTLIER:
+            self._prepared = max(self._prepared, k // LANES)
         # Rows that are worth spreading a weight out for: measured with AVX2; VNNI makes the products by digits cheap.
         if fixed:
             panels = 32 if VNNI else 4
@@ -141,12 +177,13 @@ class CpuRunner:
             panels = NEVER if VNNI or slices == 1 else 8
         self._code_bytes = max(self._code_bytes, slices * k, code_bytes.py_func(k) if panels < NEVER else 0)
         fields = {
-            Site.CODES: address(w.digits), Site.KIND: w.kind, Site.PAIRS: len(order) // (2 * LANES),
+            Site.CODES: address(w.digits), Site.KIND: w.kind, Site.STEPS: steps, Site.STEP_BYTES: step_bytes,
+            Site.GROUP_BITS: bits, Site.UNITS: units, Site.PAIRS: len(order) // (2 * LANES),
             Site.K: k, Site.SLICES: slices, Site.PANELS: panels, Site.ERROR: self._rows(w.norms * sum_error(k), order, 0),
             Site.FACTOR: self._rows(np.ldexp(f32(1), -w.scale) if fixed else unit, order, 1),
             Site.SCALE: self._rows(unit if fixed else w.scale, order, 1), Site.BIAS: bias, Site.IN: mode,
             Site.IN_LARGEST: largest_code(into), Site.IN_SCALE: self._keep(static),
-            Site.SMOOTH: smooth, Site.OUT: MODES[type(out)] if out else Mode.NONE,
+            Site.SMOOTH: smooth, Site.BLOCK: block, Site.OUTLIER: outlier, Site.OUT: MODES[type(out)] if out else Mode.NONE,
             Site.OUT_LARGEST: largest_code(out) if out else 0, Site.NUMBER: number,
         }  # fmt: skip
         return [int(fields[field]) for field in Site]
@@ -163,9 +200,10 @@ class CpuRunner:
         stride = rows | 1  # odd, so that the strips of a row do not all fall into the same cache sets
         model, inner = strips_of(c.d_model), strips_of(c.d_inner)
         strips = {"X": model, "NORMED": model, "XZ": 2 * inner, "U": inner, "DELTA": inner,
-                  "XBC": int(get(Run.RANK_STRIPS) + 2 * get(Run.STATE_STRIPS))}  # fmt: skip
+                  "PREPARED": self._prepared, "XBC": int(get(Run.RANK_STRIPS) + 2 * get(Run.STATE_STRIPS))}  # fmt: skip
         sizes = {name: (count + count % 2) * stride * LANES * 4 for name, count in strips.items()}
-        sizes |= {"CODES": rows * self._code_bytes, "FACTOR": rows * 4, "SCALE": rows * 4, "ABSMAX": rows * 8,
+        sizes |= {"OUTLIERS": rows * self._outlier_bytes, "STARTS": rows * self._start_bytes,
+                  "CODES": rows * self._code_bytes, "FACTOR": rows * 4, "SCALE": rows * 4, "ABSMAX": rows * 8,
                   "SUMS": rows * 8 * int(get(Run.SUM_BLOCKS))}  # fmt: skip
         needed = sum(size + LINE for size in sizes.values())
         if len(self._workspace) < needed or len(self._workspace) > 4 * needed + 2**25:
@@ -191,10 +229,8 @@ class CpuRunner:
     def _embed(self, tokens: IntArray) -> F32Array:
         """Eq. (15): (L,) -> (L, d_model); from the head's codes where the head is the embedding."""
         embedding = self._embedding
-        if isinstance(embedding, Packed):
-            scale = embedding.scale[tokens] if embedding.scale.ndim else embedding.scale
-            return cast(F32Array, embedding.rows(tokens).astype(np.float32) / scale)
-        return dequantize(embedding.rows(tokens)) if isinstance(embedding, Codes) else embedding[tokens]
+        rows = embedding[tokens] if isinstance(embedding, np.ndarray) else embedding.rows(tokens)
+        return dequantize(rows) if isinstance(rows, Codes) else cast(F32Array, rows)
 
     def _pass(
         self, sequences: Sequence[IntArray], states: IntArray, positions: Sequence[Positions], out: F32Array,

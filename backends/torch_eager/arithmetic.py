@@ -3,13 +3,11 @@
 Where PyTorch has an obvious way that gives other bits, a comment says so.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from refmamba.backends.adapter import Codes, FixedPoint
 from refmamba.errors import NonFiniteError
 from refmamba.spec import arith
 from refmamba.spec import codes as spec
@@ -19,24 +17,21 @@ from refmamba.spec.transforms import hadamard_block
 SCAN_CHUNK = 64  # tokens discretized at a time, to bound memory
 
 
-@dataclass(frozen=True, eq=False)
-class Codes:
-    """codes.Codes: q is int8 or int16 (..., K), the scale float32 and broadcasts against q."""
-
-    q: Tensor
-    scale: Tensor
-
-    def dequantize(self) -> Tensor:
-        """q / scale, eq. (9)."""
-        return self.q.float() / self.scale
+Failures = list[tuple[str, Tensor]]  # sites where codes are made, and whether a value was NaN or infinite there
 
 
-@dataclass(frozen=True, eq=False)
-class FixedPoint:
-    """codes.FixedPoint: q is int32 (..., K), the exponent int32 (..., 1)."""
+def raise_first(failures: Failures) -> None:
+    """Raise NonFiniteError for the first site that failed: the one synchronization of a call. Empties the list."""
+    sites, flags = [site for site, _ in failures], [flag for _, flag in failures]
+    failures.clear()
+    for site, failed in zip(sites, torch.stack(flags).tolist() if flags else [], strict=True):
+        if failed:
+            raise NonFiniteError(f"{site}: a value is NaN or infinite, so it has no codes; check the weights and the input")
 
-    q: Tensor
-    exponent: Tensor
+
+def dequantize(codes: Codes) -> Tensor:
+    """q / scale, eq. (9)."""
+    return codes.q.float() / codes.scale
 
 
 def two_to(n: Tensor) -> Tensor:
@@ -115,11 +110,10 @@ def tree_sum(x: Tensor) -> Tensor:
     return x[..., 0]
 
 
-def absmax(x: Tensor, site: str, axes: tuple[int, ...]) -> Tensor:
+def absmax(x: Tensor, site: str, axes: tuple[int, ...], failures: Failures) -> Tensor:
     """Eq. (7), over the last or the last two axes, which stay with length 1. amax hands a NaN on, as it should."""
     m = x.abs().amax(axes, keepdim=True)
-    if not bool(torch.isfinite(m).all()):
-        raise NonFiniteError(f"{site}: a value is NaN or infinite, so it has no codes; check the weights and the input")
+    failures.append((site, ~torch.isfinite(m).all()))
     return torch.where(m < float(spec.ABSMAX_ZERO), torch.zeros_like(m), m)
 
 
@@ -135,33 +129,33 @@ def to_codes(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     return torch.round((x * scale).clamp(-largest, largest)).to(torch.int8 if bits <= 8 else torch.int16)
 
 
-def code(x: Tensor, bits: int, site: str, axes: tuple[int, ...]) -> Codes:
+def code(x: Tensor, bits: int, site: str, axes: tuple[int, ...], failures: Failures) -> Codes:
     """Eq. (7, 8)."""
-    m = absmax(x, site, axes)
+    m = absmax(x, site, axes, failures)
     scale = scale_of(m, bits)
-    return Codes(to_codes(torch.where(m == 0, torch.zeros_like(x), x), scale, bits), scale)
+    return Codes(to_codes(torch.where(m == 0, torch.zeros_like(x), x), scale, bits), scale, bits)
 
 
-def code_static(x: Tensor, static_absmax: Tensor, bits: int, site: str) -> Codes:
+def code_static(x: Tensor, static_absmax: Tensor, bits: int, site: str, failures: Failures) -> Codes:
     """Eq. (7, 8) with a calibrated absolute maximum, shape ()."""
-    absmax(x, site, (-2, -1))
+    absmax(x, site, (-2, -1), failures)
     m = torch.where(static_absmax < float(spec.ABSMAX_ZERO), torch.zeros_like(static_absmax), static_absmax)
     scale = scale_of(m, bits)
-    return Codes(to_codes(torch.where(m == 0, torch.zeros_like(x), x), scale, bits), scale)
+    return Codes(to_codes(torch.where(m == 0, torch.zeros_like(x), x), scale, bits), scale, bits)
 
 
-def code_flattened(x: Tensor, threshold: Tensor, bits: int, site: str) -> Codes:
+def code_flattened(x: Tensor, threshold: Tensor, bits: int, site: str, failures: Failures) -> Codes:
     """Eq. (33). threshold: shape ()."""
-    absmax(x, site, (-2, -1))
+    absmax(x, site, (-2, -1), failures)
     m = torch.where(threshold < float(spec.ABSMAX_ZERO), torch.zeros_like(threshold), threshold)
     scale, most = scale_of(m, bits), 2.0**spec.ACTIVATION_BITS
     scaled = (torch.where(m == 0, torch.zeros_like(x), x) * scale).clamp(-most, most)
-    return Codes(torch.round(scaled).int(), scale)
+    return Codes(torch.round(scaled).int(), scale, bits)
 
 
-def rotate(x: Tensor, site: str) -> Tensor:
+def rotate(x: Tensor, site: str, failures: Failures) -> Tensor:
     """Eq. (31): sums of integers, then one rounding to float32."""
-    codes, block, half = fixed_point(x, spec.ACTIVATION_BITS, site), hadamard_block(x.shape[-1]), 1
+    codes, block, half = fixed_point(x, spec.ACTIVATION_BITS, site, failures), hadamard_block(x.shape[-1]), 1
     q = codes.q.long()
     while half < block:
         pairs = q.reshape(*q.shape[:-1], -1, 2, half)
@@ -171,9 +165,9 @@ def rotate(x: Tensor, site: str) -> Tensor:
     return (q.double() * two_to_f64(-codes.exponent)).float()
 
 
-def fixed_point(x: Tensor, magnitude_bits: int, site: str) -> FixedPoint:
+def fixed_point(x: Tensor, magnitude_bits: int, site: str, failures: Failures) -> FixedPoint:
     """Eq. (10), a power of two for each row. An absmax that is not zero is a normal number: E is in its bits."""
-    m = absmax(x, site, (-1,))
+    m = absmax(x, site, (-1,), failures)
     exponent = (magnitude_bits - ((m.view(torch.int32) >> 23) - 126)).clamp(max=126)
     exponent = torch.where(m == 0, torch.zeros_like(exponent), exponent)
     x = torch.where(m == 0, torch.zeros_like(x), x)
@@ -201,16 +195,23 @@ def int8_product_is_exact(k: int, device: torch.device) -> bool:
     return torch.equal(product.double(), signs.double() @ signs.double().T)
 
 
+PART = 1 << 22  # elements of a weight that are widened to float64 at a time
+
+
 def integer_product(x: Codes | FixedPoint, w: Codes | FixedPoint, int8: bool) -> Tensor:
     """Exact x.q @ w.q.T as float64, eq. (11, 12): (..., K), (rows, K) -> (..., rows). int8: int8_product is exact."""
-    if not (isinstance(x, FixedPoint) and isinstance(w, FixedPoint)):
-        if int8 and x.q.dtype == w.q.dtype == torch.int8:
-            return int8_product(x.q.flatten(0, -2), w.q).double().reshape(*x.q.shape[:-1], len(w.q))
-        return x.q.double() @ w.q.double().T
-    total = torch.zeros((), dtype=torch.float64, device=w.q.device)
-    for start in range(0, w.q.shape[1], BLOCK):
-        x_block = x.q[..., start : start + BLOCK].double()
-        w_block = w.q[:, start : start + BLOCK]
+    if int8 and x.q.dtype == w.q.dtype == torch.int8:
+        return int8_product(x.q.flatten(0, -2), w.q).double().reshape(*x.q.shape[:-1], len(w.q))
+    both_fixed, wide = isinstance(x, FixedPoint) and isinstance(w, FixedPoint), x.q.double()
+    some = torch.split(w.q, max(PART // w.q.shape[1], 1))
+    return torch.cat([fixed_product(wide, rows) if both_fixed else wide @ rows.double().T for rows in some], -1)
+
+
+def fixed_product(x: Tensor, w: Tensor) -> Tensor:
+    """Eq. (12): x float64 (..., K), w int32 (rows, K)."""
+    total = torch.zeros((), dtype=torch.float64, device=w.device)
+    for start in range(0, w.shape[1], BLOCK):
+        x_block, w_block = x[..., start : start + BLOCK], w[:, start : start + BLOCK]
         lo = ((w_block + LOW_PART // 2) & (LOW_PART - 1)) - LOW_PART // 2
         hi = (w_block - lo) >> 12
         total = total + ((x_block @ hi.double().T) * LOW_PART + x_block @ lo.double().T)
@@ -285,8 +286,3 @@ def log_softmax(logits: Tensor) -> Tensor:
     """Eq. (25)."""
     shifted = logits - logits.amax(-1, keepdim=True)
     return shifted - log(tree_sum(exp(shifted)))[..., None]
-
-
-def tensor(x: Any, device: torch.device) -> Tensor:
-    """A NumPy array on the device; a copy, so that a model read from a file's memory map stays untouched."""
-    return torch.tensor(np.asarray(x), device=device)

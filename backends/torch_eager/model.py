@@ -1,32 +1,33 @@
 """One model in eager PyTorch: a batch at a time, on a CPU or a CUDA device by the same code, with the same bits."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from refmamba.backends.adapter import Codes, FixedPoint, tensor
 from refmamba.backends.torch_eager.arithmetic import (
-    Codes,
-    FixedPoint,
+    Failures,
     code,
     code_flattened,
     code_static,
     conv1d,
+    dequantize,
     embed,
     exp,
     fixed_point,
     int8_product_is_exact,
     integer_product,
+    raise_first,
     rescale,
     rms_norm,
     rotate,
     selective_scan,
     silu,
     softplus,
-    tensor,
     two_to_f64,
 )
 from refmamba.spec import coders, linear, transforms
@@ -66,6 +67,7 @@ class Batch:
     lengths: Tensor  # (B,)
     real: Tensor | None  # (B, T, 1): not padding; None where there is none
     hook: Hook | None
+    failures: Failures = field(default_factory=list)
 
     def see(self, site: str, value: Tensor) -> None:
         """Show the one sequence's value."""
@@ -81,33 +83,33 @@ class Coder(Protocol):
     """Codes of a batch's activations (B, T, K): one factor for each part."""
 
     def __call__(self, x: Tensor, site: str, batch: Batch) -> Sequence[Codes | FixedPoint]:
-        """Raises NonFiniteError, naming the site."""
+        """A NaN or an infinity is kept in batch.failures."""
 
 
 def coder_of(coder: coders.Coder, device: torch.device) -> Coder:
     """This backend's form of one of the specification's coders."""
     match coder:
         case coders.PerToken(bits=bits):
-            return lambda x, site, batch: [code(batch.masked(x), bits, site, (-1,))]
+            return lambda x, site, batch: [code(batch.masked(x), bits, site, (-1,), batch.failures)]
         case coders.PerTensor(bits=bits):
-            return lambda x, site, batch: [code(batch.masked(x), bits, site, (-2, -1))]
+            return lambda x, site, batch: [code(batch.masked(x), bits, site, (-2, -1), batch.failures)]
         case coders.Static(bits=bits, absmax=absmax):
             static = tensor(absmax, device)
-            return lambda x, site, batch: [code_static(batch.masked(x), static, bits, site)]
+            return lambda x, site, batch: [code_static(batch.masked(x), static, bits, site, batch.failures)]
         case coders.Flattened(bits=bits, absmax=absmax):
             limit = tensor(absmax, device)
-            return lambda x, site, batch: [code_flattened(batch.masked(x), limit, bits, site)]
+            return lambda x, site, batch: [code_flattened(batch.masked(x), limit, bits, site, batch.failures)]
         case coders.PerTokenOutliers(bits=bits, threshold=threshold):
-            return lambda x, site, batch: outliers_apart(batch.masked(x), bits, threshold, site)
+            return lambda x, site, batch: outliers_apart(batch.masked(x), bits, threshold, site, batch.failures)
         case _:
-            return lambda x, site, batch: [fixed_point(batch.masked(x), spec.ACTIVATION_BITS, site)]
+            return lambda x, site, batch: [fixed_point(batch.masked(x), spec.ACTIVATION_BITS, site, batch.failures)]
 
 
-def outliers_apart(x: Tensor, bits: int, threshold: float, site: str) -> Sequence[Codes | FixedPoint]:
+def outliers_apart(x: Tensor, bits: int, threshold: float, site: str, failures: Failures) -> Sequence[Codes | FixedPoint]:
     """Eq. (32): the values below the threshold in codes, the others, NaN among them, in fixed point."""
     inside, zero = x.abs() < float(np.float32(threshold)), torch.zeros_like(x)
     below, outliers = torch.where(inside, x, zero), torch.where(inside, zero, x)
-    return [code(below, bits, site, (-1,)), fixed_point(outliers, spec.ACTIVATION_BITS, site)]
+    return [code(below, bits, site, (-1,), failures), fixed_point(outliers, spec.ACTIVATION_BITS, site, failures)]
 
 
 KNOWN = frozenset({
@@ -116,11 +118,11 @@ KNOWN = frozenset({
 })  # fmt: skip
 
 
-def transform_of(transform: transforms.Transform, device: torch.device) -> Callable[[Tensor, str], Tensor]:
+def transform_of(transform: transforms.Transform, device: torch.device) -> Callable[[Tensor, str, Failures], Tensor]:
     """This backend's form of one of the specification's transforms of an input."""
     if isinstance(transform, transforms.Smooth):
         power = two_to_f64(-tensor(transform.exponents, device))
-        return lambda x, site: (x.double() * power).float()  # eq. (29)
+        return lambda x, site, failures: (x.double() * power).float()  # eq. (29)
     return rotate
 
 
@@ -139,7 +141,7 @@ class Linear:
         site, see = self.site, batch.see
         see(f"{site}.in", x)
         for n, transform in enumerate(self.transforms):
-            x = transform(batch.masked(x), f"{site}.in")
+            x = transform(batch.masked(x), f"{site}.in", batch.failures)
             see(numbered(f"{site}.transformed", n), x)
         y: Tensor | None = None
         for n, codes in enumerate(self.input(x, f"{site}.in", batch)):
@@ -158,7 +160,7 @@ class Linear:
             (out,) = self.output(y, f"{site}.result", batch)
             assert isinstance(out, Codes)
             see(f"{site}.out_codes", out.q)
-            y = out.dequantize()
+            y = dequantize(out)
             see(f"{site}.out_value", y)
         if self.bias is not None:
             y = y + self.bias
@@ -197,7 +199,7 @@ class Mamba:
     def _moved(self, param: spec.FixedPoint) -> FixedPoint: ...
     def _moved(self, param: spec.Param) -> Tensor | Codes | FixedPoint:
         if isinstance(param, spec.Codes):
-            return Codes(tensor(param.integers(), self.device), tensor(param.scale, self.device))
+            return Codes(tensor(param.integers(), self.device), tensor(param.scale, self.device), param.bits)
         if isinstance(param, spec.FixedPoint):
             return FixedPoint(tensor(param.q, self.device), tensor(param.exponent, self.device)[:, None])
         return tensor(param, self.device)
@@ -209,7 +211,7 @@ class Mamba:
     def value(self, name: str) -> Tensor:
         """A parameter that is not a matrix of a product, as float32."""
         param = self.params[name]
-        return param.dequantize() if isinstance(param, Codes) else param
+        return dequantize(param) if isinstance(param, Codes) else param
 
     def block(self, i: int, x: Tensor, conv_state: Tensor, ssm_state: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """One block, eq. (24)."""
@@ -270,6 +272,7 @@ class Mamba:
             ssm.append(ssm_state)
         state = State(torch.stack(conv, 1), torch.stack(ssm, 1))
         if logits == "none":
+            raise_first(batch.failures)
             return [np.empty((0, self.config.vocab_size), np.float32) for _ in arrays], state
         if logits == "last":
             x, n = x[torch.arange(len(n), device=self.device), lengths - 1][:, None], [1] * len(n)
@@ -277,6 +280,7 @@ class Mamba:
         x = rms_norm(x, self.value("norm_f.weight"), self.config.norm_eps)
         batch.see("norm_f", x)
         y = self.linear("lm_head", x, batch).cpu().numpy()
+        raise_first(batch.failures)
         rows = [row[:length] for row, length in zip(y, n, strict=True)]
         for row in rows:
             check_logits(row)

@@ -15,10 +15,9 @@ import triton
 from torch import Tensor
 
 from refmamba.backends.adapter import tensor
-from refmamba.backends.triton.kernels import alone, layers
+from refmamba.backends.triton.kernels import layers
 from refmamba.backends.triton.table import (
     FEW,
-    INTERPRETED,
     power_of_two,
     product_blocks,
     row_blocks,
@@ -31,20 +30,23 @@ from refmamba.spec import coders, linear, transforms
 from refmamba.spec import codes as spec
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.mamba1 import Positions, check_call, check_logits, one_each
+from refmamba.spec.ops import state_matrix
 from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.trace import Hook
 
 NO_FAILURE = 1 << 30
 ALIGNED = 64  # numbers of int32: Triton compiles a kernel again for a pointer that is less aligned
 KNOWN = frozenset({
-    coders.ParameterPerTensor, coders.ParameterPerChannel, coders.PerToken, coders.PerTensor, coders.Static, transforms.Smooth,
+    coders.ParameterPerTensor, coders.ParameterPerChannel, coders.ParameterGrouped, coders.PerToken, coders.PerTensor,
+    coders.Static, coders.Flattened, coders.PerTokenOutliers, transforms.Smooth, transforms.Hadamard,
 })  # fmt: skip
 Launch = Callable[..., None]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int = 2, /, **arguments: Any) -> None:
     """Start a kernel. Without enable_fp_fusion=False Triton may fuse a multiplication and an addition: other bits."""
-    kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=False)
+    with np.errstate(all="ignore"):  # the interpreter computes in NumPy
+        kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,29 +72,51 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Coding:
-    """How the kernels code one side of a linear layer: CODER and LARGEST, and what a static scale needs."""
+    """How the kernels code one part of one side of a linear layer: CODER and PART, and what they need."""
 
     coder: str
     largest: float = 0.0
     static: Tensor | None = None  # (2,): the factor of the codes, and the scale
+    part: str = "all"
+    threshold: float = 0.0
 
     @property
     def digits(self) -> int:
         """Eight-bit digits of a code."""
-        return 4 if self.coder == "fixed_point" else 1
+        return 4 if self.coder in ("fixed_point", "flattened") else 1
+
+    @property
+    def of_a_step(self) -> str:
+        """CODER where a sequence is one token."""
+        return "per_token" if self.coder == "per_sequence" else self.coder
 
 
-def coding_of(coder: coders.Coder, device: torch.device) -> Coding:
-    """This backend's form of one of the specification's coders."""
-    if isinstance(coder, coders.PerToken | coders.PerTensor):
-        name = "per_token" if isinstance(coder, coders.PerToken) else "per_sequence"
-        return Coding(name, float(2 ** (coder.bits - 1) - 1))
-    if isinstance(coder, coders.Static):
-        zero = coder.absmax < spec.ABSMAX_ZERO
-        scale = spec.scale_of(np.where(zero, np.float32(0), coder.absmax), coder.bits)
-        static = tensor(np.array([0 if zero else scale, scale], np.float32), device)
-        return Coding("static", float(2 ** (coder.bits - 1) - 1), static)
-    return Coding("fixed_point")
+def codings_of(coder: coders.Coder, device: torch.device) -> list[Coding]:
+    """This backend's form of one of the specification's coders: a Coding for each part."""
+
+    def largest(bits: int) -> float:
+        return float(2 ** (bits - 1) - 1)
+
+    def static(absmax: F32Array, bits: int) -> Tensor:
+        zero = absmax < spec.ABSMAX_ZERO
+        scale = spec.scale_of(np.where(zero, np.float32(0), absmax), bits)
+        return tensor(np.array([0 if zero else scale, scale], np.float32), device)
+
+    match coder:
+        case coders.PerToken(bits=bits):
+            return [Coding("per_token", largest(bits))]
+        case coders.PerTensor(bits=bits):
+            return [Coding("per_sequence", largest(bits))]
+        case coders.Static(bits=bits, absmax=absmax):
+            return [Coding("static", largest(bits), static(absmax, bits))]
+        case coders.Flattened(bits=bits, absmax=absmax):
+            return [Coding("flattened", static=static(absmax, bits))]
+        case coders.PerTokenOutliers(bits=bits, threshold=threshold):
+            limit = float(np.float32(threshold))
+            below = Coding("per_token", largest(bits), part="below", threshold=limit)
+            return [below, Coding("fixed_point", part="outliers", threshold=limit)]
+        case _:
+            return [Coding("fixed_point")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +128,8 @@ class Weight:
     rows: int
     columns: int
     packed: bool = False
+    steps: Tensor | None = None  # uint8 (rows, ceil(columns / group)), eq. (30)
+    group: int = 0
 
     @property
     def planes(self) -> int:
@@ -115,13 +141,13 @@ def weight_of(codes: spec.Codes | spec.FixedPoint, device: torch.device) -> Weig
     """A matrix's codes on the device."""
     rows, columns = codes.q.shape
     if isinstance(codes, spec.FixedPoint):
-        shifted = codes.q + np.int32(0x8080)  # the balanced digits, the two low ones each 128 too large
-        digits = np.stack([((shifted >> at) & 255) - 128 for at in (0, 8)] + [shifted >> 16]).astype(np.int8)
-        return Weight(tensor(digits, device), tensor(codes.exponent, device), rows, columns)
+        shifted = tensor(codes.q, device) + 0x8080  # the balanced digits, the two low ones each 128 too large
+        digits = torch.stack([*(((shifted >> at) & 255) - 128 for at in (0, 8)), shifted >> 16]).to(torch.int8)
+        return Weight(digits, tensor(codes.exponent, device), rows, columns)
     scale = tensor(np.broadcast_to(codes.scale.reshape(-1), rows), device)
-    if codes.bits <= 4 and codes.steps is None:
-        return Weight(tensor(spec.pack4(codes.q), device), scale, rows, columns, packed=True)
-    return Weight(tensor(codes.integers()[None], device), scale, rows, columns)
+    steps = None if codes.steps is None else tensor(codes.steps, device)
+    q = spec.pack4(codes.q) if codes.bits <= 4 else codes.q[None]
+    return Weight(tensor(q, device), scale, rows, columns, codes.bits <= 4, steps, codes.group)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +157,8 @@ class Table:
     digits: Tensor
     scale: None = None
     packed: bool = False
+    steps: None = None
+    group: int = 0
 
 
 def table_of(embedding: spec.Param, device: torch.device) -> Weight | Table:
@@ -147,19 +175,23 @@ class Linear:
     site: str
     number: int
     weight: Weight
-    power: Tensor | None
-    input: Coding
+    transforms: list[Tensor | None]  # exponents of a division, eq. (29); None: a rotation, eq. (31)
+    input: list[Coding]
     output: Coding | None
     bias: Tensor | None
+
+    @property
+    def plain(self) -> bool:
+        """Nothing but the codes of one part: what scan_step_kernel takes."""
+        return not self.transforms and len(self.input) == 1 and self.output is None
 
 
 def linear_of(layer: linear.Linear, number: int, device: torch.device) -> Linear:
     """A linear layer on the device."""
-    powers = [tensor(transform.exponents, device) for transform in layer.transforms if isinstance(transform, transforms.Smooth)]
-    output = None if layer.output is None else coding_of(layer.output, device)
+    changes = [tensor(t.exponents, device) if isinstance(t, transforms.Smooth) else None for t in layer.transforms]
+    (output,) = [None] if layer.output is None else codings_of(layer.output, device)
     bias = None if layer.bias is None else tensor(layer.bias, device)
-    weight = weight_of(layer.weight, device)
-    return Linear(layer.site, number, weight, powers[0] if powers else None, coding_of(layer.input, device), output, bias)
+    return Linear(layer.site, number, weight_of(layer.weight, device), changes, codings_of(layer.input, device), output, bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,92 +256,115 @@ class Mamba:
         self.params = {
             name: tensor(model.value(name), device)
             for name in self.config.shapes()
-            if name != "embedding.weight" and name.removesuffix(".weight") not in self.layers
+            if name.removesuffix(".weight") not in (*self.layers, "embedding") and not name.endswith("A_log")
         }
         self.table = self.layers["lm_head"].weight if model.shares_codes else table_of(model.params["embedding.weight"], device)
-        A_log = [self.params.pop(f"layers.{i}.A_log") for i in range(self.config.n_layer)]
-        self.A = [self.state_matrix(x) for x in A_log]
-        # exp_of_decay needs exponents that are no NaN; delta is none or its call fails.
-        self.decays = all(bool(torch.isfinite(A).all()) for A in self.A)
-        self.steps = sum(layer.output is not None for layer in self.layers.values()) == 0
+        A = [state_matrix(model.value(f"layers.{i}.A_log")) for i in range(self.config.n_layer)]
+        # exp_of_decay needs exponents that are no NaN: A is finite, and so is delta, or its call fails.
+        self.A, self.decays = [tensor(x, device) for x in A], all(np.isfinite(x).all() for x in A)
         self.graphs: dict[int, Graph] = {}
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory on the device, to be written."""
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def state_matrix(self, A_log: Tensor) -> Tensor:
-        """Eq. (19)."""
-        A = torch.empty_like(A_log)
-        self.launch(alone.elementwise_kernel, (triton.cdiv(A.numel(), 1024),), 4, x_ptr=A_log, z_ptr=None, y_ptr=A, n=A.numel(),
-                    OP="state_matrix", LARGEST=0.0, BLOCK=1024)  # fmt: skip
-        return A
-
-    def peaks(self, source: Source, power: Tensor | None, width: int, batch: Batch) -> Tensor:
-        """The bits of each sequence's absolute maximum."""
+    def peaks(self, source: Source, power: Tensor | None, coding: Coding, width: int, batch: Batch) -> Tensor | None:
+        """The bits of each sequence's absolute maximum, for a coder that needs them."""
+        if coding.coder != "per_sequence":
+            return None
         peak = torch.zeros(batch.sequences, dtype=torch.int32, device=self.device)
         blocks = row_blocks(batch.rows, width)
         self.launch(layers.peak_kernel, (triton.cdiv(batch.rows, blocks.rows),), blocks.warps, **source.arguments(batch),
-                    power_ptr=power, peak_ptr=peak, rows=batch.rows, K=width, WIDTH=blocks.columns, M=blocks.rows,
+                    power_ptr=power, threshold=coding.threshold, peak_ptr=peak, rows=batch.rows, K=width,
+                    WIDTH=blocks.columns if source.kind == "norm" else 1, PART=coding.part, M=blocks.rows,
                     BK=blocks.depth)  # fmt: skip
         return peak
+
+    def rotated(self, layer: Linear, source: Source, power: Tensor | None, batch: Batch) -> Source:
+        """Eq. (31) of what a linear layer reads."""
+        k, blocks = layer.weight.columns, row_blocks(batch.rows, layer.weight.columns)
+        y = self.empty(batch.rows, k)
+        self.launch(layers.rotate_kernel, (triton.cdiv(batch.rows, blocks.rows),), blocks.warps, **source.arguments(batch),
+                    **source.results(batch), power_ptr=power, failure_ptr=batch.failure, site=layer.number, y_ptr=y,
+                    rows=batch.rows, K=k, WIDTH=blocks.columns if source.kind == "norm" else 1, M=blocks.rows,
+                    BLOCK=transforms.hadamard_block(k))  # fmt: skip
+        return Source("plain", y, k)
 
     def linear(
         self, site: str, source: Source, batch: Batch, residual: Tensor | None = None, dt_bias: Tensor | None = None
     ) -> Tensor:
         """A linear layer, with eq. (18) after it for dt_proj and the residual's sum for out_proj: (rows, N)."""
-        layer, rows = self.layers[site], batch.rows
-        weight, coding = layer.weight, layer.input
-        n, k = weight.rows, weight.columns
-        y = self.empty(rows, n)
-        after: dict[str, Any] = {"residual_ptr": residual, "bias_ptr": dt_bias if dt_bias is not None else layer.bias}
-        plain = layer.output is not None  # the bias and what follows come after the `out` side
-        arguments: dict[str, Any] = {
-            "failure_ptr": batch.failure, "site": layer.number, "w_ptr": weight.digits, "w_scale_ptr": weight.scale,
-            "y_ptr": y, "rows": rows, "N": n, "K": k, "LARGEST": coding.largest, "DIGITS": coding.digits,
-            "PLANES": weight.planes, "PACKED": weight.packed, "static_ptr": coding.static,
-            "residual_ptr": None if plain else residual, "y_bias_ptr": None if plain else after["bias_ptr"],
-            "SOFTPLUS": dt_bias is not None and not plain,
-        }  # fmt: skip
-        if batch.stepwise:
-            blocks = step_blocks(rows, n)
-            coder = "per_token" if coding.coder == "per_sequence" else coding.coder  # a sequence is one token
-            grid = (1, triton.cdiv(n, blocks.columns))
-            self.launch(layers.linear_kernel, grid, blocks.warps, blocks.stages, **source.arguments(batch),
-                        **source.results(batch), **arguments, power_ptr=layer.power, peak_ptr=None, q_ptr=None, scale_ptr=None,
-                        WIDTH=power_of_two(k), CODER=coder, PLACES=max(coding.digits, 16 // blocks.rows), M=blocks.rows,
-                        BN=blocks.columns, BK=min(blocks.depth, max(power_of_two(k), 32)))  # fmt: skip
-        else:
-            q, scale = self.codes(layer, source, batch)
-            blocks = product_blocks(rows, n, coding.digits, weight.planes)
-            grid = (triton.cdiv(rows, blocks.rows), triton.cdiv(n, blocks.columns))
-            stored = Source("codes", q, 0)
-            self.launch(layers.linear_kernel, grid, blocks.warps, blocks.stages, **stored.arguments(batch),
-                        **stored.results(batch), **arguments, power_ptr=None, peak_ptr=None, q_ptr=q, scale_ptr=scale,
-                        WIDTH=1, CODER=coding.coder, PLACES=coding.digits, M=blocks.rows, BN=blocks.columns,
-                        BK=min(blocks.depth, max(power_of_two(k), 32)))  # fmt: skip
+        layer = self.layers[site]
+        bias = layer.bias if dt_bias is None else dt_bias
+        power: Tensor | None = None
+        for exponents in layer.transforms:
+            if exponents is None:
+                source, power = self.rotated(layer, source, power, batch), None
+            else:
+                power = exponents
+        nothing: dict[str, Any] = {"y_bias_ptr": None, "residual_ptr": None, "SOFTPLUS": False}
+        after = {"y_bias_ptr": bias, "residual_ptr": residual, "SOFTPLUS": dt_bias is not None}
+        y: Tensor | None = None
+        for coding in layer.input:
+            last = coding is layer.input[-1] and layer.output is None
+            y = self.product(layer, coding, source, power, batch, y, after if last else nothing)
+        assert y is not None
         if layer.output is None:
             return y
-        peak = self.peaks(Source("plain", y, n), None, n, batch) if layer.output.coder == "per_sequence" else None
+        rows, n = y.shape
+        peak = self.peaks(Source("plain", y, n), None, layer.output, n, batch)
         out, blocks = self.empty(rows, n), row_blocks(rows, n)
         self.launch(layers.read_back_kernel, (triton.cdiv(rows, blocks.rows),), blocks.warps, y_ptr=y,
-                    sequence_ptr=batch.sequence, peak_ptr=peak, failure_ptr=batch.failure, site=layer.number + 1, **after,
-                    out_ptr=out, rows=rows, N=n, CODER=layer.output.coder, LARGEST=layer.output.largest,
-                    SOFTPLUS=dt_bias is not None, M=blocks.rows, BK=blocks.depth)  # fmt: skip
+                    sequence_ptr=batch.sequence, peak_ptr=peak, failure_ptr=batch.failure, site=layer.number + 1,
+                    bias_ptr=bias, residual_ptr=residual, out_ptr=out, rows=rows, N=n, largest=layer.output.largest,
+                    CODER=layer.output.coder, SOFTPLUS=dt_bias is not None, M=blocks.rows, BK=blocks.depth)  # fmt: skip
         return out
 
-    def codes(self, layer: Linear, source: Source, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The codes of a linear layer's input: digits (rows, digits, K) int8, and the scale or exponent (rows,)."""
-        coding, k, rows = layer.input, layer.weight.columns, batch.rows
+    def product(
+        self, layer: Linear, coding: Coding, source: Source, power: Tensor | None, batch: Batch, before: Tensor | None,
+        after: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        """One part of a linear layer, added to the part before it, and what follows: (rows, N)."""
+        weight, rows = layer.weight, batch.rows
+        n, k = weight.rows, weight.columns
+        y = self.empty(rows, n)
+        arguments: dict[str, Any] = {
+            "failure_ptr": batch.failure, "site": layer.number, "w_ptr": weight.digits, "steps_ptr": weight.steps,
+            "w_scale_ptr": weight.scale, "sum_ptr": before, "y_ptr": y, "rows": rows, "N": n, "K": k,
+            "largest": coding.largest, "threshold": coding.threshold, "static_ptr": coding.static, "DIGITS": coding.digits,
+            "PLANES": weight.planes, "PACKED": weight.packed, "GROUP": weight.group, "PART": coding.part,
+        } | after  # fmt: skip
+        if batch.stepwise:
+            blocks = step_blocks(rows, n)
+            grid = (1, triton.cdiv(n, blocks.columns))
+            self.launch(layers.linear_kernel, grid, blocks.warps, blocks.stages, **source.arguments(batch),
+                        **source.results(batch), **arguments, power_ptr=power, peak_ptr=None, q_ptr=None, scale_ptr=None,
+                        WIDTH=power_of_two(k) if source.kind == "norm" else 1, CODER=coding.of_a_step,
+                        PLACES=max(coding.digits, 16 // blocks.rows), M=blocks.rows, BN=blocks.columns,
+                        BK=min(blocks.depth, max(power_of_two(k), 32)))  # fmt: skip
+            return y
+        q, scale = self.codes(layer, coding, source, power, batch)
+        blocks = product_blocks(rows, n, coding.digits, weight.planes)
+        grid = (triton.cdiv(rows, blocks.rows), triton.cdiv(n, blocks.columns))
+        stored = Source("codes", q, 0)
+        self.launch(layers.linear_kernel, grid, blocks.warps, blocks.stages, **stored.arguments(batch),
+                    **stored.results(batch), **arguments, power_ptr=None, peak_ptr=None, q_ptr=q, scale_ptr=scale, WIDTH=1,
+                    CODER=coding.coder, PLACES=coding.digits, M=blocks.rows, BN=blocks.columns,
+                    BK=min(blocks.depth, max(power_of_two(k), 32)))  # fmt: skip
+        return y
+
+    def codes(self, layer: Linear, coding: Coding, source: Source, power: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The codes of one part of a linear layer's input: digits (rows, digits, K) int8, scale or exponent (rows,)."""
+        k, rows = layer.weight.columns, batch.rows
         q = self.empty(rows, coding.digits, k, dtype=torch.int8)
         scale = self.empty(rows, dtype=torch.int32 if coding.coder == "fixed_point" else torch.float32)
-        peak = self.peaks(source, layer.power, k, batch) if coding.coder == "per_sequence" else None
+        peak = self.peaks(source, power, coding, k, batch)
         blocks = row_blocks(rows, k)
         self.launch(layers.code_kernel, (triton.cdiv(rows, blocks.rows),), blocks.warps, **source.arguments(batch),
-                    **source.results(batch), power_ptr=layer.power, peak_ptr=peak, static_ptr=coding.static,
-                    failure_ptr=batch.failure, site=layer.number, q_ptr=q, scale_ptr=scale, rows=rows, K=k,
-                    WIDTH=blocks.columns, CODER=coding.coder, LARGEST=coding.largest, DIGITS=coding.digits, M=blocks.rows,
-                    BK=blocks.depth)  # fmt: skip
+                    **source.results(batch), power_ptr=power, threshold=coding.threshold, peak_ptr=peak,
+                    static_ptr=coding.static, failure_ptr=batch.failure, site=layer.number, q_ptr=q, scale_ptr=scale,
+                    rows=rows, K=k, largest=coding.largest, WIDTH=blocks.columns if source.kind == "norm" else 1,
+                    PART=coding.part, CODER=coding.coder, DIGITS=coding.digits, M=blocks.rows, BK=blocks.depth)  # fmt: skip
         return q, scale
 
     def block(self, i: int, x: Tensor, state: State, new: State, batch: Batch) -> Tensor:
@@ -335,7 +390,7 @@ class Mamba:
             "h_stride": state.ssm.stride(0), "channels": e, "DECAYS": self.decays, "STATES": n, "N": power_of_two(n),
         }  # fmt: skip
         gated = self.empty(rows, e)
-        if batch.stepwise and self.layers[f"{at}.dt_proj"].output is None:
+        if batch.stepwise and self.layers[f"{at}.dt_proj"].plain:
             self.scan_step(self.layers[f"{at}.dt_proj"], dt, scan, value[f"{at}.dt_proj.bias"], gated, batch)
         else:
             delta = self.linear(f"{at}.dt_proj", dt, batch, dt_bias=value[f"{at}.dt_proj.bias"])
@@ -352,14 +407,14 @@ class Mamba:
 
     def scan_step(self, layer: Linear, dt: Source, scan: dict[str, Any], bias: Tensor, gated: Tensor, batch: Batch) -> None:
         """dt_proj, scan and gate of one token for each sequence."""
-        weight, coding = layer.weight, layer.input
+        weight, (coding,) = layer.weight, layer.input
         blocks = step_blocks(batch.rows, 1)
-        n = blocks.columns if INTERPRETED else 16
-        coder = "per_token" if coding.coder == "per_sequence" else coding.coder
+        n = blocks.columns
         self.launch(layers.scan_step_kernel, (1, triton.cdiv(weight.rows, n)), blocks.warps, blocks.stages, **scan,
-                    x_ptr=dt.x, x_stride=dt.stride, power_ptr=layer.power, static_ptr=coding.static,
-                    failure_ptr=batch.failure, site=layer.number, w_ptr=weight.digits, w_scale_ptr=weight.scale,
-                    y_bias_ptr=bias, y_ptr=gated, rows=batch.rows, K=weight.columns, CODER=coder, LARGEST=coding.largest,
+                    x_ptr=dt.x, x_stride=dt.stride, static_ptr=coding.static,
+                    failure_ptr=batch.failure, site=layer.number, w_ptr=weight.digits, steps_ptr=weight.steps,
+                    w_scale_ptr=weight.scale, y_bias_ptr=bias, y_ptr=gated, rows=batch.rows, K=weight.columns,
+                    CODER=coding.of_a_step, largest=coding.largest, GROUP=weight.group,
                     DIGITS=coding.digits, PLACES=max(coding.digits, 16 // blocks.rows), PLANES=weight.planes,
                     PACKED=weight.packed, LANES=step_lanes(self.config.d_state), M=blocks.rows, BN=n,
                     BK=min(blocks.depth, max(power_of_two(weight.columns), 32)))  # fmt: skip
@@ -375,8 +430,8 @@ class Mamba:
         d = self.config.d_model
         x = self.empty(batch.rows, d)
         self.launch(layers.embed_kernel, (batch.rows,), 4, token_ptr=batch.tokens, table_ptr=self.table.digits,
-                    scale_ptr=self.table.scale, y_ptr=x, K=d, PACKED=self.table.packed,
-                    BK=min(power_of_two(d), 1024))  # fmt: skip
+                    steps_ptr=self.table.steps, scale_ptr=self.table.scale, y_ptr=x, K=d, PACKED=self.table.packed,
+                    GROUP=self.table.group, BK=min(power_of_two(d), 1024))  # fmt: skip
         batch.see("embedding", x)
         for i in range(self.config.n_layer):
             x = self.block(i, x, state, new, batch)

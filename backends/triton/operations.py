@@ -13,18 +13,22 @@ from refmamba.backends.triton.kernels import alone, layers
 from refmamba.backends.triton.model import launch
 from refmamba.backends.triton.table import power_of_two, product_blocks, row_blocks, scan_blocks
 from refmamba.errors import NonFiniteError
+from refmamba.spec.codes import WEIGHT_BITS
+from refmamba.spec.transforms import hadamard_block
 
 BLOCK = 1024
 INFINITY_BITS = 0x7F800000
 
 
-def elementwise(op: str, x: Tensor, z: Tensor | None = None, largest: float = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+def elementwise(
+    op: str, x: Tensor, z: Tensor | None = None, largest: float = 0.0, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """One of elementwise_kernel's operations; z broadcasts to x."""
     x = x.contiguous()
     y = torch.empty_like(x, dtype=dtype)
     if x.numel():
         launch(alone.elementwise_kernel, (triton.cdiv(x.numel(), BLOCK),), 4, x_ptr=x,
-               z_ptr=None if z is None else z.expand(x.shape).contiguous(), y_ptr=y, n=x.numel(), OP=op, LARGEST=largest,
+               z_ptr=None if z is None else z.expand(x.shape).contiguous(), y_ptr=y, n=x.numel(), largest=largest, OP=op,
                BLOCK=BLOCK)  # fmt: skip
     return y
 
@@ -57,7 +61,8 @@ def largest_bits(x: Tensor, site: str, granularity: str) -> Tensor:
     each = torch.arange(n, dtype=torch.int32, device=x.device)
     launch(layers.peak_kernel, (triton.cdiv(n, blocks.rows),), blocks.warps, x_ptr=rows, x_stride=k, weight_ptr=None,
            bias_ptr=None, eps=0.0, state_ptr=None, state_stride=0, sequence_ptr=each, position_ptr=each, power_ptr=None,
-           peak_ptr=peak, rows=n, K=k, SOURCE="plain", TAPS=1, WIDTH=1, M=blocks.rows, BK=blocks.depth)  # fmt: skip
+           threshold=0.0, peak_ptr=peak, rows=n, K=k, SOURCE="plain", TAPS=1, WIDTH=1, PART="all", M=blocks.rows,
+           BK=blocks.depth)  # fmt: skip
     if bool((peak >= INFINITY_BITS).any()):
         raise NonFiniteError(f"{site}: a value is NaN or infinite, so it has no codes; check the weights and the input")
     return peak.reshape(-1, 1) if granularity == "per_row" else peak.reshape(())
@@ -95,20 +100,44 @@ def code_static(x: Tensor, static_absmax: Tensor, bits: int, site: str) -> Codes
     """Eq. (7, 8) with a calibrated absolute maximum."""
     absmax(x, site)
     scale = scale_of(static_absmax, bits)
-    factor = torch.where(static_absmax < 2.0**-100, torch.zeros_like(scale), scale)
-    return Codes(quantize(x, factor, bits), scale, bits)
+    return Codes(quantize(x, factor_of(static_absmax, scale), bits), scale, bits)
+
+
+def factor_of(static_absmax: Tensor, scale: Tensor) -> Tensor:
+    """What codes are made with: 0 where a static absolute maximum counts as zero."""
+    return torch.where(static_absmax < 2.0**-100, torch.zeros_like(scale), scale)
+
+
+def code_flattened(x: Tensor, threshold: Tensor, bits: int, site: str) -> Codes:
+    """Eq. (33)."""
+    absmax(x, site)
+    scale = scale_of(threshold, bits)
+    return Codes(elementwise("quantize_wide", x, factor_of(threshold, scale), dtype=torch.int32), scale, bits)
+
+
+def rotate(x: Tensor, site: str) -> Tensor:
+    """Eq. (31)."""
+    largest_bits(x, site, "per_row")
+    (n, k), y = x.shape, torch.empty_like(x)
+    blocks, each = row_blocks(n, k), torch.arange(n, dtype=torch.int32, device=x.device)
+    launch(layers.rotate_kernel, (triton.cdiv(n, blocks.rows),), blocks.warps, x_ptr=x, x_stride=k, weight_ptr=None,
+           bias_ptr=None, eps=0.0, state_ptr=None, new_state_ptr=None, state_stride=0, sequence_ptr=each, position_ptr=each,
+           length_ptr=None, power_ptr=None, u_ptr=None, failure_ptr=torch.zeros_like(each), site=0, y_ptr=y, rows=n, K=k,
+           SOURCE="plain", TAPS=1, WIDTH=1, M=blocks.rows, BLOCK=hadamard_block(k))  # fmt: skip
+    return y
 
 
 def fixed_point(x: Tensor, magnitude_bits: int, site: str) -> FixedPoint:
     """Eq. (10)."""
     m = absmax(x, site, "per_row")
-    exponent = elementwise("exponent_of", m, largest=magnitude_bits, dtype=torch.int32)
+    op = "weight_exponent" if magnitude_bits == WEIGHT_BITS else "activation_exponent"
+    exponent = elementwise(op, m, dtype=torch.int32)
     return FixedPoint(elementwise("fixed_point", x, exponent, dtype=torch.int32), exponent)
 
 
 def digits_of(codes: Codes | FixedPoint, places: int) -> Tensor:
     """The balanced digits of codes (n, K), the lowest first: int8 (n, places, K)."""
-    if isinstance(codes, Codes):
+    if codes.q.dtype == torch.int8:
         return codes.q[:, None].contiguous()
     shifted = codes.q + sum(128 << (8 * place) for place in range(places - 1))
     low = [((shifted >> (8 * place)) & 255) - 128 for place in range(places - 1)]
@@ -148,8 +177,8 @@ def embed(tokens: Tensor, table: Tensor | Codes) -> Tensor:
     scale = of_rows(table, len(table.q)) if isinstance(table, Codes) else None
     values = table.q if isinstance(table, Codes) else table
     y = torch.empty(len(tokens), values.shape[1], device=values.device)
-    launch(layers.embed_kernel, (len(tokens),), 4, token_ptr=tokens.int(), table_ptr=values, scale_ptr=scale, y_ptr=y,
-           K=values.shape[1], PACKED=False, BK=BLOCK)  # fmt: skip
+    launch(layers.embed_kernel, (len(tokens),), 4, token_ptr=tokens.int(), table_ptr=values, steps_ptr=None, scale_ptr=scale,
+           y_ptr=y, K=values.shape[1], PACKED=False, GROUP=0, BK=BLOCK)  # fmt: skip
     return y
 
 
@@ -205,8 +234,8 @@ UNARY = ("exp", "log", "log1p", "softplus", "silu", "state_matrix")
 OPERATIONS: dict[str, Callable[..., Any]] = {name: unary(name) for name in UNARY} | {
     f.__name__: f
     for f in (
-        tree_sum, absmax, scale_of, quantize, code, code_static, fixed_point, integer_product, rescale, embed, rms_norm, conv1d,
-        discretize, selective_scan, log_softmax,
+        tree_sum, absmax, scale_of, quantize, code, code_static, code_flattened, rotate, fixed_point, integer_product,
+        rescale, embed, rms_norm, conv1d, discretize, selective_scan, log_softmax,
     )
 } | {
     "step_size": lambda dt, bias: elementwise("step_size", dt, bias),

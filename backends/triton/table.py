@@ -42,7 +42,7 @@ def product_blocks(rows: int, n: int, digits: int, planes: int) -> Blocks:
 
 def step_blocks(rows: int, n: int) -> Blocks:
     """The fused kernels of decode."""
-    m = power_of_two(rows)
+    m = 1 if rows == 1 else 4 if rows <= 4 else FEW
     if INTERPRETED:
         return Blocks(m, min(power_of_two(max(n, 16)), 256), 64, 1)
     return Blocks(m, 64 if n > 16384 else 32 if n > 1024 else 16, 256 if m <= 4 else 128, 4)

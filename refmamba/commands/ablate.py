@@ -9,6 +9,9 @@ from typing import get_args
 import click
 
 from refmamba.commands.options import (
+    SEEDS,
+    InputFile,
+    Number,
     TextFile,
     data_option,
     json_option,
@@ -25,6 +28,7 @@ from refmamba.eval_tasks.score import MAX_LENGTH
 from refmamba.formats.text import read_text
 from refmamba.paper.ablation import Ablation, ablate, table
 from refmamba.paper.outliers import SIGMA, Over, report_on
+from refmamba.run.progress import bar
 from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec.scheme import LINEAR_LAYERS
 
@@ -34,11 +38,11 @@ from refmamba.spec.scheme import LINEAR_LAYERS
 @click.option("--site", "sites", multiple=True, type=click.Choice([*LINEAR_LAYERS, "all"]),
               help="Where to zero; repeatable.  [default: each, and all]")  # fmt: skip
 @text_option("Where the outliers are looked for.")
-@click.option("--score", "scored", type=click.Path(path_type=Path), help="The text that is scored.  [default: the same]")
-@click.option("--sigma", default=SIGMA, show_default=True, type=click.FloatRange(0), help="As in `refmamba outliers`.")
+@click.option("--score", "scored", type=InputFile(), help="The text that is scored.  [default: the same]")
+@click.option("--sigma", default=SIGMA, show_default=True, type=Number(0), help="As in `refmamba outliers`.")
 @click.option("--over", default="channels", show_default=True, type=click.Choice(get_args(Over)), help="As there.")
-@click.option("--draws", default=3, show_default=True, type=click.IntRange(0), help="Random controls of each site.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the controls.")
+@click.option("--draws", default=3, show_default=True, type=click.IntRange(0, 10_000), help="Random controls of each site.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, SEEDS), help="Of the controls.")
 @tasks_option(default=None)
 @data_option
 @limit_option
@@ -54,10 +58,14 @@ def command(
     open_model(choice, "fp32").float_checkpoint()
     who = subject(replace(choice, scheme=choice.scheme or "fp32"), MAX_LENGTH)
     described = session_of(who.job).describe()
-    report = report_on(session_of(who.job), text.text, sigma, over)
-    with Results(results) if datasets else nullcontext() as store:
+    with Results(results) if datasets else nullcontext() as store:  # opened before the work: it may not be ours
+        report = report_on(session_of(who.job), text.text, sigma, over)
         ablation = Ablation(who, scored_text, datasets, limit, store, score_here)
-        rows = list(ablate(ablation, report, sites or (*LINEAR_LAYERS, "all"), draws, seed))
+        where, rows = sites or (*LINEAR_LAYERS, "all"), []
+        with bar(1 + len(where) * (1 + draws), "ablations", "row") as done:
+            for row in ablate(ablation, report, where, draws, seed):
+                rows.append(row)
+                done.update()
     if as_json:
         click.echo(json.dumps(described | {"sigma": sigma, "over": over, "rows": [asdict(row) for row in rows]}))
     else:

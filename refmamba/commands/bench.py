@@ -12,11 +12,13 @@ from refmamba.commands.options import json_option, model_options
 from refmamba.run.session import ModelChoice, open_session
 from refmamba.run.timing import Ours, other_programs, peak_rss, read_bandwidth, speeds, weight_bytes
 
+LONGEST = 2**20  # tokens
+
 
 @click.command("bench")
 @model_options()
-@click.option("--prompt-len", default=512, show_default=True, type=click.IntRange(1), help="Tokens of the prefill.")
-@click.option("--gen-len", default=64, show_default=True, type=click.IntRange(1), help="Tokens of the decode.")
+@click.option("--prompt-len", default=512, show_default=True, type=click.IntRange(1, LONGEST), help="Tokens of the prefill.")
+@click.option("--gen-len", default=64, show_default=True, type=click.IntRange(1, LONGEST), help="Tokens of the decode.")
 @click.option("--compare", is_flag=True, help="Also transformers and llama.cpp (llama-cpp-python, gguf), if installed.")
 @json_option
 def command(choice: ModelChoice, prompt_len: int, gen_len: int, compare: bool, as_json: bool) -> None:

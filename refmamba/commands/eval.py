@@ -9,6 +9,8 @@ from pathlib import Path
 import click
 
 from refmamba.commands.options import (
+    MOST,
+    OutputFile,
     data_option,
     json_option,
     limit_option,
@@ -29,8 +31,10 @@ from refmamba.run.session import ModelChoice
 @data_option
 @limit_option
 @results_option
-@click.option("--samples", type=click.Path(path_type=Path, dir_okay=False), help="Write one JSON object a document here.")
-@click.option("--max-length", type=click.IntRange(1), default=2048, show_default=True, help="Tokens; longer contexts are cut.")
+@click.option("--samples", type=OutputFile(), help="Write one JSON object a document here.")
+@click.option(
+    "--max-length", type=click.IntRange(1, MOST), default=2048, show_default=True, help="Tokens; longer contexts are cut."
+)
 @workers_option
 @click.option("--dask", help="Score on the workers of this dask scheduler, tcp://HOST:PORT (extra `cluster`).")
 @json_option
@@ -41,18 +45,16 @@ def command(
     """Score the six tasks as lm-evaluation-harness does, and print their metrics; --json as it lays them out."""
     from refmamba.eval_tasks import report
     from refmamba.eval_tasks.cluster import cluster
-    from refmamba.eval_tasks.evaluate import evaluate_all, score_here, subject
+    from refmamba.eval_tasks.evaluate import evaluate_all, finished_results, score_here, subject
     from refmamba.eval_tasks.load import load_tasks
     from refmamba.eval_tasks.progress import progress
     from refmamba.eval_tasks.results import Results
-    from refmamba.formats.files import write_text
+    from refmamba.formats.writing import write_text
 
     if workers and dask:
         raise click.UsageError("give either --workers or --dask")
     if schemes is not None and choice.scheme is not None:
         raise click.UsageError("give either --schemes, or --scheme, --bits and --act-bits")
-    if samples and not samples.parent.is_dir():
-        raise DataError(f"{samples}: cannot be written: there is no folder {samples.parent}")
     datasets = load_tasks(tasks, data)
     subjects = [subject(replace(choice, scheme=name), max_length) for name in schemes or (choice.scheme,)]
     if len({who.scheme.name for who in subjects}) < len(subjects):
@@ -62,7 +64,7 @@ def command(
     def show() -> None:
         """What there is, on stdout and in the samples' file."""
         outcomes = [
-            report.Outcome(who, one, count, store.load(who.key(one)))
+            report.Outcome(who, one, count, finished_results(store, who.key(one), one))
             for who, (one, count) in itertools.product(subjects, zip(datasets, counts, strict=True))
         ]
         click.echo(json.dumps(report.as_json(outcomes), ensure_ascii=False) if as_json else report.text(outcomes))

@@ -5,30 +5,27 @@ from pathlib import Path
 import click
 import numpy as np
 
-from refmamba.commands.options import model_options
-from refmamba.errors import DataError
-from refmamba.formats.files import write_file
+from refmamba.commands.options import OutputFile, model_options, receipt_option, text_or_tokens
+from refmamba.formats.writing import write_file
 from refmamba.run.model import Model
+from refmamba.run.receipt import Recorder
 from refmamba.run.session import ModelChoice, open_session
-
-
-def parse_tokens(text: str) -> list[int]:
-    """`1,2,3` as tokens. Raises DataError."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise DataError(f"--tokens {text}: give whole numbers with commas between, like 1,2,3") from None
 
 
 @click.command("logits")
 @model_options()
 @click.option("--text", help="A text, or")
 @click.option("--tokens", help="its tokens, 1,2,3.")
-@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The .npy file to write.")
-def command(choice: ModelChoice, text: str | None, tokens: str | None, out: Path) -> None:
+@receipt_option
+@click.option("--out", required=True, type=OutputFile(), help="The .npy file to write.")
+def command(choice: ModelChoice, text: str | None, tokens: str | None, receipt: Path | None, out: Path) -> None:
     """Write the logits of every position: float32 (length, vocabulary)."""
-    given = text if tokens is None else parse_tokens(tokens)
-    if given is None or None not in (text, tokens):
-        raise DataError("give either --text or --tokens")
-    logits = Model(open_session(choice)).logits(given)
+    words, session = text_or_tokens(text, tokens), open_session(choice)
+    sequence = session.tokenizer.encode_array(words) if isinstance(words, str) else np.array(words)
+    logits = Model(session).logits(sequence)
     write_file(out, lambda stream: np.save(stream, logits))
+    if receipt is not None:
+        recorder = Recorder(session, sequence)
+        for row, token in zip(logits, sequence, strict=True):
+            recorder.look(row, int(token))
+        recorder.save(receipt)

@@ -1,18 +1,16 @@
-"""The command line. Text for the user goes to stdout, progress and warnings to stderr; wrong input ends with one line
-on stderr and exit status 2, an interrupted run with 130."""
+"""The command line. Text for the user goes to stdout, progress and warnings to stderr; refmamba.commands.entry
+decides how a command ends."""
 
 import importlib
-import os
-import sys
+from collections.abc import Callable
 
 import click
 
 from refmamba import __version__
-from refmamba.errors import RefmambaError
 
 COMMANDS = (
-    "ablate", "bench", "eval", "generate", "logits", "outliers", "perplexity", "quantize", "reproduce", "smooth-search",
-    "step", "verify",
+    "ablate", "bench", "eval", "generate", "logits", "outliers", "perplexity", "quantize", "replay", "reproduce",
+    "smooth-search", "step", "trace", "verify",
 )  # fmt: skip
 
 
@@ -31,25 +29,8 @@ class Commands(click.Group):
 
 @click.group(cls=Commands)
 @click.version_option(__version__)
-def refmamba() -> None:
+@click.pass_obj
+def refmamba(imported: Callable[[], None] | None) -> None:
     """Mamba inference with bit-exact integer quantization."""
-
-
-def main() -> None:
-    """The `refmamba` command."""
-    try:
-        refmamba.main(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code if error.exit_code != 1 else 2)
-    except RefmambaError as error:
-        click.echo(f"refmamba: {error}", err=True)
-        sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("refmamba: interrupted", err=True)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader went away, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    if imported is not None:  # whoever starts this as a process wants to know that the command's modules are there
+        imported()

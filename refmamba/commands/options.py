@@ -1,6 +1,8 @@
 """The options that several commands have, each of them once. They stand in this order in every --help."""
 
 import functools
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,8 @@ import click
 from refmamba.backends import DEFAULT_BACKEND
 from refmamba.errors import DataError
 
+SEEDS = 2**63 - 1  # the largest seed
+MOST = 2**31 - 1  # of what is counted; no machine holds more
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -53,29 +57,79 @@ def _read(ctx: click.Context, param: click.Parameter, file: Path | None) -> Text
     return TextFile(file, passage() if file is None else read_text(file))
 
 
-def _json_name(ctx: click.Context, param: click.Parameter, file: Path | None) -> Path | None:
-    if file is not None and file.suffix != ".json":
-        raise DataError(f"{param.opts[0]} {file}: the name must end in .json")
-    return file
+class OutputFile(click.Path):
+    """A file to write. It is checked before the work whether it can be, and that no other option of the command names it.
+
+    Raises DataError. ending: what the name must end in, by which it is known again. database: a file that is checked by what
+    opens it.
+    """
+
+    def __init__(self, ending: str = "", database: bool = False) -> None:
+        super().__init__(path_type=Path)
+        self.ending, self.database = ending, database
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        from refmamba.formats.writing import check_file
+
+        file, name = Path(value), param.opts[0] if param else ""
+        if not str(value):
+            raise DataError(f"{name} '': names nothing; leave it out, or give the name of a file")
+        if self.ending and file.suffix != self.ending:
+            raise DataError(f"{name} {file}: the name must end in {self.ending}")
+        claim(ctx, name, file, written=True)
+        if not self.database:
+            check_file(file)
+        return file
+
+
+def claim(ctx: click.Context | None, option: str, file: Path | None, *, written: bool) -> None:
+    """Raise DataError where two options of a command name one file, which it would write for one of them."""
+    if ctx is None or file is None or (file.exists() and not file.is_file()):  # into a device several may write
+        return
+    others: dict[str, tuple[str, bool]] = ctx.meta.setdefault("refmamba.files", {})
+    other, other_written = others.setdefault(os.path.realpath(file), (option, written))
+    if other != option and (written or other_written):
+        raise DataError(f"{other} and {option} name one file, {file}; give each its own")
+
+
+class InputFile(click.Path):
+    """A file to read, which no other option of the command may write. Raises DataError."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        claim(ctx, param.opts[0] if param else "", Path(value), written=False)
+        return Path(value)
+
+
+class Number(click.FloatRange):
+    """A number of a range, and not the one float that is in every range: NaN; nor an infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 def json_file_option(name: str, *parameter: str, help: str) -> Decorator:
     """An option for a .json to write. Raises DataError for another ending, by which it would not be known again."""
-    path = click.Path(path_type=Path, dir_okay=False)
-    return click.option(name, *parameter, type=path, callback=_json_name, help=help)
+    return click.option(name, *parameter, type=OutputFile(".json"), help=help)
 
 
 model_option = click.option("--model", default="small", show_default=True, help="`small`, a folder, or OWNER/NAME on the hub.")
 revision_option = click.option("--revision", help="Branch, tag or commit of a model on the hub.")
 scheme_option = click.option(
-    "--scheme", help="fp32, wN-mlp, wN-all, wNaM-mlp, wNaM-all, int8, int8-static, int8-smooth, FILE.json."
+    "--scheme", help="fp32, int8, int4, wN-all, wNaM-all, ..., FILE.json: docs/SPEC.md, section 4, has them all."
 )
 bits_option = click.option("--bits", type=int, help="N: the scheme wN-all.")
 act_bits_option = click.option("--act-bits", type=int, help="M, with --bits N: the scheme wNaM-all.")
-calibrate_option = click.option("--calibrate", type=click.Path(path_type=Path), help="Text or .json for static scales.")
+calibrate_option = click.option("--calibrate", type=InputFile(), help="Text or .json for static scales.")
 save_calibration_option = json_file_option(
     "--save-calibration", "calibration_file", help="Write the maxima of every channel to this .json, for --calibrate."
 )
+receipt_option = json_file_option("--receipt", help="Write what was computed to this .json, for `refmamba replay`.")
 backend_option = click.option(
     "--backend", default=DEFAULT_BACKEND, show_default=True, help="reference, cpu, torch, or module:Class."
 )
@@ -85,10 +139,29 @@ add_bos_option = click.option(
 device_option = click.option("--device", help="cpu, cuda, cuda:1: where the backend offers it.")
 
 
+def parse_tokens(text: str) -> list[int]:
+    """`1,2,3` as tokens. Raises DataError."""
+    try:
+        tokens = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise DataError(f"--tokens {text}: give whole numbers with commas between, like 1,2,3") from None
+    if any(abs(token) > MOST for token in tokens):
+        raise DataError(f"--tokens {text}: no model has so large a token")
+    return tokens
+
+
+def text_or_tokens(text: str | None, tokens: str | None) -> str | list[int]:
+    """What --text or --tokens names, where a command takes either. Raises DataError for both, and for none."""
+    words = text if tokens is None else parse_tokens(tokens)
+    if words is None or None not in (text, tokens):
+        raise DataError("give either --text or --tokens")
+    return words
+
+
 def text_option(help: str, *, required: bool = False) -> Decorator:
     """--text FILE, read: a TextFile. Where it may be left out it is the passage inside the package."""
     words = help if required else f"{help}  [default: the package's passage]"
-    return click.option("--text", type=click.Path(path_type=Path), required=required, callback=_read, help=words)
+    return click.option("--text", type=InputFile(), required=required, callback=_read, help=words)
 
 
 def tasks_option(default: str | None) -> Decorator:
@@ -98,13 +171,13 @@ def tasks_option(default: str | None) -> Decorator:
 
 
 data_option = click.option("--data", multiple=True, help="A folder, TASK=FILE, `hub` or `sample` (default); repeatable.")
-limit_option = click.option("--limit", type=click.IntRange(1), help="Only the first N documents of each task.")
+limit_option = click.option("--limit", type=click.IntRange(1, MOST), help="Only the first N documents of each task.")
 results_option = click.option(
-    "--results", type=click.Path(path_type=Path, dir_okay=False), default="refmamba-results.sqlite", show_default=True,
+    "--results", type=OutputFile(database=True), default="refmamba-results.sqlite", show_default=True,
     help="Keeps every document's result; a run goes on where the last one stopped.",
 )  # fmt: skip
 workers_option = click.option(
-    "--workers", type=click.IntRange(1), help="Score in N processes of this machine (extra `cluster`)."
+    "--workers", type=click.IntRange(1, 1024), help="Score in N processes of this machine (extra `cluster`)."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 

@@ -6,20 +6,28 @@ from typing import get_args
 
 import click
 
-from refmamba.commands.options import TextFile, json_option, model_options, save_calibration_option, text_option
+from refmamba.commands.options import (
+    Number,
+    OutputFile,
+    TextFile,
+    json_option,
+    model_options,
+    save_calibration_option,
+    text_option,
+)  # fmt: skip
 from refmamba.formats.calibration import save_calibration
 from refmamba.paper.outliers import HEAD, SIGMA, Over, Report, observe
-from refmamba.paper.plots import plot
+from refmamba.paper.plots import check_plot, plot
 from refmamba.run.session import ModelChoice, open_session
 
 
 @click.command("outliers")
 @model_options()
 @text_option("A UTF-8 text file.")
-@click.option("--sigma", default=SIGMA, show_default=True, type=click.FloatRange(0), help="Standard deviations.")
+@click.option("--sigma", default=SIGMA, show_default=True, type=Number(0), help="Standard deviations.")
 @click.option("--over", default="channels", show_default=True, type=click.Choice(get_args(Over)),
               help="Mean and deviation of the channels' maxima, or of all values.")  # fmt: skip
-@click.option("--plot", "plot_file", type=click.Path(path_type=Path, dir_okay=False), help="F.png or F.svg.")
+@click.option("--plot", "plot_file", type=OutputFile(), help="F.png or F.svg.")
 @save_calibration_option
 @json_option
 def command(
@@ -27,6 +35,8 @@ def command(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Where the outlier channels sit (figure 1); fp32 unless a scheme is named."""
+    if plot_file is not None:
+        check_plot(plot_file)
     session = open_session(choice, "fp32")
     sites = observe(session.runner, session.tokenizer.encode_array(text.text), head=calibration_file is not None)
     if calibration_file is not None:

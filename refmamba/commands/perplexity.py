@@ -1,6 +1,7 @@
 """`refmamba perplexity`: bits per byte of a text."""
 
 import json
+import math
 
 import click
 
@@ -17,7 +18,8 @@ def command(choice: ModelChoice, text: TextFile, as_json: bool) -> None:
     """Perplexity and bits per byte of a text, the state carried through."""
     session = open_session(choice)
     result = Model(session).perplexity(text.text)
-    values = {"tokens": result.tokens, "bytes": result.n_bytes, "perplexity": result.per_token,
+    whole = result.per_token if math.isfinite(result.per_token) else None  # JSON has no infinity
+    values = {"tokens": result.tokens, "bytes": result.n_bytes, "perplexity": whole,
               "bits_per_byte": result.bits_per_byte}  # fmt: skip
     if as_json:
         click.echo(json.dumps(session.describe() | {"text": str(text)} | values))

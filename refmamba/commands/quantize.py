@@ -14,7 +14,7 @@ from refmamba.commands.options import (
     save_calibration_option,
     scheme_option,
 )  # fmt: skip
-from refmamba.run.session import ModelChoice, quantize_folder
+from refmamba.run.session import ROUNDINGS, ModelChoice, quantize_folder
 
 
 @click.command("quantize")
@@ -22,7 +22,9 @@ from refmamba.run.session import ModelChoice, quantize_folder
 @click.argument("folder", type=click.Path(path_type=Path))
 @model_options(revision_option, scheme_option, bits_option, act_bits_option, calibrate_option, add_bos_option)
 @save_calibration_option
-def command(choice: ModelChoice, folder: Path, calibration_file: Path | None) -> None:
+@click.option("--rounding", default="search", show_default=True, type=click.Choice(ROUNDINGS),
+              help="search: each weight by itself. gptq: by the errors on 16,384 tokens of --calibrate FILE.")  # fmt: skip
+def command(choice: ModelChoice, folder: Path, calibration_file: Path | None, rounding: str) -> None:
     """Save MODEL quantized in FOLDER, which every command loads."""
-    opened = quantize_folder(choice, folder, calibration_file)
+    opened = quantize_folder(choice, folder, calibration_file, rounding)
     click.echo(f"{folder}: {choice.model} as {opened.scheme.name}")

@@ -27,7 +27,7 @@ from refmamba.eval_tasks.load import HUB, load_tasks
 from refmamba.eval_tasks.results import Results
 from refmamba.paper.estimate import plan, work_of, work_on_hub
 from refmamba.paper.published import PAPER_TASKS
-from refmamba.paper.reproduction import SCHEMES, SITES, Settings, evaluate_model, write_all
+from refmamba.paper.reproduction import SCHEMES, SITES, Settings, check_outputs, evaluate_model, write_all
 from refmamba.paper.tables import ModelTables
 from refmamba.run.session import ModelChoice
 
@@ -39,7 +39,7 @@ from refmamba.run.session import ModelChoice
 @names_option("--schemes", default=",".join(SCHEMES), help="With commas.")
 @text_option("For outliers and bits per byte.")
 @click.option("--sites", default=",".join(SITES), show_default=True, help="Ablations (table 2), with commas; empty: none.")
-@click.option("--draws", default=1, show_default=True, type=click.IntRange(0), help="Random controls of each ablation.")
+@click.option("--draws", default=1, show_default=True, type=click.IntRange(0, 10_000), help="Random controls of each ablation.")
 @tasks_option(default="all")
 @data_option
 @limit_option
@@ -58,10 +58,11 @@ def command(
     if wrong := set(where) - set(SITES):
         raise DataError(f"--sites: no '{min(wrong)}'; there are {', '.join(SITES)}")
     backend = load_backend(choice.backend, choice.device)
+    if not dry_run:
+        check_outputs(folder, models)
     click.echo(plan(models, schemes, work, len(where) * (1 + draws), fetched, backend))
     if dry_run:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         datasets = load_tasks(tasks, data)
         store = stack.enter_context(Results(folder / "results.sqlite"))

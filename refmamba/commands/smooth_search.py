@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from refmamba.commands.options import TextFile, json_file_option, json_option, model_options, text_option
-from refmamba.formats.files import write_text
-from refmamba.paper.smoothing import Alphas, describe, search
+from refmamba.formats.writing import write_text
+from refmamba.paper.smoothing import Alphas, describe, most_tries, search
 from refmamba.run.perplexity import text_perplexity
+from refmamba.run.progress import bar, say
 from refmamba.run.session import ModelChoice, open_session
 
 
@@ -31,10 +32,12 @@ def command(choice: ModelChoice, text: TextFile, per_site: bool, out: Path | Non
         return text_perplexity(tried, text.text).bits_per_byte
 
     found: list[dict[str, Any]] = []
-    for alphas, value in search(bits, per_site):
-        found.append({"alpha": alphas, "bits_per_byte": value})
-        if not as_json:
-            click.echo(f"{value:.4f} bits a byte: {describe(alphas)}")
+    with bar(most_tries(per_site), "searching", "alpha") as tries:
+        for alphas, value in search(bits, per_site):
+            found.append({"alpha": alphas, "bits_per_byte": value})
+            tries.update()
+            if not as_json:
+                say(f"{value:.4f} bits a byte: {describe(alphas)}")
     best = min(found, key=lambda one: one["bits_per_byte"])
     if out is not None:
         write_text(out, json.dumps(replace(scheme, name=out.stem, smooth=best["alpha"]).to_json(), indent=1) + "\n")

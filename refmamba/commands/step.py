@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from refmamba.commands.generate import DEFAULT_PROMPT
-from refmamba.commands.options import calibrate_option, json_option, model_option, names_option, revision_option
+from refmamba.commands.options import OutputFile, calibrate_option, json_option, model_option, names_option, revision_option
 from refmamba.errors import DataError, SchemeError
+from refmamba.formats.scheme import open_scheme
 from refmamba.run.session import ModelChoice, open_model
-from refmamba.spec.scheme import parse_scheme
 from refmamba.teach.follow import as_text, as_values
 from refmamba.teach.forwards import follow, named_sites
 from refmamba.teach.pages import write_page
@@ -30,7 +30,7 @@ DEFAULT_SCHEME = "int8"
 @click.option("--op", help="in_proj, in_proj.acc, conv1d, scan, ...; embedding, norm_f, lm_head.  [default: all of the layer]")
 @click.option("--token", type=click.IntRange(0), help="Place in the prompt.  [default: the last]")
 @click.option("--channel", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page that runs the model in a browser.")
+@click.option("--html", type=OutputFile(), help="Write a page that runs the model in a browser.")
 @json_option
 def command(
     prompt: str, model: str, revision: str | None, scheme: tuple[str, ...] | None, calibrate: Path | None, layer: int,
@@ -41,13 +41,13 @@ def command(
     if html is not None:
         if op is not None or as_json:
             raise DataError("--html writes the whole page; leave out --op and --json")
-        schemes = None if scheme is None else [parse_scheme(name) for name in scheme]
+        schemes = None if scheme is None else [open_scheme(name) for name in scheme]
         if reason := write_page(opened, schemes, prompt, html):
             click.echo(f"{html}: holds the recorded prompt, and not {model}: {reason}", err=True)
         return
     if scheme is not None and len(scheme) > 1:
         raise SchemeError("several schemes are for --html; name one")
-    follower = follow(opened, parse_scheme(scheme[0] if scheme else DEFAULT_SCHEME), opened.tokenizer.encode_array(prompt))
+    follower = follow(opened, open_scheme(scheme[0] if scheme else DEFAULT_SCHEME), opened.tokenizer.encode_array(prompt))
     sites = named_sites(follower, layer, op)
     token = follower.shape(sites[0])[0] - 1 if token is None else token
     if op is None and not as_json and sys.stdin.isatty() and sys.stdout.isatty():

@@ -1,60 +1,134 @@
-"""`refmamba verify`: a backend beside the specification."""
+"""`refmamba verify`: a backend, or single operations, beside the specification."""
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 import click
 
 from refmamba.backend import load_backend
+from refmamba.commands.against import against_option
 from refmamba.commands.options import backend_option, device_option, json_option, names_option
+from refmamba.conformance.comparison import Difference, Tolerance, parse_tolerance
 from refmamba.conformance.models import SCHEMES
 from refmamba.conformance.operations import Row
-from refmamba.conformance.verify import run_checks
+from refmamba.conformance.strangers import load_operations
+from refmamba.conformance.verify import count_checks, run_checks, run_operations
 from refmamba.errors import DataError
+from refmamba.formats.scheme import open_scheme
+from refmamba.run.progress import bar, say
 from refmamba.spec import SPEC_VERSION
-from refmamba.spec.scheme import parse_scheme
+
+SAME, DIFFERS, NOT_RUN = 0, 1, 2  # exit statuses
 
 
-def table_line(row: Row) -> str:
+def heading(tolerance: Tolerance | None) -> str:
+    """What stands over the table."""
+    measures = "absolute  relative  ulp         KL       same choice" if tolerance else "exact"
+    return f"{'check':<36} {'scheme':<12} cases {measures}"
+
+
+def table_line(row: Row, tolerance: Tolerance | None) -> str:
     """One line of the table."""
-    verdict = "not offered" if not row.offered else "FAILED" if row.failed else "ok"
-    ulp = f"{row.max_ulp} ulp" if row.max_ulp else ""
-    return f"{row.check:<20} {row.scheme:<12} {row.cases:>5} {row.exact:>5}  {ulp:<6} {verdict}"
+    check = f"{row.check} ({row.operation})" if row.operation else row.check
+    start = f"{check:<36} {row.scheme:<12} {row.cases:>5}"
+    if tolerance is None:
+        ulp = f"{row.max_ulp} ulp" if row.max_ulp else ""
+        return f"{start} {row.exact:>5}  {ulp:<6} {row.verdict}"
+    if row.errors is None:
+        return f"{start} {'':<49} {row.verdict}"
+    e, whole = row.errors, ""
+    if row.divergence is not None:
+        share = "" if row.agreement is None else f"{row.agreement:.2%}"
+        whole = f"{row.divergence:<8.1e} {share}"
+    change = f"; the choice changes first at {row.first_change}" if row.first_change else ""
+    return f"{start} {e.absolute:<9.1e} {e.relative:<9.1e} {e.ulp:<11} {whole:<17} {row.verdict}{change}"
+
+
+def status_of(rows: Iterable[Row]) -> int:
+    """Whether all is the same, something differs, or something could not run. What differs goes before."""
+    rows = list(rows)
+    if any(row.failed > row.raised for row in rows):
+        return DIFFERS
+    return NOT_RUN if any(row.failed for row in rows) else SAME
+
+
+def summary(rows: Sequence[Row], tolerance: Tolerance | None) -> str:
+    """The last line where nothing differs: what has been run, and what has not."""
+    verdict = f"within {tolerance.name}" if tolerance else "every bit is the specification's"
+    missing = [row.scheme or row.check for row in rows if not row.offered]
+    idle = []
+    for operation in dict.fromkeys(row.operation for row in rows if row.operation):
+        if not any(row.calls for row in rows if row.operation == operation):
+            idle.append(operation)
+    return (
+        verdict
+        + (f"; not offered: {', '.join(missing)}" if missing else "")
+        + (f"; on its vectors alone, as no forward calls it: {', '.join(idle)}" if idle else "")
+    )
 
 
 @click.command("verify")
 @click.option("--model", help="Check this model too: `small`, a folder, or OWNER/NAME on the hub.")
+@against_option
 @backend_option
+@click.option("--operations", help="Single operations instead of a backend: module:Class, or NAME=module:function.")
 @device_option
-@names_option("--schemes", default=",".join(SCHEMES), help="With commas.")
+@names_option("--schemes", help=f"With commas.  [default: all, as {', '.join(SCHEMES[:3])}]")
+@click.option("--tolerance", "tolerance_name", help="For float kernels and numbers: float32, float16, bfloat16, ulp:N.")
+@click.option("--quick", is_flag=True, help="The vectors and the tiny model, each way of calling once.")
+@click.option("--tokens", help="With --against: the sequence, 1,2,3, where the file lacks it.")
 @json_option
-def command(model: str | None, backend: str, device: str | None, schemes: tuple[str, ...], as_json: bool) -> None:
-    """Compare a backend with the specification, bit by bit; exit status 1 if it differs."""
-    for scheme in schemes:
-        parse_scheme(scheme)
-    implementation = load_backend(backend, device)
-    if not implementation.exact:
-        raise DataError(f"backend '{backend}' does not claim the specification's bits, so there is nothing to verify")
-    rows, first = [], None
+@click.pass_context
+def command(
+    context: click.Context, model: str | None, backend: str, operations: str | None, device: str | None,
+    schemes: tuple[str, ...] | None,
+    tolerance_name: str | None, quick: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Compare a backend, or single operations, with the specification, bit by bit or within a tolerance.
+
+    Exit status: 0 the same, 1 it differs, 2 it could not run. docs/VERIFY.md tells how to check your own.
+    """
+    for scheme in schemes or ():
+        open_scheme(scheme)
+    tolerance = None if tolerance_name is None else parse_tolerance(tolerance_name)
+    if operations is not None:
+        if context.get_parameter_source("backend") != click.core.ParameterSource.DEFAULT:
+            raise DataError("--operations run on the reference: leave out --backend")
+        subject, place = operations, device or "cpu"
+        results = run_operations(load_operations(operations, device), schemes, model, quick=quick, tolerance=tolerance)
+    else:
+        implementation = load_backend(backend, device)
+        if not implementation.exact and tolerance is None:
+            raise DataError(
+                f"backend '{backend}' does not claim the specification's bits (exact = False): add --tolerance float32"
+            )
+        subject, place = backend, implementation.device
+        results = run_checks(implementation, schemes, model, quick=quick, tolerance=tolerance)
+    rows, first = list[Row](), None
     if not as_json:
-        click.echo(
-            f"{backend} on {implementation.device}, specification {SPEC_VERSION}\n{'check':<20} {'scheme':<12} cases exact"
-        )
-    for row, wrong in run_checks(implementation, schemes, model):
-        rows.append(row)
-        first = first or wrong
-        if not as_json:
-            click.echo(table_line(row))
-    ok = first is None
+        click.echo(f"{subject} on {place}, specification {SPEC_VERSION}\n{heading(tolerance)}")
+    with bar(count_checks(schemes, model), "verifying", "check") as checked:
+        for row, wrong in results:
+            rows.append(row)
+            first = _first(first, wrong)
+            checked.update()
+            if not as_json:
+                say(table_line(row, tolerance))
+    status = status_of(rows)
     if as_json:
-        result = {"backend": backend, "device": implementation.device, "specification": SPEC_VERSION, "ok": ok,
-                  "rows": [asdict(row) for row in rows], "first_difference": asdict(first) if first else None}  # fmt: skip
+        result = {"backend": subject, "device": place, "specification": SPEC_VERSION, "tolerance": tolerance_name,
+                  "ok": status == SAME, "rows": [asdict(row) | {"verdict": row.verdict} for row in rows],
+                  "first_difference": asdict(first) if first else None}  # fmt: skip
         click.echo(json.dumps(result))
     elif first:
-        click.echo(f"first difference: {first}")
+        click.echo(f"{'could not run' if first.raised else 'first difference'}: {first}")
     else:
-        missing = [row.check for row in rows if not row.offered]
-        click.echo("every bit is the specification's" + (f"; not offered: {', '.join(missing)}" if missing else ""))
-    if not ok:
-        sys.exit(1)
+        click.echo(summary(rows, tolerance))
+    sys.exit(status)
+
+
+def _first(first: Difference | None, wrong: Difference | None) -> Difference | None:
+    """The first difference; where there is none, the first error."""
+    return wrong if first is None or (wrong and first.raised and not wrong.raised) else first

@@ -15,7 +15,8 @@ from refmamba.spec.trace import Trace, last_site
 def shown(runner: Runner, tokens: Any) -> dict[str, Any]:
     """Every value that a runner shows of one sequence, by its site."""
     values: dict[str, Any] = {}
-    runner.prefill([tokens], logits="all", hook=lambda site, value: values.update({site: np.array(value)}))
+    with np.errstate(all="ignore"):
+        runner.prefill([tokens], logits="all", hook=lambda site, value: values.update({site: np.array(value)}))
     return values
 
 

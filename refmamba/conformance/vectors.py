@@ -10,11 +10,12 @@ import numpy as np
 
 from refmamba.formats.calibration import load_calibration
 from refmamba.formats.folder import open_checkpoint
+from refmamba.formats.scheme import open_scheme
 from refmamba.spec.arith import F32Array
 from refmamba.spec.codes import Codes, FixedPoint
 from refmamba.spec.config import ParameterSource
 from refmamba.spec.parameters import QuantizedModel
-from refmamba.spec.scheme import Scheme, parse_scheme
+from refmamba.spec.scheme import Scheme
 
 DTYPES = {"f32": "<f4", "f64": "<f8", "i8": "i1", "i16": "<i2", "i32": "<i4", "i64": "<i8", "u8": "u1"}
 
@@ -96,5 +97,5 @@ def generated_model(name: str) -> GeneratedModel:
     expected: dict[str, Any] = json.loads((folder / "expected.json").read_text("utf-8"))
     files = {file.stem: file for file in sorted((folder / "schemes").glob("*.json"))}
     names = [*expected["logits_sha256"]["schemes"], *expected.get("raises", {})]
-    schemes = {name: parse_scheme(str(files.get(name, name))) for name in names}
-    return GeneratedModel(source, load_calibration(folder / "calibration.json"), expected, schemes)
+    schemes = {name: open_scheme(str(files.get(name, name))) for name in names}
+    return GeneratedModel(source, load_calibration(folder / "calibration.json", source.config), expected, schemes)

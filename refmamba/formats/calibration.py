@@ -6,12 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from refmamba.errors import DataError
-from refmamba.formats.files import write_text
-from refmamba.formats.text import read_text
+from refmamba.errors import DataError, printable
+from refmamba.formats.reading import TABLE_BYTES, read_json
+from refmamba.formats.writing import write_text
 from refmamba.spec.arith import F32Array
+from refmamba.spec.config import MambaConfig
+from refmamba.spec.parameters import linear_sites
 
 SUFFIX = ".json"
+PERCENTILE = "percentile"  # at which the maxima were cut
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def save_calibration(absmax: Mapping[str, F32Array], file: Path) -> None:
@@ -19,13 +23,21 @@ def save_calibration(absmax: Mapping[str, F32Array], file: Path) -> None:
     write_text(file, json.dumps({site: m.astype(float).tolist() for site, m in absmax.items()}))
 
 
-def load_calibration(file: Path) -> dict[str, F32Array]:
-    """Read what `save_calibration` wrote. Raises DataError."""
-    try:
-        values = json.loads(read_text(file))
-        absmax = {str(site): np.array(m, np.float32) for site, m in values.items()}
-    except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
-        raise DataError(f"{file}: not a calibration file of refmamba: {error}") from error
-    if any(m.ndim != 1 or not np.all(np.isfinite(m)) or np.any(m < 0) for m in absmax.values()):
-        raise DataError(f"{file}: each site needs a list of finite numbers that are not negative")
+def load_calibration(file: Path, config: MambaConfig) -> dict[str, F32Array]:
+    """Read what `save_calibration` wrote for a model of these sizes. Raises FileError, and DataError for anything else."""
+    values, shapes = read_json(file, TABLE_BYTES), config.shapes() | {"lm_head.weight": (config.vocab_size, config.d_model)}
+    absmax = dict[str, F32Array]()
+    sites = {name for site in linear_sites(config) for name in (site, f"{site}.rotated")}
+    percentile = values.pop(PERCENTILE, 1)
+    if type(percentile) not in (int, float) or not 0 < percentile <= 1:
+        raise DataError(f"{file}: {PERCENTILE} is above 0 and at most 1; calibrate on this model")
+    for site, maxima in values.items():
+        columns = shapes.get(f"{site.removesuffix('.rotated')}.weight", ())[1:]
+        if site not in sites or not isinstance(maxima, list) or (len(maxima),) != columns:
+            what = f"{len(maxima)} channels" if isinstance(maxima, list) else "no list"
+            name = printable(site, 60)
+            raise DataError(f"{file}: site {name} has {what}, which is not this model's; calibrate on this model")
+        if not all(type(value) in (int, float) and 0 <= value <= LARGEST for value in maxima):
+            raise DataError(f"{file}: site {site} needs finite numbers that are not negative; calibrate on this model")
+        absmax[site] = np.array(maxima, np.float32)
     return absmax

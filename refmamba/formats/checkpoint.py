@@ -4,14 +4,16 @@ A weight file is a memory map. Its names and shapes are compared with config.jso
 float32 only when it is asked for, so a model can be quantized without ever being held in float32.
 """
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from refmamba.errors import CheckpointError
-from refmamba.formats.weights import BFLOAT16, FLOAT16, FLOAT32, checked, file_shape, open_weights, refuse_others
+from refmamba.errors import CheckpointError, ConfigError, ForeignModelError, printable
+from refmamba.formats.foreign import ONLY, refuse_foreign
+from refmamba.formats.weights import BFLOAT16, FLOATS, checked, file_shape, open_weights, refuse_others
 from refmamba.spec.arith import F32Array
 from refmamba.spec.config import MambaConfig
 
@@ -46,9 +48,18 @@ STATE_SPACES_SSM: Fields = {
     "use_conv_bias": ("conv_bias", bool, True),
 }
 # Keys that tell other models apart: the values that are implemented, the first of them the default.
-HUGGING_FACE_ONLY: Only = {"model_type": ["mamba", "refmamba"], "hidden_act": ["silu"]}
-STATE_SPACES_ONLY: Only = {"rms_norm": [True], "attn_layer_idx": [[], None], "d_intermediate": [0]}
+HUGGING_FACE_ONLY: Only = {"model_type": ["mamba", "refmamba"], "hidden_act": ["silu", "swish"]}
+STATE_SPACES_ONLY: Only = {
+    "model_type": ["mamba"], "rms_norm": [True], "attn_layer_idx": [[], None], "d_intermediate": [0], "norm_epsilon": [1e-5],
+}  # fmt: skip
 STATE_SPACES_SSM_ONLY: Only = {"layer": ["Mamba1"]}
+# What else ssm_cfg may have: how weights are initialized, and which code computes them.
+STATE_SPACES_SSM_OTHERS = {"dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "use_fast_path", "layer"}
+# Larger than any model, and small enough that the names of its parameters are made in a moment.
+LARGEST = {
+    "d_model": 2**20, "n_layer": 2**13, "vocab_size": 2**24, "d_state": 2**16, "d_conv": 2**10, "expand": 2**10,
+    "dt_rank": 2**20,
+}  # fmt: skip
 
 
 class Checkpoint:
@@ -65,48 +76,67 @@ class Checkpoint:
                 del self._tensors["lm_head.weight"]
         self.config = config
         for name, shape in self.config.shapes().items():
-            checked(folder, self._tensors, name, file_shape(name, shape), FLOAT32, FLOAT16, BFLOAT16)
+            checked(folder, self._tensors, name, file_shape(name, shape), *FLOATS)
         refuse_others(self._tensors, self.config.shapes())
 
     def read(self, name: str) -> F32Array:
-        """One parameter, float32 and read-only; where the file holds float32, a view of its memory map. Nothing is cached."""
+        """One parameter, float32 and read-only; where the file holds float32, a view of its memory map. Nothing is cached.
+
+        float64 is rounded to float32, to nearest.
+        """
         array = self._tensors[name].array
         if array.dtype == BFLOAT16:  # the upper half of a float32
             array = (array.astype(np.uint32) << 16).view(np.float32)
-        x = np.asarray(array, np.float32).reshape(self.config.shapes()[name])
+        with np.errstate(over="ignore"):  # of a float64: an infinity, which is refused where a code is made of it
+            x = np.require(array, np.float32, ["C", "A"]).reshape(self.config.shapes()[name])
         x.flags.writeable = False
         return x
 
 
 def read_config(file: Path, values: dict[str, Any]) -> MambaConfig:
-    """The model's shape as config.json states it."""
-    # Hugging Face's published files carry the original keys as well, so theirs are looked for first.
-    if "model_type" in values or "hidden_size" in values:
+    """The model's shape as config.json states it. Raises ForeignModelError, ConfigError."""
+    refuse_foreign(file, values)
+    # Hugging Face's published files carry the original keys as well, so theirs are looked for first. Other people's files have
+    # the original keys and a model_type.
+    if {"hidden_size", "num_hidden_layers"} & values.keys() or ("model_type" in values and "d_model" not in values):
         fields = _fields(file, values, HUGGING_FACE, HUGGING_FACE_ONLY)
     else:
         ssm = values.get("ssm_cfg") or {}
         if not isinstance(ssm, dict):
-            raise CheckpointError(f"{file}: ssm_cfg is not a JSON object; download it again")
+            raise ConfigError(f"{file}: ssm_cfg is not a JSON object; download it again")
         fields = _fields(file, values, STATE_SPACES, STATE_SPACES_ONLY)
-        fields |= _fields(file, ssm, STATE_SPACES_SSM, STATE_SPACES_SSM_ONLY)
+        fields |= _fields(file, values | ssm, STATE_SPACES_SSM, STATE_SPACES_SSM_ONLY)
+        known = {key for key, _, _ in STATE_SPACES_SSM.values()} | STATE_SPACES_SSM_OTHERS
+        if unknown := sorted(ssm.keys() - known):
+            raise ForeignModelError(f"{file}: ssm_cfg has {printable(unknown[0], 60)}, which no Mamba-1 has; {ONLY}")
     try:
         return MambaConfig(**fields)
     except CheckpointError as error:
-        raise CheckpointError(f"{file}: {error}") from None
+        raise ConfigError(f"{file}: {error}") from None
 
 
 def _fields(file: Path, values: dict[str, Any], fields: Fields, only: Only) -> dict[str, Any]:
     for key, implemented in only.items():
         if values.get(key, implemented[0]) not in implemented:
-            raise CheckpointError(f"{file}: {key} is {values[key]!r}; only Mamba-1 with RMS norms is implemented")
+            raise ForeignModelError(f"{file}: {key} is {printable(repr(values[key]), 60)}; {ONLY}")
     arguments = {}
     for field, (key, kind, default) in fields.items():
-        value = values.get(key, default)
+        value: Any = values.get(key, default)
         if value is None:
-            raise CheckpointError(f"{file}: {key} is missing; this is not the config.json of a Mamba, or not all of it")
+            raise ConfigError(f"{file}: {key} is missing; this is not the config.json of a Mamba, or not all of it")
         if field == "dt_rank" and value == "auto":
             value = 0  # what MambaConfig takes for `auto`
+        if kind is float and type(value) is int:
+            value = float(value)
         if type(value) is not kind:
-            raise CheckpointError(f"{file}: {key} is {value!r}; it must be of type {kind.__name__}")
+            raise ConfigError(f"{file}: {key} is {printable(repr(value), 60)}; it must be of type {kind.__name__}")
+        _check_range(file, key, value, LARGEST.get(field, math.inf))
         arguments[field] = value
     return arguments
+
+
+def _check_range(file: Path, key: str, value: Any, largest: float) -> None:
+    if value > largest:
+        raise ConfigError(f"{file}: {key} is {value}; no Mamba has more than {largest}")
+    if type(value) is float and not 0 <= value < math.inf:
+        raise ConfigError(f"{file}: {key} is {value}; it must be a number from 0 on")

@@ -7,7 +7,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from refmamba.errors import CheckpointError, ForeignModelError
 from refmamba.formats.checkpoint import Checkpoint, read_config
+from refmamba.formats.foreign import what_is_there
 from refmamba.formats.hub import ModelFiles
 from refmamba.formats.quantized import arrays, open_quantized
 from refmamba.formats.reading import read_json, there
@@ -19,11 +21,16 @@ from refmamba.spec.parameters import QuantizedModel
 def open_checkpoint(folder: Path) -> ParameterSource | QuantizedModel:
     """The model in a folder: a QuantizedModel where `save_quantized` wrote it, else a float checkpoint.
 
-    Raises CheckpointError, which names the file and says what to do, for a file that is missing, truncated or not what it
-    should be, for a model that is not a Mamba-1, and for a tensor that is missing, superfluous, or of
-    another shape or type.
+    Raises FileError or CheckpointError, which names the file and says what to do, for a file that is missing, truncated or not
+    what it should be, for a model that is not a Mamba-1, and for a tensor that is missing, superfluous, or of another shape or
+    type.
     """
     file = folder / "config.json"
+    if not there(file):
+        foreign = what_is_there(folder)
+        if isinstance(foreign, ForeignModelError):
+            raise foreign
+        raise CheckpointError(f"{file}: no such file; a model folder has a config.json and the weights")
     values = read_json(file)
     if "refmamba" in values:
         return open_quantized(folder, read_config(file, values), values["refmamba"])

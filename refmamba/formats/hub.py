@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from refmamba.errors import FileError, HubError
-from refmamba.formats.reading import read_json, there
+from refmamba.formats.reading import folder_there, read_json, there
 
 SMALL = "small"  # the model inside the package; ./small is a folder of that name
 NEOX = "EleutherAI/gpt-neox-20b"  # whose tokenizer the original state-spaces repositories use and do not ship
@@ -35,7 +35,9 @@ def resolve_model(name: str, revision: str | None = None) -> ModelFiles:
     tokenizer gets GPT-NeoX's from the hub. Raises HubError.
     """
     folder = Path(str(resources.files("refmamba") / "small_model")) if name == SMALL else Path(name)
-    if not (name and folder.is_dir()):
+    if not (name and folder_there(folder)):
+        if name and there(folder):
+            raise HubError(f"model {name}: is a file; name the folder that it lies in")
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise HubError(f"model {name}: no such folder; give `small`, a folder, or OWNER/NAME on the hub")
         folder = _download(name, revision)
@@ -56,12 +58,15 @@ def _original_layout(folder: Path) -> bool:
 
 def _download(name: str, revision: str | None) -> Path:
     """The folder in the cache with config, tokenizer, and one format of the weights."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     with _hub_errors(f"model {name}", revision):
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=BESIDE_WEIGHTS + SAFETENSORS))
         if not any(folder.glob("model*.safetensors")):  # the folder's name is the commit
             snapshot_download(name, revision=folder.name, allow_patterns=TORCH)
+    if constants.HF_HUB_OFFLINE and not any(folder.glob("model*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        # before 2.0 the client takes what is left of an interrupted download for the whole
+        raise HubError(f"model {name}: not in the cache, and HF_HUB_OFFLINE is set; unset it to download")
     return folder
 
 

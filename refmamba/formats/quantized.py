@@ -7,7 +7,6 @@ is the embedding's codes, or follows from the embedding.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from refmamba.formats.hub import ModelFiles
 from refmamba.formats.reading import TABLE_BYTES, read_json, there
 from refmamba.formats.tokenizer import as_it_works
 from refmamba.formats.weights import FLOAT32, INT8, INT32, UINT8, checked, open_safetensors, refuse_others
+from refmamba.formats.writing import new_folder
 from refmamba.spec import SPEC_VERSION
 from refmamba.spec.coders import ParameterGrouped, UnquantizedMatrix
 from refmamba.spec.codes import STEPPED, WEIGHT_BITS, Codes, FixedPoint, Param, pack4, unpack4
@@ -37,21 +37,17 @@ EXPONENTS = (WEIGHT_BITS - 128, 126)
 FARTHEST = 150
 
 
-def save_quantized(model: QuantizedModel, folder: Path, files: ModelFiles) -> None:
+def save_quantized(model: QuantizedModel, folder: Path, files: ModelFiles, rounding: str = "search") -> None:
     """Save a model, with the tokenizer and the end tokens of its files, in a new folder: whole or not at all.
 
-    The tokenizer is saved as it works here, without truncation and padding. Raises CheckpointError for a folder that exists
-    and is not empty, or that cannot be written.
+    rounding: how the codes were chosen, for whoever reads the folder. The tokenizer is saved as it works here, without
+    truncation and padding. Raises CheckpointError for a folder that exists and is not empty, or that cannot be written.
     """
     config = {key: getattr(model.config, field) for field, (key, _, _) in HUGGING_FACE.items()}
     source = read_json(files.folder / "config.json")  # it names the end token where tokenizer_config.json does not
     config |= {key: source[key] for key in ("bos_token_id", "eos_token_id") if key in source}
-    saved = {"spec_version": SPEC_VERSION, "scheme": model.scheme.to_json()}
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise CheckpointError(f"{folder}: is there already and not an empty folder; name another")
-        aside.mkdir(parents=True)
+    saved = {"spec_version": SPEC_VERSION, "scheme": model.scheme.to_json(), "rounding": rounding}
+    with new_folder(folder) as aside:
         tokenizer = as_it_works(read_json(files.tokenizer, TABLE_BYTES))
         (aside / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
         for file in (files.tokenizer.with_name("tokenizer_config.json"), files.folder / "generation_config.json"):
@@ -59,13 +55,11 @@ def save_quantized(model: QuantizedModel, folder: Path, files: ModelFiles) -> No
                 shutil.copyfile(file, aside / file.name)
         text = json.dumps({"model_type": "refmamba", **config, "refmamba": saved}, indent=2)
         (aside / "config.json").write_text(text + "\n", "utf-8")
-        save_file(dict(arrays(model)), aside / "model.safetensors")
+        try:
+            save_file(dict(arrays(model)), aside / "model.safetensors")
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         shutil.copymode(aside / "config.json", aside / "model.safetensors")  # the library makes it readable by its owner only
-        aside.replace(folder)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def arrays(model: QuantizedModel) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -104,7 +98,7 @@ def open_quantized(folder: Path, config: MambaConfig, saved: Any) -> QuantizedMo
     def within(name: str, array: NDArray[Any], low: float, high: float) -> NDArray[Any]:
         if not (array.min() >= low and array.max() <= high):  # a NaN is neither
             raise TensorError(
-                f"{tensors[name].file}: tensor {name} has values outside {low:g} to {high:g}, which are no codes; "
+                f"{tensors[name].file}: tensor {name} has values outside {low:g} to {high:g}, as no saved model has; "
                 "quantize the model again"
             )
         return array

@@ -55,6 +55,20 @@ def regular(file: Path) -> Path:
     return file
 
 
+def folder_there(folder: Path) -> bool:
+    """Whether there is a folder of this name. Raises UnreadableFileError where the system does not say."""
+    return there(folder) and stat.S_ISDIR(folder.stat().st_mode)
+
+
+def read_start(file: Path, count: int) -> bytes:
+    """The first bytes of a file, fewer where it has fewer. Raises FileError."""
+    try:
+        with regular(file).open("rb") as stream:
+            return stream.read(count)
+    except OSError as error:
+        raise UnreadableFileError(f"{file}: cannot be read: {_reason(error)}") from None
+
+
 def read_bytes(file: Path, largest: int) -> bytes:
     """The content of a file. Raises FileError where it has more than `largest` bytes, or cannot be read."""
     try:
@@ -101,7 +115,8 @@ def parse_json(content: bytes, where: str) -> Any:
         if b"\\ud" in content.lower():  # perhaps half of a surrogate pair, which is no character
             json.dumps(values, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
-        raise JSONError(f"{where}: not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+        place = f"line {error.lineno}, " if b"\n" in content.strip() else ""
+        raise JSONError(f"{where}: not JSON at {place}column {error.colno}: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise JSONError(f"{where}: not JSON: byte 0x{error.object[error.start]:02x} is not UTF-8") from None
     except UnicodeEncodeError:

@@ -53,7 +53,8 @@ class Stream:
         return tail
 
     def _text(self) -> str:
-        text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=False)
+        with _library_errors("these tokens have no text"):
+            text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=False)
         return text
 
 
@@ -164,6 +165,8 @@ def load_tokenizer(files: ModelFiles, config: MambaConfig, add_bos: bool | None 
     eos, bos = special("eos"), special("bos")
     ends = by_id("generation_config.json", generation, "eos_token_id") or eos
     tokenizer = Tokenizer(inner, next(iter(eos), None), next(iter(bos), None), frozenset(ends), add_bos)
+    if tokenizer.n_ids == 0:
+        raise TokenizerError(f"{file}: has no tokens; download it again")
     last = inner.get_added_tokens_decoder().get(config.vocab_size)
     padded = tokenizer.n_ids == config.vocab_size + 1 and last is not None and last.special  # added for training in batches
     if tokenizer.n_ids > config.vocab_size and not padded:

@@ -1,6 +1,5 @@
 """Weight files: safetensors, or what torch saves, as memory maps."""
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,18 +8,21 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from refmamba.errors import CheckpointError, TensorError, printable
-from refmamba.formats.reading import read_json, there
+from refmamba.errors import CheckpointError, TensorError, WeightFileError, printable
+from refmamba.formats.foreign import what_is_there
+from refmamba.formats.reading import MEGABYTE, parse_object, read_json, read_start, there
 
-# The types that are read, by their names in safetensors. NumPy has no bfloat16: its 16 bits are carried as an unsigned
-# integer.
-SAFETENSORS_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "|i1", "U8": "|u1", "I32": "<i4"}
-
-
-FLOAT32, FLOAT16, BFLOAT16 = np.dtype("<f4"), np.dtype("<f2"), np.dtype("<u2")
-
-
+FLOAT32, FLOAT16, FLOAT64, BFLOAT16 = np.dtype("<f4"), np.dtype("<f2"), np.dtype("<f8"), np.dtype("<u2")
 INT8, UINT8, INT32 = np.dtype("i1"), np.dtype("u1"), np.dtype("<i4")
+FLOATS: tuple[np.dtype[Any], ...] = (FLOAT32, FLOAT16, BFLOAT16, FLOAT64)
+# The types that are read, by their names in safetensors, and by what messages call them. NumPy has no bfloat16: its 16 bits
+# are carried as an unsigned integer.
+SAFETENSORS_TYPES: dict[str, np.dtype[Any]] = {
+    "F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16, "F64": FLOAT64, "I8": INT8, "U8": UINT8, "I32": INT32
+}  # fmt: skip
+TYPE_NAMES = {dtype: dtype.name for dtype in SAFETENSORS_TYPES.values()} | {BFLOAT16: "bfloat16"}
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")  # of what wraps a model when it is saved
+HEADER_BYTES = 8 * MEGABYTE  # of a safetensors file
 
 
 class Stored(NamedTuple):
@@ -51,7 +53,7 @@ def weight_files(folder: Path) -> WeightFiles:
             return WeightFiles(None, [file], open_file)
         if there(index):
             return WeightFiles(index, [folder / shard for shard in _shards(index)], open_file)
-    raise CheckpointError(f"{folder}: no weights; a model folder has a model.safetensors or a pytorch_model.bin")
+    raise what_is_there(folder)
 
 
 def _shards(index: Path) -> list[str]:
@@ -78,8 +80,10 @@ def open_weights(folder: Path) -> dict[str, Stored]:
 
 
 def _canonical(name: str) -> str:
-    """Our name of a parameter: `layers.0.D` for `backbone.layers.0.mixer.D`."""
-    name = name.removeprefix("backbone.").replace(".mixer.", ".")
+    """Our name of a parameter: `layers.0.D` for `backbone.layers.0.mixer.D`, whatever wrapped the model."""
+    while name.startswith(PREFIXES):
+        name = name.partition(".")[2]
+    name = name.replace(".mixer.", ".")
     return "embedding.weight" if name == "embeddings.weight" else name
 
 
@@ -89,62 +93,89 @@ def file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def open_safetensors(file: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file as views of a private memory map."""
+    """The tensors of a safetensors file as views of a private memory map. Raises FileError, WeightFileError, TensorError."""
+    length = int.from_bytes(read_start(file, 8), "little")
+    if length > HEADER_BYTES:
+        raise WeightFileError(f"{file}: truncated, or not safetensors: it would begin with {length} bytes of names")
     try:
         with safe_open(file, framework="numpy"):  # the library checks the header, each offset and the file's length
             pass
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file; download it again") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: truncated, or not safetensors ({error}); download it again") from error
+        reason = printable(str(error), 100)
+        raise WeightFileError(f"{file}: truncated, or not safetensors ({reason}); download it again") from error
     data = np.memmap(file, np.uint8, "c")
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header: dict[str, Any] = json.loads(data[8:start].tobytes())
+    start = 8 + length
+    header = parse_object(data[8:start].tobytes(), str(file))
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in SAFETENSORS_TYPES:
-            raise CheckpointError(f"{file}: tensor {name} is {entry['dtype']}; only {', '.join(SAFETENSORS_TYPES)} are read")
+            types = ", ".join(SAFETENSORS_TYPES)
+            raise TensorError(f"{file}: tensor {printable(name, 60)} is {entry['dtype']}; only {types} are read")
         first, last = entry["data_offsets"]
         array = np.asarray(data[start + first : start + last]).view(SAFETENSORS_TYPES[entry["dtype"]])
-        tensors[name] = Stored(file, array.reshape(entry["shape"]))
+        try:
+            tensors[name] = Stored(file, array.reshape(entry["shape"]))
+        except (ValueError, OverflowError):
+            shape = printable(str(entry["shape"]), 60)
+            raise TensorError(f"{file}: tensor {printable(name, 60)} has the shape {shape}, which no array has") from None
     return tensors
 
 
 def _open_torch(file: Path) -> dict[str, Stored]:
-    """The tensors of a file that torch saved, as views of a memory map."""
+    """The tensors of a file that torch saved, as views of a memory map; of a checkpoint with a state_dict, that one's.
+
+    Raises FileError, WeightFileError, TensorError; CheckpointError where torch is not installed.
+    """
+    read_start(file, 1)
     try:
         import torch
     except ImportError:
         raise CheckpointError(f"{file}: to read this format install torch: pip install 'refmamba[torch]'") from None
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file; download it again")
     try:
         # weights_only: a plain unpickle runs whatever program the file holds.
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        views = {key: t.view(torch.uint16) if t.dtype == torch.bfloat16 else t for key, t in tensors.items()}
-        return {key: Stored(file, t.detach().numpy()) for key, t in views.items()}
     except Exception as error:  # torch and its unpickler raise anything for a broken file
-        raise CheckpointError(
+        raise WeightFileError(
             f"{file}: truncated, or not plain tensors as torch 1.6 and later save them; download it again"
         ) from error
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
+        tensors = tensors["state_dict"]
+    if not isinstance(tensors, dict):
+        raise WeightFileError(f"{file}: holds no dictionary of tensors; save the model's state_dict")
+    stored = {}
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise WeightFileError(f"{file}: {printable(repr(name), 60)} is no tensor with a name; save the model's state_dict")
+        held = tensor.layout == torch.strided and tensor.numel() <= tensor.untyped_storage().nbytes() // tensor.element_size()
+        if not held:
+            raise TensorError(f"{file}: tensor {printable(name, 60)} is not stored value by value; save it as a plain tensor")
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise TensorError(f"{file}: tensor {printable(name, 60)} is {kind}; only {_names(FLOATS)} are read")
+        bits = tensor.detach().view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor.detach().resolve_neg()
+        stored[name] = Stored(file, bits.numpy())
+    return stored
+
+
+def _names(types: Iterable[np.dtype[Any]]) -> str:
+    return ", ".join(TYPE_NAMES[dtype] for dtype in types)
 
 
 def checked(where: Path, tensors: dict[str, Stored], name: str, shape: tuple[int, ...], *dtypes: np.dtype[Any]) -> NDArray[Any]:
-    """The named tensor. Raises CheckpointError where it is missing, or not of this shape and one of these types."""
+    """The named tensor. Raises TensorError where it is missing, or not of this shape and one of these types."""
     if name not in tensors:
-        raise CheckpointError(f"{where}: the weights have no tensor {name}; download or save the model again")
+        raise TensorError(f"{where}: the weights have no tensor {name}; download or save the model again")
     file, array = tensors[name]
     if array.shape != shape:
-        raise CheckpointError(
-            f"{file}: tensor {name} has the shape {array.shape}, config.json asks for {shape}; they are of two models"
-        )
+        actual = printable(str(array.shape), 60)
+        raise TensorError(f"{file}: tensor {name} has the shape {actual}, config.json asks for {shape}; they are of two models")
     if array.dtype not in dtypes:
-        raise CheckpointError(f"{file}: tensor {name} is {array.dtype}, not {' or '.join(map(str, dtypes))}")
+        raise TensorError(f"{file}: tensor {name} is {TYPE_NAMES[array.dtype]}, not {_names(dtypes)}")
     return array
 
 
 def refuse_others(tensors: dict[str, Stored], names: Iterable[str]) -> None:
-    """Raise CheckpointError for a tensor beside `names`: the model is not the one that config.json describes."""
+    """Raise TensorError for a tensor beside `names`: the model is not the one that config.json describes."""
     for name in sorted(tensors.keys() - names):
-        raise CheckpointError(f"{tensors[name].file}: tensor {name} has no place in the model of config.json")
+        raise TensorError(f"{tensors[name].file}: tensor {printable(name, 60)} has no place in the model of config.json")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from refmamba.errors import DataError
-from refmamba.eval_tasks.evaluate import Job, Scorer, Subject, evaluate, session_of
+from refmamba.eval_tasks.evaluate import Job, Scorer, Subject, evaluate, finished_results, session_of
 from refmamba.eval_tasks.load import Dataset
 from refmamba.eval_tasks.metrics import acc, mean_stderr
 from refmamba.eval_tasks.progress import Progress, progress
@@ -153,12 +153,12 @@ class Ablation:
         """One task; documents that the results file has are not scored again."""
         assert self.store is not None
         evaluate(who, data, self.limit, self.store, self.scorer, bars)
-        return Outcome(who, data, self.count(data), self.store.load(who.key(data)))
+        return Outcome(who, data, self.count(data), finished_results(self.store, who.key(data), data))
 
     def lost(self, one: Outcome) -> list[float]:
         """For each document 1 where only the baseline is right, -1 where only the ablated model is, else 0."""
         assert self.store is not None
-        baseline, documents = self.store.load(self.subject.key(one.data)), one.data.documents
+        baseline, documents = finished_results(self.store, self.subject.key(one.data), one.data), one.data.documents
         return [acc(documents[r.doc_id], baseline[r.doc_id]) - acc(documents[r.doc_id], r) for r in one.finished]
 
 

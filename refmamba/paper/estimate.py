@@ -11,13 +11,14 @@ import numpy as np
 from refmamba.backend import Backend
 from refmamba.eval_tasks.load import Dataset
 from refmamba.eval_tasks.tasks import TASKS
+from refmamba.formats.scheme import open_scheme
 from refmamba.paper.published import PAPER_SIZES, paper_size
 from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec.arith import F32Array
 from refmamba.spec.config import MambaConfig
 from refmamba.spec.mamba1 import Positions
 from refmamba.spec.parameters import quantize_model
-from refmamba.spec.scheme import LINEAR_LAYERS, parse_scheme
+from refmamba.spec.scheme import LINEAR_LAYERS
 
 # For the estimate only. Characters a document of the published data: contexts, each once; contexts, once a choice;
 # continuations. Means of the first 40 to 500 documents of each task.
@@ -61,7 +62,7 @@ class Work:
     def tokens(self, scheme: str) -> tuple[float, float]:
         """Tokens through the blocks and through the head. Where states cannot be forked every context runs once a choice,
         and every token has logits."""
-        if parse_scheme(scheme).whole_sequence:
+        if open_scheme(scheme).whole_sequence:
             whole = (self.repeated + self.continuations) / CHARACTERS_A_TOKEN
             return whole, whole
         return (self.shared + self.continuations) / CHARACTERS_A_TOKEN, self.continuations / CHARACTERS_A_TOKEN
@@ -98,8 +99,8 @@ def speed(scheme: str, backend: Backend) -> tuple[float, float]:
     shapes = BLOCK.shapes()
     ones = {f"layers.0.{layer}": np.ones(shapes[f"layers.0.{layer}.weight"][1], np.float32) for layer in LINEAR_LAYERS}
     calibration = ones | {"lm_head": np.ones(BLOCK.d_model, np.float32)}
-    runner = backend.load(quantize_model(_Random(), parse_scheme(scheme), calibration))
-    sequences = [np.arange(64)] * (1 if parse_scheme(scheme).whole_sequence else 8)
+    runner = backend.load(quantize_model(_Random(), open_scheme(scheme), calibration))
+    sequences = [np.arange(64)] * (1 if open_scheme(scheme).whole_sequence else 8)
 
     def seconds(logits: Positions) -> float:
         best = math.inf

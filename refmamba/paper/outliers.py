@@ -23,6 +23,7 @@ import numpy as np
 
 from refmamba.backend import Runner
 from refmamba.run.perplexity import CALL
+from refmamba.run.progress import bar
 from refmamba.run.session import Session
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.mamba1 import Mamba, Positions
@@ -78,8 +79,11 @@ def observe(runner: Runner, tokens: IntArray, head: bool = False) -> dict[str, S
 
     logits: Positions = "all" if head else "none"
     model, state = Mamba(runner.model), None
-    for start in range(0, len(tokens), CALL):
-        _, state = model.prefill([tokens[start : start + CALL]], state, logits=logits, hook=look)
+    with bar(len(tokens), "looking for outliers", "token") as seen:
+        for start in range(0, len(tokens), CALL):
+            part = tokens[start : start + CALL]
+            _, state = model.prefill([part], state, logits=logits, hook=look)
+            seen.update(len(part))
     return sites
 
 

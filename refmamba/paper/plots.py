@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from refmamba.errors import DataError
-from refmamba.formats.files import write_file
+from refmamba.formats.writing import write_file
 from refmamba.paper.outliers import Report
 from refmamba.paper.tables import ModelTables, paired_difference
 from refmamba.spec.scheme import LINEAR_LAYERS
@@ -15,19 +15,26 @@ NAMED_CHANNELS = 24  # outliers named in a panel of figure 1, those furthest abo
 CROWDED = 0.35  # of a layer's width: outliers nearer than that to each other have no room for two names side by side
 
 
-def plot(report: Report, title: str, file: Path) -> None:
-    """Figure 1: a panel for each kind of site, every channel's m over the layers, the outliers named. PNG or SVG.
-
-    The axis of m is logarithmic, since one channel may be a hundred times larger than the rest. Raises DataError where the
-    file's name ends otherwise, or where matplotlib is missing.
-    """
+def check_plot(file: Path) -> None:
+    """Raise DataError where the name is not that of a PNG or SVG, or matplotlib is missing: before the work that is plotted."""
     if file.suffix not in (".png", ".svg"):
         raise DataError(f"--plot {file}: the name must end in .png or .svg")
     try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise DataError("a plot needs matplotlib; install it with: pip install 'refmamba[plot]'") from error
+
+
+def plot(report: Report, title: str, file: Path) -> None:
+    """Figure 1: a panel for each kind of site, every channel's m over the layers, the outliers named. PNG or SVG.
+
+    The axis of m is logarithmic, since one channel may be a hundred times larger than the rest. Raises DataError as
+    `check_plot` does.
+    """
+    check_plot(file)
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
     figure = Figure(figsize=(10, 7.5), layout="constrained")
     panels = list(figure.subplots(2, 2).flat)
     for axes, layer in zip(panels, LINEAR_LAYERS, strict=True):
@@ -74,13 +81,12 @@ def figure_2(models: Sequence[ModelTables], guess: float, file: Path) -> None:
 
     The schemes stand along the x axis; in each, a marker for every model, the smallest to the left. Differences of accuracy
     are paired, document by document, with their standard error. guess: average accuracy of guessing, per cent. PNG or SVG.
-    Raises DataError where matplotlib is missing.
+    Raises DataError as `check_plot` does.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DataError("a plot needs matplotlib; install it with: pip install 'refmamba[plot]'") from error
+    check_plot(file)
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 4.6 + 0.25 * len(models)), layout="constrained")
     accuracy, text = figure.subplots(1, 2)
     models = sorted(models, key=lambda model: model.parameters)

@@ -5,19 +5,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from refmamba.eval_tasks.evaluate import Scorer, evaluate, session_of, subject
+from refmamba.errors import DataError
+from refmamba.eval_tasks.evaluate import Scorer, evaluate, finished_results, session_of, subject
 from refmamba.eval_tasks.load import Dataset
 from refmamba.eval_tasks.progress import progress
 from refmamba.eval_tasks.report import Outcome
 from refmamba.eval_tasks.results import Results
 from refmamba.eval_tasks.score import MAX_LENGTH
-from refmamba.formats.files import write_text
+from refmamba.formats.writing import check_file, reason, write_text
 from refmamba.paper import ablation as ablate
 from refmamba.paper.estimate import parameters
 from refmamba.paper.outliers import report_on
-from refmamba.paper.plots import figure_2, plot
+from refmamba.paper.plots import check_plot, figure_2, plot
 from refmamba.paper.published import PAPER_SCHEMES
-from refmamba.paper.tables import ModelTables, cells, guessing
+from refmamba.paper.tables import ModelTables, cells, figure_1_name, guessing
 from refmamba.run.perplexity import text_perplexity
 from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec import SPEC_VERSION
@@ -51,7 +52,8 @@ def evaluate_model(choice: ModelChoice, run: Settings) -> ModelTables:
         with progress(sum(counts)) as bars:
             for data in run.datasets:
                 evaluate(who, data, run.limit, run.store, run.scorer, bars)
-        outcomes = [Outcome(who, d, n, run.store.load(who.key(d))) for d, n in zip(run.datasets, counts, strict=True)]
+        counted = zip(run.datasets, counts, strict=True)
+        outcomes = [Outcome(who, data, n, finished_results(run.store, who.key(data), data)) for data, n in counted]
         rows[scheme] = cells(choice.model, scheme, outcomes)
         bits[scheme] = text_perplexity(session_of(who.job), run.text).bits_per_byte
     who = subject(replace(choice, scheme="fp32"), MAX_LENGTH)
@@ -59,6 +61,19 @@ def evaluate_model(choice: ModelChoice, run: Settings) -> ModelTables:
     ablation = ablate.Ablation(who, run.text, run.datasets, run.limit, run.store, run.scorer)
     ablated = list(ablate.ablate(ablation, report, run.sites, run.draws, seed=0))
     return ModelTables(choice.model, parameters(config), rows, bits, ablated, report)
+
+
+def check_outputs(folder: Path, models: Sequence[str]) -> None:
+    """Make the folder. Raises DataError where what `write_all` writes could not be written: before anything is measured."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be made: {reason(error)}") from error
+    figures = [f"{name}.{suffix}" for name in ("figure2", *map(figure_1_name, models)) for suffix in ("png", "svg")]
+    for name in figures:
+        check_plot(folder / name)
+    for name in ("results.sqlite", "tables.md", "tables.json", *figures):
+        check_file(folder / name)
 
 
 def write_all(folder: Path, found: Sequence[ModelTables], run: Settings, backend: str) -> None:

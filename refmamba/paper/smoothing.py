@@ -8,6 +8,11 @@ GRID = (None, *(k / 10 for k in range(11)))  # None: not smoothed
 Alphas = Mapping[str, float]  # linear layer (`in_proj`) -> alpha
 
 
+def most_tries(per_site: bool) -> int:
+    """How many choices `search` may try."""
+    return len(GRID) * (1 + per_site * len(LINEAR_LAYERS))
+
+
 def search(bits: Callable[[Alphas], float], per_site: bool) -> Iterator[tuple[dict[str, float], float]]:
     """No smoothing and every alpha of the grid, for all linear layers alike; then, from the best, for one after the other.
 

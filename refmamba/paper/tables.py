@@ -92,6 +92,11 @@ def guessing(datasets: Sequence[Dataset]) -> float:
     return 100 * float(np.mean(shares))
 
 
+def figure_1_name(model: str) -> str:
+    """The name of a model's figure 1, without its suffix."""
+    return "figure1-" + model.strip("/").replace("/", "--")
+
+
 @dataclass(frozen=True)
 class ModelTables:
     """What one model's evaluation gave. table_1, bits_per_byte: by scheme, the baseline first."""
@@ -106,7 +111,7 @@ class ModelTables:
     @property
     def file_name(self) -> str:
         """The name of figure 1's file, without its suffix."""
-        return "figure1-" + self.model.strip("/").replace("/", "--")
+        return figure_1_name(self.model)
 
     @property
     def loss(self) -> Cell | None:

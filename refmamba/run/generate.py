@@ -1,18 +1,21 @@
 """Text generation: one call for the prompt, then one for each token."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from numbers import Integral, Real
 
 import numpy as np
 
+from refmamba.backend import Runner
 from refmamba.errors import DataError
 from refmamba.run.session import Session
-from refmamba.spec.arith import IntArray, f32
+from refmamba.spec.arith import F32Array, IntArray, f32
 from refmamba.spec.ops import draws, sample
 
 LARGEST = float(np.finfo(np.float32).max)  # temperature
+Look = Callable[[F32Array, int], object]  # is shown the logits (vocabulary,) of a token, and the token
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,18 @@ class Generation:
     A piece is "" where the token ends inside a character, or ends the text; what is held back at the end comes as one more.
 
     prompt: tokens (L,), L >= 1. It ends after max_new_tokens, or with an end token. Padding rows of the head are never
-    chosen. Raises DataError; while it is written, whatever the runner raises.
+    chosen. look: is shown each token, and the logits from which it was chosen. Raises DataError; while it is written, whatever
+    the runner raises.
     """
 
-    def __init__(self, session: Session, prompt: IntArray, sampler: Sampler, max_new_tokens: int) -> None:
+    def __init__(
+        self, session: Session, prompt: IntArray, sampler: Sampler, max_new_tokens: int, look: Look | None = None
+    ) -> None:
         _count("max_new_tokens", max_new_tokens, 1)
         self.text: str = ""  # so far
         self.tokens: list[int] = []  # so far; an end token counts
         self._sha = hashlib.sha256()
-        self._pieces = self._write(session, prompt, sampler, max_new_tokens)
+        self._pieces = self._write(session, prompt, sampler, max_new_tokens, look)
 
     @property
     def logits_sha256(self) -> str:
@@ -78,9 +84,15 @@ class Generation:
             pass
         return self
 
-    def _write(self, session: Session, prompt: IntArray, sampler: Sampler, max_new_tokens: int) -> Iterator[str]:
+    def _write(
+        self, session: Session, prompt: IntArray, sampler: Sampler, max_new_tokens: int, look: Look | None
+    ) -> Iterator[str]:
         stream, ends = session.tokenizer.stream(), session.tokenizer.end_token_ids
-        for token in self._choose(session, prompt, sampler, max_new_tokens):
+        chosen = choose_tokens(session.runner, prompt, sampler, session.tokenizer.n_ids)
+        for token, logits in islice(chosen, max_new_tokens):
+            self._sha.update(np.ascontiguousarray(logits, "<f4").tobytes())
+            if look:
+                look(logits, token)
             self.tokens.append(token)
             piece = stream.put(token) if token not in ends else ""
             self.text += piece
@@ -91,15 +103,19 @@ class Generation:
             self.text += tail
             yield tail
 
-    def _choose(self, session: Session, prompt: IntArray, sampler: Sampler, max_new_tokens: int) -> Iterator[int]:
-        runner, draw, n_ids = session.runner, draws(sampler.seed), session.tokenizer.n_ids
-        (rows,), state = runner.prefill([prompt])
-        logits = rows[-1]
-        for remaining in range(max_new_tokens, 0, -1):
-            self._sha.update(np.ascontiguousarray(logits, "<f4").tobytes())
-            uniform = draw() if sampler.temperature > 0 else 0.0
-            token = sample(logits[:n_ids], uniform, sampler.temperature, sampler.top_k, sampler.top_p)
-            yield token
-            if remaining > 1:
-                step, state = runner.step(np.array([token]), state)
-                logits = step[0]
+
+def choose_tokens(runner: Runner, prompt: IntArray, sampler: Sampler, n_ids: int) -> Iterator[tuple[int, F32Array]]:
+    """The tokens that follow a prompt (L,), without end, each with the logits (vocabulary,) from which it was chosen.
+
+    n_ids: rows of the head that may be chosen; the later ones are padding. One call for the prompt, then one for each token,
+    made when the next token is asked for.
+    """
+    draw = draws(sampler.seed)
+    (rows,), state = runner.prefill([prompt])
+    logits = rows[-1]
+    while True:
+        uniform = draw() if sampler.temperature > 0 else 0.0
+        token = sample(logits[:n_ids], uniform, sampler.temperature, sampler.top_k, sampler.top_p)
+        yield token, logits
+        step, state = runner.step(np.array([token]), state)
+        logits = step[0]

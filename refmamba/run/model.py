@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from refmamba.backends import DEFAULT_BACKEND
 from refmamba.errors import DataError
 from refmamba.formats.tokenizer import Tokenizer
-from refmamba.run.generate import Generation, Sampler
+from refmamba.run.generate import Generation, Look, Sampler
 from refmamba.run.perplexity import Perplexity, text_perplexity
 from refmamba.run.session import (
     DEFAULT_MODEL,
@@ -98,11 +98,12 @@ class Model:
 
     def stream(
         self, text: Text, *, max_new_tokens: int = 100, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-        seed: int = 0,
+        seed: int = 0, look: Look | None = None,
     ) -> Generation:  # fmt: skip
         """The same piece by piece: iterate what it gives, a piece of text for each token as soon as it is chosen.
 
-        A piece is empty where a token ends inside a character.
+        A piece is empty where a token ends inside a character. look: is called with the logits (vocabulary,) from which each
+        token was chosen, and the token.
 
         >>> model = refmamba.load("small", scheme="int8")
         >>> for piece in model.stream("She said", max_new_tokens=3):
@@ -111,7 +112,8 @@ class Model:
         ' her'
         '\\n'
         """
-        return Generation(self._session, self._tokens(text), Sampler(temperature, top_k, top_p, seed), max_new_tokens)
+        sampler = Sampler(temperature, top_k, top_p, seed)
+        return Generation(self._session, self._tokens(text), sampler, max_new_tokens, look)
 
     def logits(self, text: Text) -> F32Array:
         """Float32 logits of every position, (L, vocabulary); those of a token are for the one after it.

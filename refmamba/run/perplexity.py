@@ -7,6 +7,7 @@ import numpy as np
 
 from refmamba.backend import Runner
 from refmamba.errors import DataError
+from refmamba.run.progress import bar
 from refmamba.run.session import Session
 from refmamba.spec.arith import IntArray
 from refmamba.spec.ops import log_softmax
@@ -24,8 +25,11 @@ class Perplexity:
 
     @property
     def per_token(self) -> float:
-        """exp of the mean negative log-likelihood of a token."""
-        return math.exp(self.nats / self.tokens)
+        """exp of the mean negative log-likelihood of a token; infinite where that is beyond float64."""
+        try:
+            return math.exp(self.nats / self.tokens)
+        except OverflowError:
+            return math.inf
 
     @property
     def bits_per_byte(self) -> float:
@@ -41,11 +45,13 @@ def perplexity(runner: Runner, tokens: IntArray, n_bytes: int) -> Perplexity:
     if len(tokens) < 2:
         raise DataError("the text is too short to score: it needs a token to read and one to score")
     nats, state = 0.0, None
-    for start in range(0, len(tokens) - 1, CALL):
-        targets = tokens[start + 1 : start + 1 + CALL]
-        rows, state = runner.prefill([tokens[start : start + len(targets)]], state, logits="all")
-        for row, target in zip(rows[0], targets, strict=True):  # one by one: of a large vocabulary, 512 rows are a gigabyte
-            nats -= float(log_softmax(row[None])[0, target])
+    with bar(len(tokens) - 1, "scoring the text", "token") as scored:
+        for start in range(0, len(tokens) - 1, CALL):
+            targets = tokens[start + 1 : start + 1 + CALL]
+            rows, state = runner.prefill([tokens[start : start + len(targets)]], state, logits="all")
+            for row, target in zip(rows[0], targets, strict=True):  # one by one: of a large vocabulary, 512 rows are a gigabyte
+                nats -= float(log_softmax(row[None])[0, target])
+            scored.update(len(targets))
     return Perplexity(len(tokens) - 1, nats, n_bytes)
 
 

@@ -21,15 +21,19 @@ from refmamba.formats.calibration import SUFFIX, load_calibration, save_calibrat
 from refmamba.formats.folder import open_checkpoint
 from refmamba.formats.hub import ModelFiles, resolve_model
 from refmamba.formats.quantized import save_quantized
+from refmamba.formats.scheme import open_scheme
 from refmamba.formats.text import read_text
 from refmamba.formats.tokenizer import Tokenizer, load_tokenizer
+from refmamba.formats.writing import check_folder
+from refmamba.run.progress import bar
 from refmamba.spec.arith import F32Array
 from refmamba.spec.calibrate import calibrate, passage
 from refmamba.spec.codes import Param
-from refmamba.spec.config import ParameterSource
+from refmamba.spec.config import MambaConfig, ParameterSource
 from refmamba.spec.parameters import QuantizedModel, quantize_model
-from refmamba.spec.scheme import Scheme, parse_scheme
+from refmamba.spec.scheme import Scheme
 
+ROUNDINGS = ("search", "gptq")
 DEFAULT_MODEL, DEFAULT_SCHEME = "small", "w8-all"
 
 
@@ -72,9 +76,13 @@ class Opened:
 
     choice: ModelChoice
     files: ModelFiles
-    tokenizer: Tokenizer
     checkpoint: ParameterSource | QuantizedModel
     scheme: Scheme
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, which tokens as numbers do not need. Raises TokenizerError."""
+        return load_tokenizer(self.files, self.checkpoint.config, self.choice.add_bos)
 
     def float_checkpoint(self) -> ParameterSource:
         """The checkpoint, to be quantized or changed. Raises DataError for a model that was saved quantized."""
@@ -88,10 +96,23 @@ class Opened:
         """Absolute maxima of each linear layer's input channels, (K,) float32 a site. Raises RefmambaError."""
         file = self.choice.calibrate
         if file is not None and file.suffix == SUFFIX:
-            return load_calibration(file)
+            return load_calibration(file, self.checkpoint.config)
         text = passage() if file is None else read_text(file)
         print(f"calibrating on {file or 'the passage inside the package'}", file=sys.stderr)
-        return calibrate(self.float_checkpoint(), self.tokenizer.encode_array(text))
+        source = self.float_checkpoint()
+        with bar(len(source.config.shapes()), "calibrating", "tensor") as used:
+            return calibrate(_Watched(source, used), self.tokenizer.encode_array(text))
+
+    def rounded_by_gptq(self) -> QuantizedModel:
+        """The model under its scheme, its linear layers' weights rounded by GPTQ on the text that is calibrated on."""
+        from refmamba.run.rounding import round_by_gptq
+
+        file = self.choice.calibrate
+        if file is not None and file.suffix == SUFFIX:
+            raise DataError(f"{file}: GPTQ needs a text, not the maxima of one; give a text file")
+        tokens = self.tokenizer.encode_array(passage() if file is None else read_text(file))
+        calibration = self.calibration if self.scheme.needs_calibration else None
+        return round_by_gptq(self.float_checkpoint(), self.scheme, tokens, calibration, load_backend(DEFAULT_BACKEND))
 
     def quantized(self, scheme: Scheme) -> QuantizedModel:
         """The model under a scheme. Raises DataError where it was saved under another one, or calibration lacks a site."""
@@ -102,14 +123,13 @@ class Opened:
 
 def open_model(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> Opened:
     """Find and open a model's files. Raises RefmambaError, so SchemeError where it was saved under another scheme."""
-    named = choice.scheme if isinstance(choice.scheme, Scheme | None) else parse_scheme(choice.scheme)
+    named = choice.scheme if isinstance(choice.scheme, Scheme | None) else open_scheme(choice.scheme)
     files = resolve_model(choice.model, choice.revision)
     checkpoint = open_checkpoint(files.folder)
-    tokenizer = load_tokenizer(files, checkpoint.config, choice.add_bos)
     saved = checkpoint.scheme if isinstance(checkpoint, QuantizedModel) else None
     if saved is not None and named is not None and named != saved:
         raise SchemeError(f"{choice.model} is saved as {saved.name}; leave out the scheme {named.name}")
-    return Opened(choice, files, tokenizer, checkpoint, named or saved or parse_scheme(default_scheme))
+    return Opened(choice, files, checkpoint, named or saved or open_scheme(default_scheme))
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,12 +149,12 @@ class Session:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
+        """The model's tokenizer. Raises TokenizerError."""
         return self.opened.tokenizer
 
     @cached_property
     def runner(self) -> Runner:
-        """The model, quantized and loaded, with a bar on a terminal's stderr meanwhile. Raises RefmambaError."""
+        """The model, quantized and loaded, with a bar on stderr meanwhile. Raises RefmambaError."""
         with progress(self.opened.quantized(self.scheme)) as model:
             return self.backend.load(model)
 
@@ -151,19 +171,40 @@ def open_session(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> S
     return Session(opened, backend, opened.scheme)
 
 
-def quantize_folder(choice: ModelChoice, folder: Path, calibration_file: Path | None = None) -> Opened:
+def quantize_folder(
+    choice: ModelChoice, folder: Path, calibration_file: Path | None = None, rounding: str = ROUNDINGS[0]
+) -> Opened:
     """Save a model quantized in a new folder; with a calibration file, also the maxima of its calibration.
 
-    Raises RefmambaError, so SchemeError where no scheme is named.
+    rounding: one of ROUNDINGS; `gptq` rounds the linear layers' weights by the text that is calibrated on. Raises
+    RefmambaError, so SchemeError where no scheme is named.
     """
     if choice.scheme is None:
         raise SchemeError("name what to save the model as: --scheme NAME, or --bits N")
+    check_folder(folder)
     opened = open_model(choice)
     if calibration_file is not None:
         save_calibration(opened.calibration, calibration_file)
-    with progress(opened.quantized(opened.scheme)) as model:
-        save_quantized(model, folder, opened.files)
+    quantized = opened.rounded_by_gptq() if rounding == "gptq" else opened.quantized(opened.scheme)
+    with progress(quantized) as model:
+        save_quantized(model, folder, opened.files, rounding)
     return opened
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A checkpoint; each tensor that is read moves a progress bar."""
+
+    source: ParameterSource
+    bar: "tqdm[Any]"
+
+    @property
+    def config(self) -> MambaConfig:
+        return self.source.config
+
+    def read(self, name: str) -> F32Array:
+        self.bar.update()
+        return self.source.read(name)
 
 
 class _Counted(Mapping[str, Param]):
@@ -189,14 +230,7 @@ class _Counted(Mapping[str, Param]):
 
 @contextmanager
 def progress(model: QuantizedModel) -> Iterator[QuantizedModel]:
-    """The model, with a bar on a terminal's stderr while its parameters are quantized and taken."""
+    """The model, with a bar on stderr while its parameters are quantized and taken."""
     what, total = f"quantizing {model.scheme.name}", len(model.params) - model.shares_codes  # which are taken once
-    with tqdm(total=total, desc=what, unit="tensor", leave=False, disable=not sys.stderr.isatty()) as bar:
-        yield replace(model, params=_Counted(model.params, bar))
-
-
-# TO GO with its last caller, refmamba.conformance.verify, which can do these two lines itself.
-def load_model(choice: ModelChoice) -> tuple[ModelFiles, Tokenizer, QuantizedModel]:
-    """An opened model's files, its tokenizer, and the model under its scheme."""
-    opened = open_model(choice)
-    return opened.files, opened.tokenizer, opened.quantized(opened.scheme)
+    with bar(total, what, "tensor") as taken:
+        yield replace(model, params=_Counted(model.params, taken))

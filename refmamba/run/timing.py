@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import psutil
 
 from refmamba.backend import Runner
 from refmamba.run.peers import LLAMA_TYPES, Apart, LlamaCpp, Peer, Transformers, installed, write_gguf
+from refmamba.run.progress import bar, say
 from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec.arith import IntArray
 from refmamba.spec.coders import ParameterGrouped
@@ -97,8 +97,12 @@ def speeds(
     A peer that fails, or whose process dies, is left out, with a line on stderr.
     """
     best = {peer: {"prefill": float("inf"), "decode": float("inf")} for peer in peers}
-    for _ in range(repeats):
-        for peer, times in list(best.items()):
+    with bar(repeats * len(peers), "measuring", "run") as measured:
+        for peer in [peer for _ in range(repeats) for peer in peers]:
+            measured.update()
+            if peer not in best:
+                continue
+            times = best[peer]
             try:
                 times["prefill"] = min(times["prefill"], _seconds(peer, "prefill", prompt))
                 _seconds(peer, "decode", generated[:WARM_UP])
@@ -107,7 +111,7 @@ def speeds(
                 if not isinstance(peer, Apart):
                     raise
                 why = str(error).strip().splitlines() or [type(error).__name__]
-                click.echo(f"{peer.name} is left out: {why[0]}", err=True)
+                say(f"{peer.name} is left out: {why[0]}", error=True)
                 del best[peer]
     return [
         {"name": peer.name, "prefill_tokens_per_second": len(prompt) / times["prefill"],

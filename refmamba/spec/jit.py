@@ -6,14 +6,16 @@ from typing import Any, TypeVar
 
 from refmamba.errors import BackendError
 
+MOST_THREADS = 1024  # which a process may have; numba itself starts as many as it is told to
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _import_numba() -> Any:
     """numba. Its import ends in a traceback for some values of this variable, and passes over the others with a warning."""
     threads = os.environ.get("NUMBA_NUM_THREADS")
-    if threads is not None and not (threads.strip().isdecimal() and int(threads) > 0):
-        raise BackendError(f"NUMBA_NUM_THREADS is '{threads}', and must be a number of threads from 1: change or unset it")
+    if threads is not None and not (threads.strip().isdecimal() and len(threads) < 9 and 0 < int(threads) <= MOST_THREADS):
+        words = f"a number of threads from 1 to {MOST_THREADS}"
+        raise BackendError(f"NUMBA_NUM_THREADS is '{threads}', and must be {words}: change or unset it")
     import numba
 
     return numba

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from refmamba.spec import arith, ops
+from refmamba.spec import arith, ops, transforms
 from refmamba.spec import codes as quantize
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
@@ -11,7 +11,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     for f in (
         arith.exp, arith.log, arith.log1p, arith.softplus, arith.silu, arith.tree_sum,
         quantize.absmax, quantize.scale_of, quantize.quantize, quantize.code, quantize.code_static,
-        quantize.fixed_point, quantize.integer_product, quantize.rescale, quantize.pack4, quantize.unpack4,
+        quantize.code_grouped, quantize.code_flattened, quantize.fixed_point, transforms.rotate, quantize.integer_product,
+        quantize.rescale, quantize.pack4, quantize.unpack4,
         ops.embed, ops.rms_norm, ops.conv1d, ops.step_size, ops.state_matrix, ops.discretize, ops.selective_scan,
         ops.gate, ops.log_softmax, ops.sample,
     )

@@ -6,12 +6,10 @@ where its scales come from: the readings below are ours. `Scheme.table` prints t
 entries changes them (`--scheme FILE`).
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from refmamba.errors import SchemeError
@@ -19,6 +17,7 @@ from refmamba.spec.coders import CODERS, INPUT_CODERS, options_of
 from refmamba.spec.transforms import Hadamard, Smooth
 
 LINEAR_LAYERS = ("in_proj", "x_proj", "dt_proj", "out_proj")
+LONGEST_NAME = 100  # characters
 ALPHA = 0.5  # SmoothQuant's migration strength where a scheme does not say another
 LINEAR_WEIGHTS = tuple(f"{layer}.weight" for layer in LINEAR_LAYERS)
 HEAD_WEIGHTS = ("embedding.weight", "lm_head.weight")  # one tensor where the head is tied
@@ -210,20 +209,15 @@ NAMED: dict[str, Callable[[str], Scheme]] = {
 
 
 def parse_scheme(name: str) -> Scheme:
-    """The scheme of a name (`wN-mlp`, `wN-all`, `wNaM-mlp`, `wNaM-all`, or one of NAMED) or of a JSON file.
+    """The scheme of a name (`wN-mlp`, `wN-all`, `wNaM-mlp`, `wNaM-all`, or one of NAMED.
 
     Raises SchemeError.
     """
     if name in NAMED:
         return NAMED[name](name)
-    if match := re.fullmatch(r"w(\d+)(?:a(\d+))?-(mlp|all)", name):
+    if match := re.fullmatch(r"w([0-9]{1,2})(?:a([0-9]{1,2}))?-(mlp|all)", name):
         outputs = dict.fromkeys(LINEAR_LAYERS, Quantizer(int(match[2]), "per_tensor")) if match[2] else {}
         return Scheme(name, _weights(int(match[1]), match[3]), outputs=outputs)
-    if name.endswith(".json"):
-        try:
-            return scheme_from_json(json.loads(Path(name).read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise SchemeError(f"scheme file {name}: {error}") from error
     raise SchemeError(
         f"unknown scheme '{name}'; there are wN-mlp, wN-all (N 2 to 8), wNaM-mlp, wNaM-all (M 2 to 16), "
         f"{', '.join(NAMED)}, and FILE.json"
@@ -234,11 +228,11 @@ def scheme_from_json(values: Any) -> Scheme:
     """The scheme that `Scheme.to_json` gave. Raises SchemeError."""
     try:
         parts = {part: {k: Quantizer(**q) for k, q in values.get(part, {}).items()} for part in SITES}
-        unknown = set(values) - {"name", "smooth", "rotate", *SITES}
-        if unknown:
-            raise SchemeError(f"scheme: unknown entries {', '.join(sorted(unknown))}")
-        return Scheme(
-            str(values["name"]), smooth=dict(values.get("smooth", {})), rotate=tuple(values.get("rotate", ())), **parts
-        )
+        if unknown := sorted(set(values) - {"name", "smooth", "rotate", *SITES}):
+            raise SchemeError(f"scheme: unknown entry {unknown[0]!r}; there are name, smooth, rotate, {', '.join(SITES)}")
+        name = values["name"]
+        if not (isinstance(name, str) and name.isprintable() and 0 < len(name) <= LONGEST_NAME):
+            raise SchemeError(f"scheme: the name is a text of 1 to {LONGEST_NAME} printable characters")
+        return Scheme(name, smooth=dict(values.get("smooth", {})), rotate=tuple(values.get("rotate", ())), **parts)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SchemeError(f"scheme: not in the form of Scheme.to_json ({error!r})") from error

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from refmamba.errors import SchemeError
-from refmamba.formats.files import write_text
+from refmamba.formats.writing import write_text
 from refmamba.run.session import Opened
 from refmamba.spec import coders
 from refmamba.spec.calibrate import passage

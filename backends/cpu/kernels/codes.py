@@ -4,25 +4,37 @@ import math
 
 import numpy as np
 
-from refmamba.backends.cpu.kernels.arithmetic import BIAS, FRACTION_BITS, ONE, ZERO, magnitude
+from refmamba.backends.cpu.kernels.arithmetic import ZERO
 from refmamba.backends.cpu.kernels.bound import ROW_NORM_ROOM
 from refmamba.backends.cpu.kernels.instructions import LANES
 from refmamba.backends.cpu.kernels.regions import meet, share
 from refmamba.backends.cpu.kernels.rows import CONV_ROWS, conv_rows, norm_row
-from refmamba.backends.cpu.kernels.tables import DOUBLE_FLOATS, FLOATS, LINE, Layer, Mode, Run, Site, at, f32, inlined, kernel
+from refmamba.backends.cpu.kernels.scales import factors, row_absmax, tensor_absmax, value
+from refmamba.backends.cpu.kernels.tables import (
+    DOUBLE_FLOATS,
+    FLOATS,
+    LINE,
+    UNIT,
+    Layer,
+    Mode,
+    Run,
+    Site,
+    at,
+    f32,
+    inlined,
+    kernel,
+)
+from refmamba.backends.cpu.kernels.tiles import store_start
+from refmamba.backends.cpu.kernels.transforms import prepared_place, prepared_row
 from refmamba.backends.cpu.kernels.vectors import (
     double,
-    float_of,
     get,
     get_f,
     lane_tree,
-    largest,
-    load_d,
-    load_f,
+    load_bytes,
     put,
     put_f,
     rint,
-    single,
     splat_f,
     splat_i,
     splat_l,
@@ -31,24 +43,12 @@ from refmamba.backends.cpu.kernels.vectors import (
     to_int,
     total,
     where,
-    where_i,
     widen,
 )
-from refmamba.spec.codes import ABSMAX_ZERO, ACTIVATION_BITS, BLOCK
+from refmamba.spec.codes import BLOCK
 
-INFINITE = 0x7F800000  # bits of infinity: those of a NaN are more
 BORROWS = 0x00808080  # 128 in each of the three lower bytes of an int32
 CODE_REGIONS = 2  # of `code_rows`, at most
-ABSMAX_ZERO_BITS = int(ABSMAX_ZERO.view(np.int32))
-
-
-@inlined
-def value(source, s, step, smooth):
-    """A strip of a row, divided by SmoothQuant's factors where there are any: eq. (29)."""
-    v = load_f(source + s * step)
-    if smooth != 0:
-        v = single(double(v) * load_d(smooth + s * DOUBLE_FLOATS))
-    return v
 
 
 @inlined
@@ -61,43 +61,6 @@ def by_panels(site, rows):
 def code_bytes(k):
     """Bytes of a row of k codes for panels: an odd number of lines, so that rows do not share their cache sets."""
     return 8 * k + LINE
-
-
-@kernel()
-def row_absmax(run, source, strips, smooth, number, sequence):
-    """Bits of a row's largest magnitude, eq. (7): zero where it counts as zero. Notes the site of a NaN or infinity."""
-    step = at(run, Run.STRIDE) * FLOATS
-    m = splat_i(0)
-    for s in range(strips):
-        v = magnitude(value(source, s, step, smooth))
-        m = where_i(v > m, v, m)
-    m = largest(m)
-    if m >= INFINITE:
-        errors = at(run, Run.ERRORS) + 8 * sequence
-        if get(errors) == 0:
-            put(errors, number)
-        return 0
-    return m if m >= ABSMAX_ZERO_BITS else 0
-
-
-@inlined
-def power_of_two(e):
-    """2^e as a float32."""
-    return float_of((e + BIAS) << FRACTION_BITS)
-
-
-@inlined
-def factors(mode, most, m, static):
-    """For an absolute maximum: what to multiply by, what to divide the product by, and the power of two to take off."""
-    if mode == Mode.NONE:  # eq. (10); for 2^(E-1) <= m < 2^E the bits of m hold E + BIAS - 1
-        e = min(BIAS - 1, ACTIVATION_BITS - ((m >> FRACTION_BITS) - (BIAS - 1)))
-        return (ZERO, ONE, ONE) if m == 0 else (power_of_two(e), ONE, power_of_two(-e))
-    if mode == Mode.STATIC:
-        return (ZERO, ONE, ONE) if static == ZERO else (static, static, ONE)
-    if m == 0:
-        return ZERO, ONE, ONE
-    scale = f32(most) / float_of(m)
-    return scale, scale, ONE
 
 
 @kernel()
@@ -141,15 +104,22 @@ def code_row(run, site, source, row, m, panels):
                 store_bytes(codes + 3 * k + LANES * s, digits >> splat_i(24))
         put(sums + 8 * block, total(s_sum))
         block += 1
+    if at(site, Site.UNITS) != 0:
+        start_units(run, site, codes, row)
 
 
 @kernel()
-def tensor_absmax(run, starts, sequence):
-    """Bits of the largest magnitude of all rows of a sequence."""
-    m = 0
-    for row in range(get(starts + 8 * sequence), get(starts + 8 * sequence + 8)):
-        m = max(m, get(at(run, Run.ABSMAX) + 8 * row))
-    return m
+def start_units(run, site, codes, row):
+    """What the sums of a row's products start from where a weight's codes are in groups: see `tiles.store_start`."""
+    units, k, width = at(site, Site.UNITS), at(site, Site.K), min(UNIT, 1 << at(site, Site.GROUP_BITS))
+    slices = at(site, Site.SLICES)
+    starts = at(run, Run.STARTS) + row * slices * units * 4
+    for piece in range(slices):
+        for unit in range(units):
+            together = splat_i(0)
+            for column in range(unit * width, min(k, unit * width + width), LANES):
+                together = together + load_bytes(codes + piece * k + column)
+            store_start(starts + 4 * (piece * units + unit), together)
 
 
 # What makes the rows that are coded, and whether a product is added to the residual.
@@ -157,7 +127,7 @@ NORM_ROW, LAST_NORM_ROW, CONV_ROW, NOTHING = np.arange(4)
 
 
 @kernel()
-def code_rows(run, work, layer, index, site, source, counter):
+def code_rows(rank, run, work, layer, index, site, source, counter):
     """Regions: make the rows that go into a product, and their codes. Returns the next region's counter."""
     head = work == LAST_NORM_ROW
     rows = at(run, Run.OUT_ROWS) if head else at(run, Run.ROWS)
@@ -175,8 +145,8 @@ def code_rows(run, work, layer, index, site, source, counter):
                 norm_row(run, at(layer, Layer.NORM), get(at(run, Run.OUT_ROW) + 8 * row), row)
             elif work == CONV_ROW and (row - first) % CONV_ROWS == 0:
                 conv_rows(run, layer, index, row, min(last, row + CONV_ROWS))
-            row_at = source + row * FLOATS
             sequence = get(sequences + 8 * row)
+            row_at = prepared_row(rank, run, site, source + row * FLOATS, row, sequence)
             m = row_absmax(run, row_at, strips, at(site, Site.SMOOTH), 2 * at(site, Site.NUMBER), sequence)
             if whole:
                 put(at(run, Run.ABSMAX) + 8 * row, m)
@@ -191,7 +161,7 @@ def code_rows(run, work, layer, index, site, source, counter):
         while first < rows:
             for row in range(first, last):
                 m = tensor_absmax(run, starts, get(sequences + 8 * row))
-                code_row(run, site, source + row * FLOATS, row, m, panels)
+                code_row(run, site, prepared_place(run, site, source, row), row, m, panels)
             mine += last - first
             first, last = share(run, counter, rows)
         counter = meet(counter, rows, mine)

@@ -1,10 +1,14 @@
 """Products by digits: integer products of 8-bit digits, joined exactly."""
 
+from refmamba.backends.cpu.kernels.instructions import LANES
 from refmamba.backends.cpu.kernels.output import finish
 from refmamba.backends.cpu.kernels.tables import (
+    BYTES_OFFSET,
     DOUBLE_FLOATS,
     FIXED_OFFSET,
     FLOATS,
+    LINE,
+    UNIT,
     Kind,
     Run,
     Site,
@@ -13,9 +17,11 @@ from refmamba.backends.cpu.kernels.tables import (
     inlined,
     kernel,
     offset_of,
+    planes_of,
+    steps_of,
     vector_bytes,
 )
-from refmamba.backends.cpu.kernels.tiles import tile
+from refmamba.backends.cpu.kernels.tiles import VNNI, grouped_tile, tile
 from refmamba.backends.cpu.kernels.vectors import (
     REGISTERS_32,
     double,
@@ -24,11 +30,13 @@ from refmamba.backends.cpu.kernels.vectors import (
     load_d,
     load_f,
     load_i,
+    load_steps,
     single,
     splat_f,
     splat_i,
     splat_l,
     store_d,
+    store_i,
     to_double,
     to_float,
     widen,
@@ -36,13 +44,43 @@ from refmamba.backends.cpu.kernels.vectors import (
 from refmamba.spec.codes import BLOCK
 
 ROWS_OF_TILE = 64  # rows of one item of a product by digits
+# Rows from which on codes in groups become bytes once for all rows of an item, and the rows of such an item. Without VNNI a
+# product straight from the codes is faster than one of bytes: never.
+SPREAD, ROWS_OF_SPREAD = (32, 128) if VNNI else (2**31, ROWS_OF_TILE)
 COLUMNS = 8  # slices of rows that are multiplied together, at most
 PLANE_BYTES = COLUMNS * 2 * FLOATS  # of the sums of a pair of strips
 # A thread's own: three planes of sums, and the float64 totals of one.
 DIGITS_SCRATCH = int(3 * PLANE_BYTES + COLUMNS * 2 * DOUBLE_FLOATS)
+AS_BYTES = int(Kind.BYTES)
 STRIPS = 2 if REGISTERS_32 else 1  # of a tile
 BYTES_8, BYTES_4, BYTES_1 = tile(False, STRIPS, 8, 1), tile(False, STRIPS, 4, 1), tile(False, STRIPS, 1, 4)
 PACKED_8, PACKED_4, PACKED_1 = tile(True, STRIPS, 8, 1), tile(True, STRIPS, 4, 1), tile(True, STRIPS, 1, 2)
+GROUPED_8, GROUPED_4, GROUPED_1 = grouped_tile(STRIPS, 8), grouped_tile(STRIPS, 4), grouped_tile(STRIPS, 1)
+
+
+@kernel()
+def grouped_tiles(run, site, pair, row, columns, start, k, out):
+    """`tiles` of weights in groups, from column `start` on: all slices of some rows, `columns` together."""
+    stride, kind, units, bits = at(site, Site.K), Kind.GROUPED, at(site, Site.UNITS), at(site, Site.GROUP_BITS)
+    plane_bytes, step_bytes = vector_bytes(kind) * stride, at(site, Site.STEP_BYTES)
+    codes = at(run, Run.CODES) + row * at(site, Site.SLICES) * stride + start
+    starts = at(run, Run.STARTS) + 4 * (row * at(site, Site.SLICES) * units + start // min(UNIT, 1 << bits))
+    strip = 0
+    while strip < 2:
+        w = at(site, Site.CODES) + (2 * pair + strip) * plane_bytes + vector_bytes(kind) * start
+        steps = steps_of(site, 2 * pair + strip, start)
+        column = 0
+        while column < columns:
+            x, first, left = codes + column * stride, starts + column * 4 * units, columns - column
+            sums_at = out + strip * FLOATS + column * 2 * FLOATS
+            if REGISTERS_32 and left >= 8:
+                GROUPED_8(w, plane_bytes, steps, step_bytes, bits, x, stride, first, 4 * units, k, sums_at)
+            elif left >= 4:
+                GROUPED_4(w, plane_bytes, steps, step_bytes, bits, x, stride, first, 4 * units, k, sums_at)
+            else:
+                GROUPED_1(w, plane_bytes, steps, step_bytes, bits, x, stride, first, 4 * units, k, sums_at)
+            column += 8 if REGISTERS_32 and left >= 8 else (4 if left >= 4 else 1)
+        strip += STRIPS
 
 
 @kernel()
@@ -94,14 +132,49 @@ def exact(kind, slices, sums, plane, codes):
     return to_double(joined(sums, slices) - splat_l(offset_of(kind) * codes))
 
 
+def spread_scratch(k: int) -> int:
+    """A thread's own: a pair of strips of k columns as bytes, after what a product by digits needs."""
+    return DIGITS_SCRATCH + 2 * LANES * k
+
+
+@inlined
+def spreads(site, rows):
+    """Whether a product of so many rows makes bytes of a weight's codes in groups."""
+    return at(site, Site.KIND) == Kind.GROUPED and rows >= SPREAD
+
+
+@kernel()
+def spread_bytes(site, strip, out):
+    """The codes of 16 rows of a weight in groups, times their steps, as digits of `Kind.BYTES`: (q + 8) m + 128 - 8 m, of which
+    the lowest byte counts. The products of two bytes of a lane fit 16 bits each, so four are made as two and two."""
+    k = at(site, Site.K)
+    codes = at(site, Site.CODES) + strip * vector_bytes(Kind.GROUPED) * k
+    low, byte = splat_i(0x000F000F), splat_i(0x00FF00FF)
+    for column in range(0, k, 8):
+        steps = load_steps(steps_of(site, strip, column))
+        offset = (splat_i(BYTES_OFFSET) - (steps << splat_i(3))) & splat_i(255)
+        offset = offset + (offset << splat_i(16))
+        v = load_i(codes + vector_bytes(Kind.GROUPED) * column)
+        for half in range(2):
+            place, four = out + (column // 4 + half) * LINE, v >> splat_i(4 * half)
+            evens = ((four & low) * steps + offset) & byte
+            odds = (((four >> splat_i(8)) & low) * steps + offset) & byte
+            store_i(place, evens + (odds << splat_i(8)))
+
+
 @kernel()
 def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes, limit, residual):
     """Rows first to last of a pair of strips of a product: eq. (11, 12, 13), the bias and the residual. limit: rows of w."""
     kind, slices, k = at(site, Site.KIND), at(site, Site.SLICES), at(site, Site.K)
-    packed, planes, plane_bytes = kind == Kind.PACKED, max(1, kind), vector_bytes(kind) * k  # of a strip's digits
+    packed, planes, plane_bytes = kind == Kind.PACKED, planes_of(kind), vector_bytes(kind) * k  # of a strip's digits
     weights = at(site, Site.CODES) + 2 * pair * planes * plane_bytes
     sums = at(run, Run.SCRATCH) + rank * at(run, Run.SCRATCH_BYTES)
     plane, totals = PLANE_BYTES, sums + 3 * PLANE_BYTES
+    if spreads(site, last - first):
+        kind, weights = AS_BYTES, sums + DIGITS_SCRATCH
+        plane_bytes = vector_bytes(kind) * k
+        for s in range(2):
+            spread_bytes(site, 2 * pair + s, weights + s * plane_bytes)
     blocks = (k + BLOCK - 1) // BLOCK
     row = first
     while row < last:
@@ -112,8 +185,10 @@ def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes
             count = 2 if left >= 2 else 1
         if blocks == 1 and slices == 1 and kind != Kind.FIXED:
             # All in int32: |digits| |codes| k < 2^31, and its float32 is rounded once, as that of the float64 is.
-            x = at(run, Run.CODES) + row * k
-            tiles(packed, slices, count, weights, plane_bytes, x, k, k, sums)
+            if kind == Kind.GROUPED:
+                grouped_tiles(run, site, pair, row, count, 0, k, sums)
+            else:
+                tiles(packed, slices, count, weights, plane_bytes, at(run, Run.CODES) + row * k, k, k, sums)
             for j in range(count):
                 offset = splat_i(offset_of(kind) * get(at(run, Run.SUMS) + 8 * (row + j) * at(run, Run.SUM_BLOCKS)))
                 for s in range(2):
@@ -124,6 +199,9 @@ def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes
         for block in range(blocks):
             start, width = block * BLOCK, min(BLOCK, k - block * BLOCK)
             x = at(run, Run.CODES) + row * slices * k + start
+            if kind == Kind.GROUPED:
+                grouped_tiles(run, site, pair, row, count * slices, start, width, sums)
+                planes = 0
             for p in range(planes):
                 w = weights + p * plane_bytes + start * vector_bytes(kind)
                 tiles(packed, slices, count, w, planes * plane_bytes, x, k, width, sums + p * plane)

@@ -41,14 +41,14 @@ def run_layers(rank, run):
         layer = at(run, Run.LAYER_TABLES) + 8 * index * Layer.SIZE
         in_proj, x_proj = layer + 8 * Layer.IN_PROJ, layer + 8 * Layer.X_PROJ
         dt_proj, out_proj = layer + 8 * Layer.DT_PROJ, layer + 8 * Layer.OUT_PROJ
-        counter = code_rows(run, NORM_ROW, layer, index, in_proj, normed, counter)
+        counter = code_rows(rank, run, NORM_ROW, layer, index, in_proj, normed, counter)
         counter = linear(rank, run, in_proj, xz, counter)
-        counter = code_rows(run, CONV_ROW, layer, index, x_proj, u, counter)
+        counter = code_rows(rank, run, CONV_ROW, layer, index, x_proj, u, counter)
         counter = linear(rank, run, x_proj, xbc, counter)
-        counter = code_rows(run, NOTHING, layer, index, dt_proj, xbc, counter)
+        counter = code_rows(rank, run, NOTHING, layer, index, dt_proj, xbc, counter)
         counter = linear(rank, run, dt_proj, delta, counter)
         counter = scan(rank, run, layer, index, counter)
-        counter = code_rows(run, NOTHING, layer, index, out_proj, delta, counter)
+        counter = code_rows(rank, run, NOTHING, layer, index, out_proj, delta, counter)
         if at(out_proj, Site.OUT) == Mode.NONE:
             counter = product(rank, run, out_proj, rows, x, step, FLOATS, SET, ADD, counter)
         else:
@@ -61,5 +61,5 @@ def run_layers(rank, run):
     if out_rows > 0:
         head = at(run, Run.HEAD)
         site, vocabulary = head + 8 * Layer.IN_PROJ, at(run, Run.VOCABULARY)
-        counter = code_rows(run, LAST_NORM_ROW, head, at(run, Run.LAYERS), site, normed, counter)
+        counter = code_rows(rank, run, LAST_NORM_ROW, head, at(run, Run.LAYERS), site, normed, counter)
         product(rank, run, site, out_rows, at(run, Run.LOGITS), FLOATS, 4 * vocabulary, vocabulary, SET, counter)

@@ -3,10 +3,11 @@
 import numpy as np
 
 from refmamba.backends.cpu.kernels.arithmetic import ONE
-from refmamba.backends.cpu.kernels.codes import factors, row_absmax, tensor_absmax
 from refmamba.backends.cpu.kernels.instructions import LANES
 from refmamba.backends.cpu.kernels.regions import meet, share
-from refmamba.backends.cpu.kernels.tables import FLOATS, Mode, Run, Site, at, f32, inlined, kernel
+from refmamba.backends.cpu.kernels.scales import factors, row_absmax, tensor_absmax
+from refmamba.backends.cpu.kernels.tables import FLOATS, NO_OUTLIER, Mode, Run, Site, at, f32, inlined, kernel
+from refmamba.backends.cpu.kernels.transforms import outlier_values
 from refmamba.backends.cpu.kernels.vectors import (
     get,
     get_f,
@@ -28,8 +29,11 @@ OUTPUT_REGIONS = 2  # of `requantize_rows`
 
 @inlined
 def finish(run, site, row, y, out, strip, strip_bytes, row_bytes, limit, residual):
-    """Eq. (13)'s division for 16 values of a row, the bias and the residual. Of logits those below `limit` are stored."""
+    """Eq. (13)'s division for 16 values of a row, its outliers, the bias and the residual. Of logits those below `limit` are
+    stored."""
     y = y / (splat_f(get_f(at(run, Run.SCALE) + 4 * row)) * load_f(at(site, Site.SCALE) + strip * FLOATS))
+    if at(site, Site.OUTLIER) != NO_OUTLIER:
+        y = y + outlier_values(run, site, strip, row)
     bias = 0 if at(site, Site.OUT) != Mode.NONE else at(site, Site.BIAS)
     if bias != 0:
         y = y + load_f(bias + strip * FLOATS)

@@ -6,17 +6,13 @@ from refmamba.backends.cpu.kernels.instructions import LANES
 from refmamba.backends.cpu.kernels.output import finish
 from refmamba.backends.cpu.kernels.tables import (
     DOUBLE_FLOATS,
-    FIXED_OFFSET,
     FLOATS,
-    LINE,
-    Kind,
     Run,
     Site,
     at,
+    column_of,
     inlined,
     kernel,
-    offset_of,
-    vector_bytes,
 )
 from refmamba.backends.cpu.kernels.tiles import panel_tile
 from refmamba.backends.cpu.kernels.vectors import (
@@ -30,13 +26,11 @@ from refmamba.backends.cpu.kernels.vectors import (
     load_apart,
     load_d,
     load_f,
-    load_i,
     put,
     rint_d,
     single,
     splat_d,
     splat_f,
-    splat_i,
     store_apart,
     store_d,
     whole_double,
@@ -53,24 +47,10 @@ PANEL_12, PANEL_6, PANEL_2, PANEL_1 = panel_tile(12), panel_tile(6), panel_tile(
 @kernel()
 def spread(site, strip, start, width, out):
     """The codes of 16 rows of a weight, `width` columns from `start` on, as `panel_tile` takes them."""
-    kind, k = at(site, Site.KIND), at(site, Site.K)
-    packed, planes, plane_bytes = kind == Kind.PACKED, max(1, kind), vector_bytes(kind) * k
-    digits = at(site, Site.CODES) + strip * planes * plane_bytes + vector_bytes(kind) * start
-    low, apart = splat_i(255), 8 * DOUBLES * width
-    for group in range(width // 4):  # of four columns
-        group_at = digits + (group // 2 if packed else group) * LINE
-        v = load_i(group_at)
-        if packed:
-            v = (v >> splat_i(group % 2 * 4)) & splat_i(0x0F0F0F0F)
-        for j in range(4):
-            place, shift = out + (4 * group + j) * 8 * DOUBLES, splat_i(8 * j)
-            q = (v >> shift) & low
-            if kind == Kind.FIXED:
-                q = q + (((load_i(group_at + plane_bytes) >> shift) & low) << splat_i(8))
-                q = q + (((load_i(group_at + 2 * plane_bytes) >> shift) & low) << splat_i(16))
-                store_apart(place, apart, whole_double(q - splat_i(FIXED_OFFSET)))
-            else:
-                store_apart(place, apart, whole_double(q - splat_i(offset_of(kind))))
+    apart = 8 * DOUBLES * width
+    for group in range(width // 4):  # of four columns, whose digits lie in one vector
+        for column in range(4 * group, 4 * group + 4):
+            store_apart(out + column * 8 * DOUBLES, apart, whole_double(column_of(site, strip, start + column)))
 
 
 @inlined

@@ -1,7 +1,7 @@
 """A product by whichever way the number of its rows makes faster, shared by all threads."""
 
 from refmamba.backends.cpu.kernels.codes import by_panels
-from refmamba.backends.cpu.kernels.digits import ROWS_OF_TILE, product_item
+from refmamba.backends.cpu.kernels.digits import ROWS_OF_SPREAD, ROWS_OF_TILE, product_item, spreads
 from refmamba.backends.cpu.kernels.output import SET, requantize_rows
 from refmamba.backends.cpu.kernels.panels import ROWS_OF_PANEL, panel_item
 from refmamba.backends.cpu.kernels.regions import meet, share
@@ -15,6 +15,8 @@ def product(rank, run, site, rows, out, strip_bytes, row_bytes, limit, residual,
     """Region: a product, one or two strips and some rows an item. Returns the next region's counter."""
     panels = by_panels(site, rows)
     pieces, height = (2 * at(site, Site.PAIRS), ROWS_OF_PANEL) if panels else (at(site, Site.PAIRS), ROWS_OF_TILE)
+    if spreads(site, rows) and not panels:
+        height = ROWS_OF_SPREAD
     items, mine = pieces * ((rows + height - 1) // height), 0
     first, last = share(run, counter, items)
     while first < items:

@@ -6,7 +6,7 @@ import numba
 import numpy as np
 
 from refmamba.backends.cpu.kernels.instructions import LANES
-from refmamba.backends.cpu.kernels.vectors import get
+from refmamba.backends.cpu.kernels.vectors import get, load_i, load_steps, splat_i
 
 f32 = np.float32
 LINE = 64  # bytes of a cache line, and of the longest vector register
@@ -70,10 +70,14 @@ class Run(Table):
     U = auto()  # address, strips: the convolution's result
     XBC = auto()  # address, strips: x_proj's result, dt, B and C
     DELTA = auto()  # address, strips: dt_proj's result, then the scan's, then the gate's
+    PREPARED = auto()  # address, strips: rows after their rotation and without their outliers, where a site has either
+    OUTLIERS = auto()  # address: of each row, how many outliers; their power of two to take off, float32; columns and codes
+    OUTLIER_BYTES = auto()  # bytes of them for each row
     CODES = auto()  # address: rows of codes that go into a product, by digits or by panels
     FACTOR = auto()  # address: of each row of codes, the power of two to take off, float32
     SCALE = auto()  # address: and the scale to divide by, float32
     SUMS = auto()  # address: and its sum of codes in each block, int64; by panels, a bound on its norm, float32
+    STARTS = auto()  # address: of each slice of a row, what each sum of UNITS starts from, 4 bytes
     ABSMAX = auto()  # address: of each row, the bits of its absolute maximum, int64
 
 
@@ -82,6 +86,10 @@ class Site(Table):
 
     CODES = auto()  # address: the weight's digits
     KIND = auto()  # how they are stored, a `Kind`
+    STEPS = auto()  # address: of weights in groups, a byte for each row of a strip and each group
+    STEP_BYTES = auto()  # bytes of them for a strip
+    GROUP_BITS = auto()  # columns of a group, as a power of two
+    UNITS = auto()  # sums of columns that steps multiply; 0: there are no groups
     PAIRS = auto()  # pairs of strips of its rows
     K = auto()  # columns, with padding to whole vectors
     SLICES = auto()  # int8 slices of a row of codes: 1 for N-bit codes, 4 for fixed point
@@ -94,6 +102,8 @@ class Site(Table):
     IN_LARGEST = auto()  # the input's largest code
     IN_SCALE = auto()  # address: the input's static scale, float32; 0: all codes are 0
     SMOOTH = auto()  # address: what to multiply the input's channels by, float64; 0: nothing
+    BLOCK = auto()  # channels that are rotated together; 0: none are
+    OUTLIER = auto()  # bits of the magnitude from which on a value of the input is an outlier; NO_OUTLIER: none is
     OUT = auto()  # where the output's scale comes from, a `Mode`
     OUT_LARGEST = auto()  # the output's largest code
     NUMBER = auto()  # of this site, from 1, for ERRORS: 2 NUMBER for its input, 2 NUMBER + 1 for its output
@@ -116,13 +126,18 @@ class Layer(IntEnum):
 
 
 class Kind(IntEnum):
-    """Digits of a weight: two codes a byte, one code a byte, or three bytes of a fixed-point code, a plane each."""
+    """Digits of a weight: two codes a byte, one code a byte, three bytes of a fixed-point code, a plane each; or two codes
+    a byte that are multiplied by their group's step."""
 
-    PACKED, BYTES, FIXED = 0, 1, 3
+    PACKED, BYTES, FIXED, GROUPED = range(4)
 
 
+UNIT = 64  # columns of a group that are summed before their step multiplies the sum, at most
 # What makes the codes of each kind unsigned.
 PACKED_OFFSET, BYTES_OFFSET, FIXED_OFFSET = 1 << 3, 1 << 7, 1 << 23
+
+
+NO_OUTLIER = -1  # no magnitude's bits
 
 
 class Mode(IntEnum):
@@ -141,14 +156,54 @@ inlined = kernel(forceinline=True)
 
 @inlined
 def offset_of(kind):
-    """What was added to each code of a weight, of the kinds that are no fixed point."""
-    return PACKED_OFFSET if kind == Kind.PACKED else BYTES_OFFSET
+    """What a product's digits are off by, of the kinds that are no fixed point. GROUPED: nothing, as `STARTS` take it off."""
+    return PACKED_OFFSET if kind == Kind.PACKED else (0 if kind == Kind.GROUPED else BYTES_OFFSET)
+
+
+@inlined
+def halves(kind):
+    """Whether a byte holds two codes."""
+    return kind == Kind.PACKED or kind == Kind.GROUPED
+
+
+@inlined
+def planes_of(kind):
+    """Planes of a weight's digits."""
+    return 3 if kind == Kind.FIXED else 1
 
 
 @inlined
 def vector_bytes(kind):
     """Bytes of the digits of 16 rows in one column: a plane of a strip has as many for each column."""
-    return LANES // 2 if kind == Kind.PACKED else LANES
+    return LANES // 2 if halves(kind) else LANES
+
+
+@inlined
+def steps_of(site, strip, column):
+    """Where the steps of 16 rows lie that multiply a column and its group: bytes, a vector for each group."""
+    return at(site, Site.STEPS) + strip * at(site, Site.STEP_BYTES) + (column >> at(site, Site.GROUP_BITS)) * LANES
+
+
+@inlined
+def column_of(site, strip, column):
+    """The integers of the 16 rows of a strip of a weight in one column, int32."""
+    kind, group = at(site, Site.KIND), column // 4
+    plane_bytes = vector_bytes(kind) * at(site, Site.K)
+    digits = at(site, Site.CODES) + strip * planes_of(kind) * plane_bytes
+    place = digits + (group // 2 if halves(kind) else group) * LINE
+    shift = splat_i(8 * (column % 4))
+    q = load_i(place) >> shift
+    if halves(kind):
+        q = (q >> splat_i(4 * (group % 2))) & splat_i(15)
+    else:
+        q = q & splat_i(255)
+    if kind == Kind.FIXED:
+        q = q + (((load_i(place + plane_bytes) >> shift) & splat_i(255)) << splat_i(8))
+        q = q + (((load_i(place + 2 * plane_bytes) >> shift) & splat_i(255)) << splat_i(16))
+        return q - splat_i(FIXED_OFFSET)
+    if kind == Kind.GROUPED:
+        return (q - splat_i(PACKED_OFFSET)) * load_steps(steps_of(site, strip, column))
+    return q - splat_i(offset_of(kind))
 
 
 @inlined

@@ -1,8 +1,9 @@
-"""The inner loops of the two kinds of product, unrolled into registers: integer codes, and float64 panels."""
+"""The inner loops of the products, unrolled into registers: integer codes, those in groups, and float64 panels."""
 
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import llvm_version_info
 from numba import types
 
 from refmamba.backends.cpu.kernels.instructions import (
@@ -21,9 +22,11 @@ from refmamba.backends.cpu.kernels.instructions import (
     splat,
     to_pointer,
 )
+from refmamba.backends.cpu.kernels.tables import PACKED_OFFSET, UNIT
 from refmamba.backends.cpu.kernels.vectors import DOUBLES
 
 AHEAD = 4096  # bytes from the codes being read to those asked for
+LLVM = llvm_version_info[0]
 # Bytes that one VNNI instruction multiplies; 0: there is none.
 VNNI = 64 if {"+avx512vnni", "+avx512bw", "+avx512vl"} <= FEATURES else 32 if "+avxvnni" in FEATURES else 0
 
@@ -42,6 +45,8 @@ def _dot(b: Any, total: Any, w: Any, x: Any) -> Any:
         for start in range(0, 64, VNNI):
             lanes, codes = range(start // 4, (start + VNNI) // 4), range(start, start + VNNI)
             arguments = pick(b, total, lanes), pick(b, w, codes), pick(b, x, codes)
+            if LLVM < 22:  # whose instruction takes the bytes in fours
+                arguments = arguments[0], *(b.bitcast(four, arguments[0].type) for four in arguments[1:])
             parts.append(call(b, f"llvm.x86.avx512.vpdpbusd.{8 * VNNI}", arguments[0].type, *arguments))
         together = ir.Constant(ir.VectorType(i32, LANES), list(range(LANES)))
         return parts[0] if len(parts) == 1 else b.shuffle_vector(*parts, together)
@@ -117,6 +122,146 @@ def tile(packed: bool, strips: int, columns: int, unroll: int) -> Any:
                 b.store(value, to_pointer(b, b.add(out, ir.Constant(i64, 64 * (2 * c + s))), I.llvm), align=64)
 
     return machine(types.void, *[types.int64] * 6)(build)
+
+
+# Sums of a group's products are int32 with VNNI, else pairs of int16, of the columns 0, 1 and 2, 3 of each four.
+SHORTS = ir.VectorType(i16, 2 * LANES)
+SUM = I.llvm if VNNI else SHORTS
+UNSIGNED_PAIRS = next(
+    ((bits, name) for feature, bits, name in (
+        ("+avx512bw", 512, "llvm.x86.avx512.pmaddubs.w.512"), ("+avx2", 256, "llvm.x86.avx2.pmadd.ub.sw"),
+        ("+ssse3", 128, "llvm.x86.ssse3.pmadd.ub.sw.128"),
+    ) if feature in FEATURES), None,
+)  # fmt: skip
+
+
+@machine(types.void, types.int64, I)
+def store_start(b: Any, address: Any, codes: Any) -> Any:
+    """What a sum of products of digits w + 8 with x starts from to be that of w with x: -8 times the sum of x.
+
+    codes: the sums of x of the columns 0 to 15, and 16 to 31, and so on. Four bytes are stored: an int32, or the int16 of both
+    pairs, modulo 2^16.
+    """
+    minus = ir.Constant(i32, -PACKED_OFFSET)
+    sums = []
+    for pairs in ((0, 1, 2, 3),) if VNNI else ((0, 1), (2, 3)):
+        lanes = [lane for lane in range(LANES) if lane % 4 in pairs]
+        chosen = b.shuffle_vector(codes, codes, ir.Constant(ir.VectorType(i32, len(lanes)), lanes))
+        sums.append(b.mul(minus, call(b, f"llvm.vector.reduce.add.v{len(lanes)}i32", i32, chosen)))
+    if not VNNI:
+        sums = [b.or_(b.and_(sums[0], ir.Constant(i32, 0xFFFF)), b.shl(sums[1], ir.Constant(i32, 16)))]
+    b.store(sums[0], to_pointer(b, address, i32), align=4)
+
+
+def _dot_units(b: Any, total: Any, w: Any, x: Any) -> Any:
+    """`_dot` for digits of 4 bits: total is a SUM, where an int16 is exact modulo 2^16."""
+    if VNNI:
+        return _dot(b, total, w, x)
+    x = b.bitcast(x, w.type)
+    if UNSIGNED_PAIRS:  # two products are at most 2 * 15 * 128, which does not saturate
+        bits, name = UNSIGNED_PAIRS
+        parts = []
+        for start in range(0, 64, bits // 8):
+            codes = range(start, start + bits // 8)
+            parts.append(call(b, name, ir.VectorType(i16, bits // 16), pick(b, w, codes), pick(b, x, codes)))
+        while len(parts) > 1:
+            width = 2 * parts[0].type.count
+            together = ir.Constant(ir.VectorType(i32, width), list(range(width)))
+            parts = [b.shuffle_vector(*pair, together) for pair in zip(parts[::2], parts[1::2], strict=True)]
+        return b.add(total, parts[0])
+    w, x, eight = b.bitcast(w, SHORTS), b.bitcast(x, SHORTS), ir.Constant(SHORTS, [8] * 2 * LANES)
+    evens = b.mul(b.and_(w, ir.Constant(SHORTS, [255] * 2 * LANES)), b.ashr(b.shl(x, eight), eight))
+    return b.add(b.add(total, evens), b.mul(b.lshr(w, eight), b.ashr(x, eight)))
+
+
+def _times_steps(b: Any, sums: Any, steps: Any) -> Any:
+    """int32: a SUM times the steps of its 16 rows, int32."""
+    if VNNI:
+        return b.mul(sums, steps)
+    wide = ir.VectorType(i32, 2 * LANES)
+    steps = b.bitcast(b.or_(steps, b.shl(steps, ir.Constant(I.llvm, [16] * LANES))), SHORTS)
+    product = b.mul(b.sext(sums, wide), b.sext(steps, wide))  # a pattern that LLVM knows as pmaddwd
+    return b.add(pick(b, product, range(0, 2 * LANES, 2)), pick(b, product, range(1, 2 * LANES, 2)))
+
+
+def grouped_tile(strips: int, columns: int) -> Any:
+    """`tile` for codes in groups: (w, w_stride, steps, steps_stride, group_bits, x, x_stride, starts, starts_stride, k, out).
+
+    w: two digits a byte, as `tile` has them packed. steps: uint8, [k >> group_bits][16 lanes]. starts: [column][unit], what
+    `store_start` stored for each UNIT columns of a group, or fewer where the group or the row ends.
+    """
+
+    def build(
+        b: Any, w: Any, w_stride: Any, steps: Any, steps_stride: Any, group_bits: Any, x: Any, x_stride: Any, starts: Any,
+        starts_stride: Any, k: Any, out: Any,
+    ) -> Any:  # fmt: skip
+        def number(value: int) -> Any:
+            return ir.Constant(i64, value)
+
+        def times(value: Any, count: int) -> Any:
+            return b.mul(value, number(count))
+
+        code, low = ir.VectorType(i8, 64), ir.Constant(ir.VectorType(i8, 64), [15] * 64)
+        before, unit = b.block, b.append_basic_block("unit")
+        loop, unit_end, after = (b.append_basic_block(f"unit.{name}") for name in ("columns", "end", "after"))
+        group = b.shl(number(1), group_bits)
+        width = b.select(b.icmp_signed("<", group, number(UNIT)), group, number(UNIT))
+        places = [(s, c) for s in range(strips) for c in range(columns)]
+        b.branch(unit)
+        b.position_at_end(unit)
+        first, start_at = b.phi(i64), b.phi(i64)
+        totals = {place: b.phi(I.llvm) for place in places}
+        first.add_incoming(number(0), before)
+        start_at.add_incoming(starts, before)
+        end = b.add(first, width)
+        end = b.select(b.icmp_signed("<", end, k), end, k)
+        begin = [b.bitcast(splat(b, load(b, b.add(start_at, times(starts_stride, c)), i32, 4)), SUM) for c in range(columns)]
+        b.branch(loop)
+        b.position_at_end(loop)
+        at = b.phi(i64)
+        at.add_incoming(first, unit)
+        sums = {place: b.phi(SUM) for place in places}
+        new = dict(sums)
+        w_at, x_at = b.add(w, times(at, 8)), b.add(x, at)
+        for line in range(2):  # of 8 columns
+            fours = [
+                [
+                    splat(b, load(b, b.add(x_at, b.add(times(x_stride, c), number(8 * line + 4 * half))), i32, 4))
+                    for half in (0, 1)
+                ]
+                for c in range(columns)
+            ]
+            for s in range(strips):
+                address = b.add(b.add(w_at, number(64 * line)), times(w_stride, s))
+                raw = load(b, address, code, 64)
+                if columns <= 4:  # bound by memory
+                    _prefetch(b, b.add(address, number(AHEAD)))
+                for half, digits in enumerate((b.and_(raw, low), b.lshr(raw, ir.Constant(code, [4] * 64)))):
+                    for c in range(columns):
+                        new[s, c] = _dot_units(b, new[s, c], digits, fours[c][half])
+        following = b.add(at, number(16))
+        at.add_incoming(following, loop)
+        for s, c in places:
+            sums[s, c].add_incoming(begin[c], unit)
+            sums[s, c].add_incoming(new[s, c], loop)
+        b.cbranch(b.icmp_signed("<", following, end), loop, unit_end)
+        b.position_at_end(unit_end)
+        steps_at = b.add(steps, times(b.ashr(first, group_bits), LANES))
+        by = [
+            b.zext(load(b, b.add(steps_at, times(steps_stride, s)), ir.VectorType(i8, LANES), 16), I.llvm)
+            for s in range(strips)
+        ]
+        for s, c in places:
+            totals[s, c].add_incoming(ir.Constant(I.llvm, [0] * LANES), before)
+            together = b.add(totals[s, c], _times_steps(b, new[s, c], by[s]))
+            totals[s, c].add_incoming(together, unit_end)
+            b.store(together, to_pointer(b, b.add(out, number(64 * (2 * c + s))), I.llvm), align=64)
+        first.add_incoming(end, unit_end)
+        start_at.add_incoming(b.add(start_at, number(4)), unit_end)
+        b.cbranch(b.icmp_signed("<", end, k), unit, after)
+        b.position_at_end(after)
+
+    return machine(types.void, *[types.int64] * 11)(build)
 
 
 def panel_tile(columns: int) -> Any:

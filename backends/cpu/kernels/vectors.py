@@ -59,6 +59,18 @@ def load_i(b: Any, address: Any) -> Any:
     return load(b, address, I.llvm, 64)
 
 
+@machine(I, types.int64)
+def load_bytes(b: Any, address: Any) -> Any:
+    """16 int8."""
+    return b.sext(load(b, address, ir.VectorType(i8, LANES), 16), I.llvm)
+
+
+@machine(I, types.int64)
+def load_steps(b: Any, address: Any) -> Any:
+    """16 uint8."""
+    return b.zext(load(b, address, ir.VectorType(i8, LANES), 16), I.llvm)
+
+
 @machine(D, types.int64)
 def load_d(b: Any, address: Any) -> Any:
     return load(b, address, D.llvm, 64)
@@ -67,6 +79,11 @@ def load_d(b: Any, address: Any) -> Any:
 @machine(types.void, types.int64, F)
 def store_f(b: Any, address: Any, value: Any) -> Any:
     b.store(value, to_pointer(b, address, F.llvm), align=64)
+
+
+@machine(types.void, types.int64, I)
+def store_i(b: Any, address: Any, value: Any) -> Any:
+    b.store(value, to_pointer(b, address, I.llvm), align=64)
 
 
 @machine(types.void, types.int64, D)
@@ -263,6 +280,20 @@ def lane_tree(b: Any, x: Any) -> Any:
         width //= 2
         x = b.fadd(pick(b, x, range(width)), pick(b, x, range(width, 2 * width)))
     return b.extract_element(x, ir.Constant(i32, 0))
+
+
+def butterfly(half: int) -> Any:
+    """An intrinsic: of the lanes l with no bit `half`, lane l + half is added to them, and taken off from them there."""
+
+    def build(b: Any, x: Any) -> Any:
+        other = b.shuffle_vector(x, x, ir.Constant(I.llvm, [lane ^ half for lane in range(LANES)]))
+        chosen = [lane + LANES if lane & half else lane for lane in range(LANES)]
+        return b.shuffle_vector(b.fadd(x, other), b.fsub(other, x), ir.Constant(I.llvm, chosen))
+
+    return machine(D, D)(build)
+
+
+BUTTERFLIES = tuple(butterfly(half) for half in (1, 2, 4, 8))
 
 
 @machine(types.int64, types.int64, types.int64)

@@ -14,12 +14,15 @@ from refmamba.backends.triton.kernels.arithmetic import (
     softplus,
     tree,
 )
-from refmamba.backends.triton.kernels.codes import exponent_of, quantize, rescale, scale_of, to_fixed_point
-from refmamba.backends.triton.kernels.layers import convolution, product, rms_root, store_conv_state
+from refmamba.backends.triton.kernels.codes import exponent_of, quantize, quantize_wide, rescale, scale_of, to_fixed_point
+from refmamba.backends.triton.kernels.layers import ACTIVATION_BITS, convolution, product, rms_root, store_conv_state
+from refmamba.spec import codes
+
+WEIGHT_BITS = tl.constexpr(codes.WEIGHT_BITS)
 
 
 @triton.jit
-def elementwise_kernel(x_ptr, z_ptr, y_ptr, n, OP: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
+def elementwise_kernel(x_ptr, z_ptr, y_ptr, n, largest, OP: tl.constexpr, BLOCK: tl.constexpr):
     """y (n,) of x and, where the operation has two operands, z: equations by their names."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = i < n
@@ -39,9 +42,11 @@ def elementwise_kernel(x_ptr, z_ptr, y_ptr, n, OP: tl.constexpr, LARGEST: tl.con
     elif OP == "state_matrix":
         y = -exp(x)
     elif OP == "scale_of":
-        y = scale_of(magnitude_bits(x), LARGEST)
-    elif OP == "exponent_of":
-        y = exponent_of(magnitude_bits(x), LARGEST)
+        y = scale_of(magnitude_bits(x), largest)
+    elif OP == "activation_exponent":
+        y = exponent_of(magnitude_bits(x), ACTIVATION_BITS)
+    elif OP == "weight_exponent":
+        y = exponent_of(magnitude_bits(x), WEIGHT_BITS)
     else:
         z = tl.load(z_ptr + i, mask=ok, other=0)
         if OP == "step_size":
@@ -51,11 +56,11 @@ def elementwise_kernel(x_ptr, z_ptr, y_ptr, n, OP: tl.constexpr, LARGEST: tl.con
         elif OP == "multiply":
             y = x * z
         elif OP == "quantize":
-            y = quantize(x, z, LARGEST)
+            y = quantize(x, z, largest)
+        elif OP == "quantize_wide":
+            y = quantize_wide(x, z)
         elif OP == "fixed_point":
             y = to_fixed_point(x, z)
-        elif OP == "dequantize":
-            y = divide(x.to(tl.float32), z)
     tl.store(y_ptr + i, y, mask=ok)
 
 
@@ -103,8 +108,8 @@ def product_kernel(
     row = tl.program_id(0) * M + tl.arange(0, M)
     c = tl.program_id(1) * BN + tl.arange(0, BN)
     row_ok = row < rows
-    acc = product(None, 0, None, None, None, 0, None, q_ptr, row, row, row, row_ok, row, row, w_ptr, c, N, K, "codes", 1, CODER,
-                  0.0, DIGITS, DIGITS, PLANES, False, M, BN, BK)  # fmt: skip
+    acc = product(None, 0, None, None, None, 0, None, 0.0, q_ptr, row, row, row, row_ok, row, row, w_ptr, None, c, N, K, 0.0,
+                  "codes", 1, "all", CODER, DIGITS, DIGITS, PLANES, False, 0, M, BN, BK)  # fmt: skip
     tl.store(y_ptr + row[:, None] * N + c[None, :], acc.to(tl.float64), mask=row_ok[:, None] & (c < N)[None, :])
 
 

@@ -20,7 +20,7 @@ SOFTPLUS_LINEAR = tl.constexpr(float(arith.SOFTPLUS_LINEAR))
 SMALLEST_NORMAL, TWO_25 = tl.constexpr(2.0**-126), tl.constexpr(float(arith.TWO_25))
 TWO_23 = tl.constexpr(2.0**23)  # from here on every float32 is a whole number
 WHOLE = tl.constexpr(1.5 * 2.0**23)  # x + WHOLE has x, rounded to a whole number, in its low bits for |x| < 2^22
-INFINITY, NAN = tl.constexpr(float("inf")), tl.constexpr(float("nan"))
+INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def log(x):
     square = f * f
     y = (((p * f) * square + n * LN2_LOW) - 0.5 * square) + f
     y = y + n * LN2_HIGH
-    return tl.where(usual, y, tl.where(x == 0.0, -INFINITY, tl.where(x > 0.0, x, NAN)))
+    return tl.where(usual, y, tl.where(x == 0.0, -INFINITY, tl.where(x > 0.0, x, float("nan"))))
 
 
 @triton.jit

@@ -14,11 +14,11 @@ CARRIES = tl.constexpr(0x808080)  # q + CARRIES has the balanced digits of q, th
 
 
 @triton.jit
-def scale_of(bits, LARGEST: tl.constexpr):
+def scale_of(bits, largest):
     """Eq. (7) from the bits of an absolute maximum."""
     zero = bits < ABSMAX_ZERO_BITS
     m = tl.where(zero, 1.0, bits.to(tl.float32, bitcast=True))
-    return tl.where(zero, 1.0, divide(tl.full(m.shape, LARGEST, tl.float32), m))
+    return tl.where(zero, 1.0, divide(tl.zeros(m.shape, tl.float32) + largest, m))
 
 
 @triton.jit
@@ -29,11 +29,17 @@ def exponent_of(bits, MAGNITUDE: tl.constexpr):
 
 
 @triton.jit
-def quantize(x, scale, LARGEST: tl.constexpr):
+def quantize(x, scale, largest):
     """Eq. (8) as int32; the clamp by comparisons, before the conversion. A NaN gives any code: its call fails."""
     y = x * scale
-    y = tl.where(y > LARGEST, LARGEST, tl.where(y < -LARGEST, -LARGEST, y))
+    y = tl.where(y > largest, largest, tl.where(y < -largest, -largest, y))
     return rint(tl.where(y == y, y, 0.0)).to(tl.int32)
+
+
+@triton.jit
+def quantize_wide(x, scale):
+    """Eq. (33) as int32: held within +-2^30 only."""
+    return quantize(x, scale, LARGEST_FIXED_POINT)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ which sequence, `position_ptr` which of its tokens in this call. A pointer that 
 
 What a linear layer reads (SOURCE): "plain", a row as it is; "norm", eq. (16) of it; "conv", eq. (17) and (5) of it. It is
 computed again for every part of the row where it is needed, which costs less than a pass through memory. How it is coded
-(CODER): "per_token", "per_sequence", "static" (eq. 7, 8), or "fixed_point" (eq. 10).
+(CODER): "per_token", "per_sequence", "static" (eq. 7, 8), "fixed_point" (eq. 10), or "flattened" (eq. 33).
 """
 
 import triton
@@ -28,6 +28,7 @@ from refmamba.backends.triton.kernels.codes import (
     exponent_of,
     joined,
     quantize,
+    quantize_wide,
     rescale,
     scale_of,
     to_fixed_point,
@@ -112,9 +113,19 @@ def transformed(x, power_ptr, k, ok):
 
 
 @triton.jit
+def selected(x, threshold, PART: tl.constexpr):
+    """Eq. (32): the values below the threshold, or the others, NaN among them; zeros instead of the rest."""
+    if PART == "all":
+        return x
+    else:
+        inside = tl.abs(x) < threshold
+        return tl.where(inside, x, 0.0) if PART == "below" else tl.where(inside, 0.0, x)
+
+
+@triton.jit
 def row_maximum(
-    x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, root, row, row_ok, sequence, position, K,
-    SOURCE: tl.constexpr, TAPS: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
+    x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, threshold, root, row, row_ok, sequence,
+    position, K, SOURCE: tl.constexpr, TAPS: tl.constexpr, PART: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The bits of the largest magnitude in each row (M,), before eq. (7) counts small ones as zero."""
     bits = tl.zeros([M], tl.int32)
@@ -123,7 +134,7 @@ def row_maximum(
         ok = row_ok[:, None] & (k < K)[None, :]
         x = source(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, root, row, sequence, position, k, ok,
                    SOURCE, TAPS)  # fmt: skip
-        x = tl.where(ok, transformed(x, power_ptr, k, ok), 0.0)
+        x = selected(tl.where(ok, transformed(x, power_ptr, k, ok), 0.0), threshold, PART)
         bits = tl.maximum(bits, tl.max(magnitude_bits(x), 1))
     return bits
 
@@ -135,7 +146,7 @@ def report(bits, failure_ptr, site):
 
 
 @triton.jit
-def factors(bits, sequence, peak_ptr, static_ptr, row_ok, CODER: tl.constexpr, LARGEST: tl.constexpr):
+def factors(bits, sequence, peak_ptr, static_ptr, row_ok, largest, CODER: tl.constexpr):
     """What each row is multiplied by to make its codes, and its scale (M,): both are the exponent for fixed point.
 
     They differ where a static scale is of an absolute maximum of zero: every code is then 0 and the scale 1.
@@ -144,30 +155,32 @@ def factors(bits, sequence, peak_ptr, static_ptr, row_ok, CODER: tl.constexpr, L
         exponent = exponent_of(bits, ACTIVATION_BITS)
         return exponent, exponent
     else:
-        if CODER == "static":
+        if CODER == "static" or CODER == "flattened":
             one = tl.zeros(bits.shape, tl.float32)
             return one + tl.load(static_ptr), one + tl.load(static_ptr + 1)
         else:
             if CODER == "per_sequence":
                 bits = tl.load(peak_ptr + sequence, mask=row_ok, other=0)
-            scale = scale_of(bits, LARGEST)
+            scale = scale_of(bits, largest)
             return scale, scale
 
 
 @triton.jit
-def encode(x, factor, CODER: tl.constexpr, LARGEST: tl.constexpr):
+def encode(x, factor, largest, CODER: tl.constexpr):
     """Codes (M, BK) int32, eq. (8) or (10)."""
     if CODER == "fixed_point":
         return to_fixed_point(x, factor[:, None])
+    elif CODER == "flattened":
+        return quantize_wide(x, factor[:, None])
     else:
-        return quantize(x, factor[:, None], LARGEST)
+        return quantize(x, factor[:, None], largest)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def peak_kernel(
-    x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, state_stride, sequence_ptr, position_ptr, power_ptr, peak_ptr,
-    rows, K,
-    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
+    x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, state_stride, sequence_ptr, position_ptr, power_ptr, threshold,
+    peak_ptr, rows, K,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The bits of the largest magnitude of each sequence, peak (sequences,) int32, zeros before."""
     row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
@@ -177,16 +190,16 @@ def peak_kernel(
     root = tl.zeros([M], tl.float32)
     if SOURCE == "norm":
         root = rms_root(x_ptr, x_stride, eps, row, row_ok, K, M, WIDTH)
-    bits = row_maximum(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, root, row, row_ok, sequence,
-                       position, K, SOURCE, TAPS, M, BK)  # fmt: skip
+    bits = row_maximum(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, threshold, root, row, row_ok,
+                       sequence, position, K, SOURCE, TAPS, PART, M, BK)  # fmt: skip
     tl.atomic_max(peak_ptr + sequence, bits, mask=row_ok)
 
 
 @triton.jit(do_not_specialize=["rows", "site"])
 def code_kernel(
     x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, new_state_ptr, state_stride, sequence_ptr, position_ptr,
-    length_ptr, power_ptr, u_ptr, peak_ptr, static_ptr, failure_ptr, site, q_ptr, scale_ptr, rows, K,
-    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, CODER: tl.constexpr, LARGEST: tl.constexpr,
+    length_ptr, power_ptr, threshold, u_ptr, peak_ptr, static_ptr, failure_ptr, site, q_ptr, scale_ptr, rows, K, largest,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, CODER: tl.constexpr,
     DIGITS: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The codes of what a linear layer reads: digits q (rows, DIGITS, K) int8, scale or exponent (rows,). Prefill only."""
@@ -197,10 +210,10 @@ def code_kernel(
     root = tl.zeros([M], tl.float32)
     if SOURCE == "norm":
         root = rms_root(x_ptr, x_stride, eps, row, row_ok, K, M, WIDTH)
-    bits = row_maximum(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, root, row, row_ok, sequence,
-                       position, K, SOURCE, TAPS, M, BK)  # fmt: skip
+    bits = row_maximum(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, threshold, root, row, row_ok,
+                       sequence, position, K, SOURCE, TAPS, PART, M, BK)  # fmt: skip
     report(bits, failure_ptr, site)
-    factor, scale = factors(bits, sequence, peak_ptr, static_ptr, row_ok, CODER, LARGEST)
+    factor, scale = factors(bits, sequence, peak_ptr, static_ptr, row_ok, largest, CODER)
     tl.store(scale_ptr + row, scale, mask=row_ok)
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
@@ -212,32 +225,84 @@ def code_kernel(
             tl.store(u_ptr + row[:, None] * K + k[None, :], x, mask=ok)
             store_conv_state(x_ptr, x_stride, state_ptr, new_state_ptr, state_stride, row, sequence, position, length, k, ok,
                              TAPS)  # fmt: skip
-        q = encode(transformed(x, power_ptr, k, ok), factor, CODER, LARGEST)
+        q = encode(selected(transformed(x, power_ptr, k, ok), threshold, PART), factor, largest, CODER)
         for place in tl.static_range(DIGITS):
             value = q.to(tl.int8) if DIGITS == 1 else digit(q, place)
             tl.store(q_ptr + (row * DIGITS + place)[:, None] * K + k[None, :], value, mask=ok)
 
 
 @triton.jit
-def weight_tile(w_ptr, plane, c, k, N, K, PACKED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """Weight codes (BK, BN) int8 of digit `plane`, from (N, K), or from the packed bytes of eq. (14)."""
+def butterfly(q, ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """Eq. (31) on whole numbers (ROWS, BLOCK), the pairs at a distance of HALF and those at larger ones."""
+    if HALF < BLOCK:
+        groups: tl.constexpr = ROWS * BLOCK // (2 * HALF)
+        a, b = tl.split(tl.permute(tl.reshape(q, [groups, 2, HALF]), (0, 2, 1)))
+        q = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), [ROWS, BLOCK])
+        return butterfly(q, ROWS, 2 * HALF, BLOCK)
+    else:
+        return q
+
+
+@triton.jit(do_not_specialize=["rows", "site"])
+def rotate_kernel(
+    x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, new_state_ptr, state_stride, sequence_ptr, position_ptr,
+    length_ptr, power_ptr, u_ptr, failure_ptr, site, y_ptr, rows, K,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Eq. (31) of what a linear layer reads: y (rows, K) float32, K a multiple of BLOCK."""
+    row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
+    row_ok = row < rows
+    sequence = tl.load(sequence_ptr + row, mask=row_ok, other=0).to(tl.int64)
+    position = tl.load(position_ptr + row, mask=row_ok, other=0)
+    root = tl.zeros([M], tl.float32)
+    if SOURCE == "norm":
+        root = rms_root(x_ptr, x_stride, eps, row, row_ok, K, M, WIDTH)
+    bits = row_maximum(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, 0.0, root, row, row_ok,
+                       sequence, position, K, SOURCE, TAPS, "all", M, BLOCK)  # fmt: skip
+    report(bits, failure_ptr, site)
+    exponent = exponent_of(bits, ACTIVATION_BITS)
+    for start in range(0, K, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        ok = row_ok[:, None] & (k < K)[None, :]
+        x = source(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, root, row, sequence, position, k, ok,
+                   SOURCE, TAPS)  # fmt: skip
+        if SOURCE == "conv":
+            length = tl.load(length_ptr + sequence, mask=row_ok, other=0)
+            tl.store(u_ptr + row[:, None] * K + k[None, :], x, mask=ok)
+            store_conv_state(x_ptr, x_stride, state_ptr, new_state_ptr, state_stride, row, sequence, position, length, k, ok,
+                             TAPS)  # fmt: skip
+        q = to_fixed_point(transformed(x, power_ptr, k, ok), exponent[:, None]).to(tl.int64)
+        y = butterfly(q, M, 1, BLOCK).to(tl.float64) * two_to_f64(-exponent)[:, None]
+        tl.store(y_ptr + row[:, None] * K + k[None, :], y.to(tl.float32), mask=ok)
+
+
+@triton.jit
+def weight_tile(
+    w_ptr, steps_ptr, plane, c, k, N, K, PACKED: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """Weight codes (BK, BN) int8 of digit `plane`, from (N, K), or from the packed bytes of eq. (14), times their steps where
+    a group of columns has its own, eq. (30)."""
     if PACKED:
         half = tl.min(k, 0) // 2 + tl.arange(0, BK // 2)
         at = w_ptr + c[:, None] * ((K + 1) // 2) + half[None, :]
         byte = tl.load(at, mask=(c < N)[:, None] & (2 * half < K)[None, :], other=0)
         even = ((byte & 15) ^ 8).to(tl.int8) - 8
         odd = byte.to(tl.int8, bitcast=True) >> 4
-        return tl.trans(tl.interleave(even, odd))
+        w = tl.interleave(even, odd)
     else:
         at = w_ptr + plane * N * K + c[:, None] * K + k[None, :]
-        return tl.trans(tl.load(at, mask=(c < N)[:, None] & (k < K)[None, :], other=0))
+        w = tl.load(at, mask=(c < N)[:, None] & (k < K)[None, :], other=0)
+    if steps_ptr is not None:
+        at = steps_ptr + c[:, None] * ((K + GROUP - 1) // GROUP) + (k // GROUP)[None, :]
+        w = w * tl.load(at, mask=(c < N)[:, None] & (k < K)[None, :], other=1).to(tl.int8)
+    return tl.trans(w)
 
 
 @triton.jit
 def digit_tile(
-    x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, q_ptr, root, factor, row, row_ok, sequence,
-    position, k, K,
-    SOURCE: tl.constexpr, TAPS: tl.constexpr, CODER: tl.constexpr, LARGEST: tl.constexpr, DIGITS: tl.constexpr,
+    x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, threshold, q_ptr, root, factor, row, row_ok,
+    sequence, position, k, K, largest,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr, PART: tl.constexpr, CODER: tl.constexpr, DIGITS: tl.constexpr,
     PLACES: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Activation digits (M * PLACES, BK) int8: the digits of row 0 first. Stored ones have PLACES = DIGITS; others may have
@@ -252,7 +317,7 @@ def digit_tile(
         ok = row_ok[:, None] & (k < K)[None, :]
         x = source(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, root, row, sequence, position, k, ok,
                    SOURCE, TAPS)  # fmt: skip
-        q = tl.where(ok, encode(transformed(x, power_ptr, k, ok), factor, CODER, LARGEST), 0)
+        q = tl.where(ok, encode(selected(transformed(x, power_ptr, k, ok), threshold, PART), factor, largest, CODER), 0)
         place = tl.arange(0, PLACES)[None, :, None]
         if DIGITS == 1:
             digits = tl.where(place == 0, q[:, None, :], 0).to(tl.int8)
@@ -263,10 +328,11 @@ def digit_tile(
 
 @triton.jit
 def product(
-    x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, q_ptr, root, factor, row, row_ok, sequence,
-    position, w_ptr, c, N, K,
-    SOURCE: tl.constexpr, TAPS: tl.constexpr, CODER: tl.constexpr, LARGEST: tl.constexpr, DIGITS: tl.constexpr,
-    PLACES: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, threshold, q_ptr, root, factor, row, row_ok,
+    sequence, position, w_ptr, steps_ptr, c, N, K, largest,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr, PART: tl.constexpr, CODER: tl.constexpr, DIGITS: tl.constexpr,
+    PLACES: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
     """The integer product, eq. (11, 12): (M, BN), int32 for two factors of one digit each, else float64.
 
@@ -278,10 +344,10 @@ def product(
         acc = tl.zeros([M * PLACES, BN], tl.int32)
         for start in range(0, K, BK):
             k = start + tl.arange(0, BK)
-            digits = digit_tile(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, q_ptr, root, factor,
-                                row, row_ok, sequence, position, k, K, SOURCE, TAPS, CODER, LARGEST, DIGITS, PLACES, M,
-                                BK)  # fmt: skip
-            w = weight_tile(w_ptr, 0, c, k, N, K, PACKED, BN, BK)
+            digits = digit_tile(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, threshold, q_ptr,
+                                root, factor, row, row_ok, sequence, position, k, K, largest, SOURCE, TAPS, PART, CODER,
+                                DIGITS, PLACES, M, BK)  # fmt: skip
+            w = weight_tile(w_ptr, steps_ptr, 0, c, k, N, K, PACKED, GROUP, BN, BK)
             acc = tl.dot(digits, w, acc, out_dtype=tl.int32)
         return acc if PLACES == 1 else tl.sum(tl.reshape(acc, [M, PLACES, BN]), 1)
     else:
@@ -292,10 +358,10 @@ def product(
                 acc = tl.zeros([M * PLACES, BN], tl.int32)
                 for start in range(block, tl.minimum(block + EXACT_ROW, K), BK):
                     k = start + tl.arange(0, BK)
-                    digits = digit_tile(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, q_ptr, root,
-                                        factor, row, row_ok, sequence, position, k, K, SOURCE, TAPS, CODER, LARGEST, DIGITS,
-                                        PLACES, M, BK)  # fmt: skip
-                    w = weight_tile(w_ptr, plane, c, k, N, K, PACKED, BN, BK)
+                    digits = digit_tile(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, threshold,
+                                        q_ptr, root, factor, row, row_ok, sequence, position, k, K, largest, SOURCE, TAPS,
+                                        PART, CODER, DIGITS, PLACES, M, BK)  # fmt: skip
+                    w = weight_tile(w_ptr, steps_ptr, plane, c, k, N, K, PACKED, GROUP, BN, BK)
                     acc = tl.dot(digits, w, acc, out_dtype=tl.int32)
                 low = joined(low, acc, plane, M, PLACES, True)
                 high = joined(high, acc, plane, M, PLACES, False)
@@ -305,11 +371,11 @@ def product(
 
 @triton.jit
 def linear(
-    x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, state_stride, power_ptr, peak_ptr, static_ptr, failure_ptr, site,
-    q_ptr, scale_ptr, row, row_ok, sequence, position, w_ptr, w_scale_ptr, c, N, K,
-    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, CODER: tl.constexpr, LARGEST: tl.constexpr,
-    DIGITS: tl.constexpr, PLACES: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr,
+    x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, state_stride, power_ptr, threshold, peak_ptr, static_ptr,
+    failure_ptr, site, q_ptr, scale_ptr, row, row_ok, sequence, position, w_ptr, steps_ptr, w_scale_ptr, c, N, K, largest,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, CODER: tl.constexpr,
+    DIGITS: tl.constexpr, PLACES: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr,
+    M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A linear layer up to eq. (13), (M, BN) float32: codes its input, or takes stored codes (SOURCE "codes")."""
     root = tl.zeros([M], tl.float32)
@@ -319,20 +385,22 @@ def linear(
     else:
         if SOURCE == "norm":
             root = rms_root(x_ptr, x_stride, eps, row, row_ok, K, M, WIDTH)
-        bits = row_maximum(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, root, row, row_ok,
-                           sequence, position, K, SOURCE, TAPS, M, BK)  # fmt: skip
+        bits = row_maximum(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, threshold, root, row,
+                           row_ok, sequence, position, K, SOURCE, TAPS, PART, M, BK)  # fmt: skip
         report(bits, failure_ptr, site)
-        factor, scale = factors(bits, sequence, peak_ptr, static_ptr, row_ok, CODER, LARGEST)
-    acc = product(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, q_ptr, root, factor, row, row_ok,
-                  sequence, position, w_ptr, c, N, K, SOURCE, TAPS, CODER, LARGEST, DIGITS, PLACES, PLANES, PACKED, M, BN,
-                  BK)  # fmt: skip
+        factor, scale = factors(bits, sequence, peak_ptr, static_ptr, row_ok, largest, CODER)
+    acc = product(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, threshold, q_ptr, root, factor,
+                  row, row_ok, sequence, position, w_ptr, steps_ptr, c, N, K, largest, SOURCE, TAPS, PART, CODER, DIGITS,
+                  PLACES, PLANES, PACKED, GROUP, M, BN, BK)  # fmt: skip
     w_scale = tl.load(w_scale_ptr + c, mask=c < N, other=0 if PLANES == 3 else 1.0)
     return rescale(acc, scale, w_scale, CODER == "fixed_point", PLANES == 3)
 
 
 @triton.jit
-def finished(y, bias_ptr, residual_ptr, row, c, ok, N, SOFTPLUS: tl.constexpr):
-    """What follows a linear layer: its bias, eq. (18) after dt_proj, eq. (24)'s sum after out_proj."""
+def finished(y, sum_ptr, bias_ptr, residual_ptr, row, c, ok, N, SOFTPLUS: tl.constexpr):
+    """What follows a product: the part before it, the bias, eq. (18) after dt_proj, eq. (24)'s sum after out_proj."""
+    if sum_ptr is not None:
+        y = tl.load(sum_ptr + row[:, None] * N + c[None, :], mask=ok, other=0.0) + y
     if bias_ptr is not None:
         y = y + tl.load(bias_ptr + c[None, :], mask=ok, other=0.0)
     if SOFTPLUS:
@@ -345,11 +413,11 @@ def finished(y, bias_ptr, residual_ptr, row, c, ok, N, SOFTPLUS: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "site"])
 def linear_kernel(
     x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, new_state_ptr, state_stride, sequence_ptr, position_ptr,
-    length_ptr, power_ptr, u_ptr, peak_ptr, static_ptr, failure_ptr, site, q_ptr, scale_ptr,
-    w_ptr, w_scale_ptr, y_bias_ptr, residual_ptr, y_ptr, rows, N, K,
-    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, CODER: tl.constexpr, LARGEST: tl.constexpr,
-    DIGITS: tl.constexpr, PLACES: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, SOFTPLUS: tl.constexpr,
-    M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    length_ptr, power_ptr, threshold, u_ptr, peak_ptr, static_ptr, failure_ptr, site, q_ptr, scale_ptr,
+    w_ptr, steps_ptr, w_scale_ptr, sum_ptr, y_bias_ptr, residual_ptr, y_ptr, rows, N, K, largest,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, CODER: tl.constexpr,
+    DIGITS: tl.constexpr, PLACES: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr,
+    SOFTPLUS: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A linear layer and what follows it: y (rows, N). In decode it is fused with what comes before: see SOURCE."""
     row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
@@ -359,11 +427,13 @@ def linear_kernel(
     if SOURCE != "codes":
         sequence = tl.load(sequence_ptr + row, mask=row_ok, other=0).to(tl.int64)
         position = tl.load(position_ptr + row, mask=row_ok, other=0)
-    y = linear(x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, state_stride, power_ptr, peak_ptr, static_ptr,
-               failure_ptr, site, q_ptr, scale_ptr, row, row_ok, sequence, position, w_ptr, w_scale_ptr, c, N, K, SOURCE, TAPS,
-               WIDTH, CODER, LARGEST, DIGITS, PLACES, PLANES, PACKED, M, BN, BK)  # fmt: skip
+    y = linear(x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, state_stride, power_ptr, threshold, peak_ptr, static_ptr,
+               failure_ptr, site, q_ptr, scale_ptr, row, row_ok, sequence, position, w_ptr, steps_ptr, w_scale_ptr, c, N, K,
+               largest, SOURCE, TAPS, WIDTH, PART, CODER, DIGITS, PLACES, PLANES, PACKED, GROUP, M, BN, BK)  # fmt: skip
     ok = row_ok[:, None] & (c < N)[None, :]
-    tl.store(y_ptr + row[:, None] * N + c[None, :], finished(y, y_bias_ptr, residual_ptr, row, c, ok, N, SOFTPLUS), mask=ok)
+    tl.store(
+        y_ptr + row[:, None] * N + c[None, :], finished(y, sum_ptr, y_bias_ptr, residual_ptr, row, c, ok, N, SOFTPLUS), mask=ok
+    )
     # The first condition is known to the compiler, the second is not.
     if SOURCE == "conv":  # noqa: SIM102
         if tl.program_id(1) == 0:
@@ -380,21 +450,21 @@ def linear_kernel(
 
 @triton.jit(do_not_specialize=["rows", "site"])
 def read_back_kernel(
-    y_ptr, sequence_ptr, peak_ptr, failure_ptr, site, bias_ptr, residual_ptr, out_ptr, rows, N,
-    CODER: tl.constexpr, LARGEST: tl.constexpr, SOFTPLUS: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
+    y_ptr, sequence_ptr, peak_ptr, failure_ptr, site, bias_ptr, residual_ptr, out_ptr, rows, N, largest,
+    CODER: tl.constexpr, SOFTPLUS: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The `out` side, eq. (7, 8, 9), and what follows it: y (rows, N) -> (rows, N)."""
     row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
     row_ok = row < rows
     sequence = tl.load(sequence_ptr + row, mask=row_ok, other=0).to(tl.int64)
-    bits = row_maximum(y_ptr, N, None, None, None, 0, None, row, row, row_ok, sequence, row, N, "plain", 1, M, BK)
+    bits = row_maximum(y_ptr, N, None, None, None, 0, None, 0.0, row, row, row_ok, sequence, row, N, "plain", 1, "all", M, BK)
     report(bits, failure_ptr, site)
-    factor, scale = factors(bits, sequence, peak_ptr, None, row_ok, CODER, LARGEST)
+    factor, scale = factors(bits, sequence, peak_ptr, None, row_ok, largest, CODER)
     for start in range(0, N, BK):
         c = start + tl.arange(0, BK)
         ok = row_ok[:, None] & (c < N)[None, :]
-        q = encode(tl.load(y_ptr + row[:, None] * N + c[None, :], mask=ok, other=0.0), factor, CODER, LARGEST)
-        y = finished(divide(q.to(tl.float32), scale[:, None]), bias_ptr, residual_ptr, row, c, ok, N, SOFTPLUS)
+        q = encode(tl.load(y_ptr + row[:, None] * N + c[None, :], mask=ok, other=0.0), factor, largest, CODER)
+        y = finished(divide(q.to(tl.float32), scale[:, None]), None, bias_ptr, residual_ptr, row, c, ok, N, SOFTPLUS)
         tl.store(out_ptr + row[:, None] * N + c[None, :], y, mask=ok)
 
 
@@ -404,7 +474,8 @@ def states(ptr, at, ok, STATES: tl.constexpr, N: tl.constexpr, LANES: tl.constex
     tiles = ()
     for i in tl.static_range(N // LANES):
         n = i * LANES + tl.arange(0, LANES)
-        tiles = tiles + (tl.load(ptr + at[:, None] + n[None, :], mask=ok[:, None] & (n < STATES)[None, :], other=0.0),)  # noqa: RUF005
+        inside = ok[:, None] & (n < STATES)[None, :]
+        tiles = tiles + (tl.load(ptr + at[:, None] + n[None, :], mask=inside, other=0.0),)  # noqa: RUF005
     return tiles
 
 
@@ -480,21 +551,21 @@ def scan_kernel(
 
 @triton.jit(do_not_specialize=["rows", "site"])
 def scan_step_kernel(
-    x_ptr, x_stride, power_ptr, static_ptr, failure_ptr, site, w_ptr, w_scale_ptr, y_bias_ptr,
-    u_ptr, B_ptr, C_ptr, z_ptr, z_stride, A_ptr, D_ptr, h_ptr, new_h_ptr, h_stride, y_ptr, rows, channels, K,
-    CODER: tl.constexpr, LARGEST: tl.constexpr, DIGITS: tl.constexpr, PLACES: tl.constexpr, PLANES: tl.constexpr,
-    PACKED: tl.constexpr, DECAYS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, M: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr,
+    x_ptr, x_stride, static_ptr, failure_ptr, site, w_ptr, steps_ptr, w_scale_ptr, y_bias_ptr,
+    u_ptr, B_ptr, C_ptr, z_ptr, z_stride, A_ptr, D_ptr, h_ptr, new_h_ptr, h_stride, y_ptr, rows, channels, K, largest,
+    CODER: tl.constexpr, DIGITS: tl.constexpr, PLACES: tl.constexpr, PLANES: tl.constexpr,
+    PACKED: tl.constexpr, GROUP: tl.constexpr, DECAYS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr,
+    LANES: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """dt_proj, eq. (18), the scan and the gate for one token of each sequence: y (rows, channels). Decode only."""
     row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
     row_ok = row < rows
     c = tl.program_id(1) * BN + tl.arange(0, BN)
-    y = linear(x_ptr, x_stride, None, None, 0.0, None, 0, power_ptr, None, static_ptr, failure_ptr, site, None, None, row,
-               row_ok, row, row, w_ptr, w_scale_ptr, c, channels, K, "plain", 1, 1, CODER, LARGEST, DIGITS, PLACES, PLANES,
-               PACKED, M, BN, BK)  # fmt: skip
+    y = linear(x_ptr, x_stride, None, None, 0.0, None, 0, None, 0.0, None, static_ptr, failure_ptr, site, None, None, row,
+               row_ok, row, row, w_ptr, steps_ptr, w_scale_ptr, c, channels, K, largest, "plain", 1, 1, "all", CODER, DIGITS,
+               PLACES, PLANES, PACKED, GROUP, M, BN, BK)  # fmt: skip
     ok = row_ok[:, None] & (c < channels)[None, :]
-    delta = tl.reshape(finished(y, y_bias_ptr, None, row, c, ok, channels, True), [M * BN])
+    delta = tl.reshape(finished(y, None, y_bias_ptr, None, row, c, ok, channels, True), [M * BN])
     ok = tl.reshape(ok, [M * BN])
     row = tl.reshape(tl.broadcast_to(row[:, None], [M, BN]), [M * BN])
     c = tl.reshape(tl.broadcast_to(c[None, :], [M, BN]), [M * BN])
@@ -510,7 +581,9 @@ def scan_step_kernel(
 
 
 @triton.jit
-def embed_kernel(token_ptr, table_ptr, scale_ptr, y_ptr, K, PACKED: tl.constexpr, BK: tl.constexpr):
+def embed_kernel(
+    token_ptr, table_ptr, steps_ptr, scale_ptr, y_ptr, K, PACKED: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
     """Eq. (15): row `token` of a float32 table, or of codes with a scale for each row -> y (rows, K)."""
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(token_ptr + row).to(tl.int64)
@@ -525,5 +598,9 @@ def embed_kernel(token_ptr, table_ptr, scale_ptr, y_ptr, K, PACKED: tl.constexpr
                 q = (nibble ^ 8) - 8
             else:
                 q = tl.load(table_ptr + token * K + k, mask=k < K, other=0)
+            q = q.to(tl.int32)
+            if steps_ptr is not None:
+                at = steps_ptr + token * ((K + GROUP - 1) // GROUP) + k // GROUP
+                q = q * tl.load(at, mask=k < K, other=1).to(tl.int32)
             y = divide(q.to(tl.float32), tl.load(scale_ptr + token) + tl.zeros([BK], tl.float32))
         tl.store(y_ptr + row * K + k, y, mask=k < K)

@@ -1,0 +1,339 @@
+"""Changes the files in tests/fuzz/seeds in every way, and reads them as refmamba's users would: `make fuzz`.
+
+Each case ends in a value or in a RefmambaError of one printable line, within 20 seconds and 3 GB; all else is a finding, which
+is printed and kept. Every kind of file is read in a process of its own, so that one that dies is a finding too. Hypothesis
+draws the changes: the same seed, the same cases.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+import numpy as np
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from refmamba.commands.main import COMMANDS, refmamba
+from refmamba.errors import LONGEST, RefmambaError
+from refmamba.eval_tasks.load import load_tasks
+from refmamba.eval_tasks.results import Key, Result, Results
+from refmamba.eval_tasks.score import Score
+from refmamba.formats.calibration import load_calibration
+from refmamba.formats.folder import content_hash, open_checkpoint
+from refmamba.formats.hub import ModelFiles
+from refmamba.formats.scheme import open_scheme
+from refmamba.formats.text import read_text
+from refmamba.formats.tokenizer import load_tokenizer
+from refmamba.run.receipt import read_receipt
+from refmamba.spec.calibrate import calibrate
+from refmamba.spec.config import MambaConfig
+from refmamba.spec.mamba1 import Mamba
+from refmamba.spec.parameters import QuantizedModel, quantize_model
+from refmamba.spec.scheme import parse_scheme
+
+SEEDS = Path(__file__).parent / "seeds"
+GIGABYTES, SECONDS = 3, 20  # of a case
+CHECKS = list(HealthCheck)  # of hypothesis, which are about tests
+KEY = Key("m" * 64, "{}", "", "copa", "d" * 64, "1.0", 2048)  # of the results in the seeds
+ODD: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 3, 2**31, 2**53 + 1, 2**63, -(2**63) - 1, 10**30, 1e308, 1e-320, -0.0, float("nan"),
+    float("inf"), "", "a", "a" * 6000, "\ud800", "a\nb\x1b[31m", "../../etc/passwd", "\0", [], {}, [[]], {"": None}, [None],
+    "NaN",
+)  # fmt: skip
+BYTES = (b"\0", b"\xff", b"\xef\xbb\xbf", b"[" * 3000, b'{"a":' * 3000, b"9" * 5000, b"\r", b"\n\n", b"\t", b"NaN", b"\\ud800",
+         b"<!DOCTYPE a [<!ENTITY b 'c'>]>", b"&b;", b"\x80\x02", b"PK\x03\x04", b"PAR1", b"\xc3", b"\xed\xa0\x80")  # fmt: skip
+
+
+class TooLong(BaseException):
+    """A case that takes more than SECONDS. No `except Exception` takes it for its own."""
+
+
+@st.composite
+def json_changes(draw: st.DrawFn, content: bytes) -> bytes:
+    """A JSON file with some of its values, keys or entries changed."""
+    values = json.loads(content)
+    for _ in range(draw(st.integers(1, 3))):
+        values = _changed(draw, values)
+    return json.dumps(values, indent=draw(st.sampled_from([None, 1])), ensure_ascii=True).encode()
+
+
+def _changed(draw: st.DrawFn, value: Any) -> Any:
+    """One change, somewhere in a value."""
+    if not isinstance(value, dict | list) or not value or draw(st.integers(0, 9)) == 0:
+        return draw(st.sampled_from(ODD) | st.integers() | st.floats() | st.text(max_size=5))
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    key = draw(st.sampled_from(keys))
+    what = draw(st.sampled_from(["go on", "go on", "go on", "remove", "repeat", "rename"]))
+    changed = value.copy()
+    if what == "go on":
+        changed[key] = _changed(draw, value[key])
+    elif what == "remove":
+        del changed[key]
+    elif isinstance(changed, list):
+        changed += [value[key]] * draw(st.sampled_from([1, 2, 50]))
+    else:
+        changed[draw(st.sampled_from([str(odd) for odd in ODD if isinstance(odd, str)] + list(keys)))] = value[key]
+    return changed
+
+
+@st.composite
+def byte_changes(draw: st.DrawFn, content: bytes) -> bytes:
+    """A file with some of its bytes changed, doubled, left out or put in."""
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, min(len(content), draw(st.sampled_from([16, 200, 10**9])))))
+        what = draw(st.sampled_from(["flip", "cut", "leave out", "put in", "double", "number"]))
+        length = draw(st.sampled_from([1, 2, 8, 100]))
+        if what == "flip" and at < len(content):
+            content = content[:at] + bytes([content[at] ^ (1 << draw(st.integers(0, 7)))]) + content[at + 1 :]
+        elif what == "cut":
+            content = content[:at]
+        elif what == "leave out":
+            content = content[:at] + content[at + length :]
+        elif what == "put in":
+            content = content[:at] + draw(st.sampled_from(BYTES) | st.binary(max_size=8)) + content[at:]
+        elif what == "double":
+            content = content[: at + length] + content[at:]
+        else:
+            number = draw(st.sampled_from([0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1]))
+            content = content[:at] + number.to_bytes(8, "little") + content[at + 8 :]
+    return content
+
+
+@st.composite
+def header_changes(draw: st.DrawFn, content: bytes) -> bytes:
+    """A safetensors file whose JSON header is changed, its length told rightly."""
+    length = int.from_bytes(content[:8], "little")
+    header = draw(json_changes(content[8 : 8 + length]))
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
+
+
+Change = Callable[[bytes], st.SearchStrategy[bytes]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of file. folder: of the seeds, copied; file: what is changed in it; read: what is given the folder."""
+
+    folder: str
+    file: str
+    changes: tuple[Change, ...]
+    read: Callable[[Path], object]
+
+
+def read_model(folder: Path) -> object:
+    """Open a model, read every tensor, and run it where it is whole."""
+    model = open_checkpoint(folder)
+    content_hash(model)
+    return Mamba(model).prefill([np.array([1, 2])]) if isinstance(model, QuantizedModel) else None
+
+
+def read_tokenizer(folder: Path) -> object:
+    """Load a tokenizer and let it work."""
+    tokenizer = load_tokenizer(
+        ModelFiles(folder, folder / "tokenizer.json"), MambaConfig(8, 1, 600, d_state=4, d_conv=4, expand=2)
+    )
+    ids = tokenizer.encode("The old man,\nnaïve 中文 🙂 the.")
+    stream = tokenizer.stream()
+    text = "".join([*map(stream.put, ids), stream.flush()])
+    assert text == tokenizer.decode(ids), f"{ids} stream as {text!r}"
+    return text.encode()
+
+
+def read_calibration(folder: Path) -> object:
+    """Load maxima, and quantize with them."""
+    source = open_checkpoint(SEEDS / "hf")
+    assert not isinstance(source, QuantizedModel)
+    maxima = load_calibration(folder / "calibration.json", source.config)
+    return dict(quantize_model(source, parse_scheme("int8-smooth"), maxima).params)
+
+
+def read_scheme(folder: Path) -> object:
+    """Open a scheme, and run a model under it."""
+    scheme, source = open_scheme(str(folder / "int8-smooth.json")), open_checkpoint(SEEDS / "hf")
+    assert not isinstance(source, QuantizedModel)
+    maxima = calibrate(source, np.arange(5)) if scheme.needs_calibration else None
+    return Mamba(quantize_model(source, scheme, maxima)).prefill([np.array([1, 2])])
+
+
+def read_task(folder: Path) -> object:
+    """Load the rows of a task."""
+    (file,) = (path for path in folder.iterdir() if path.suffix in (".jsonl", ".parquet", ".xml", ".tsv"))
+    return load_tasks([file.stem], [f"{file.stem}={file}"])
+
+
+def read_results(folder: Path) -> object:
+    """Read a results file, and write into it."""
+    with Results(folder / "results.sqlite") as results:
+        found = results.load(KEY)
+        results.save(KEY, [Result(7, (Score(-1.0, True),))])
+        return found
+
+
+def read_text_file(folder: Path) -> object:
+    """Read a text."""
+    return read_text(folder / "text.txt")
+
+
+def read_options(folder: Path) -> object:
+    """The words of a command line, one in each line of a file; the command itself is not run."""
+    words = (folder / "options").read_bytes().decode("utf-8", "surrogateescape").split("\n")
+    command = refmamba.get_command(click.Context(refmamba), words[0] if words[0] in COMMANDS else "eval")
+    assert command is not None
+    os.chdir(folder)
+    with command.make_context(words[0], words[1:]) as context:
+        return context.params
+
+
+def options() -> st.SearchStrategy[bytes]:
+    """Command lines."""
+    lines = []
+    for name in COMMANDS:
+        command = refmamba.get_command(click.Context(refmamba), name)
+        assert command is not None
+        names = [word for param in command.params for word in param.opts if word.startswith("-") and word != "--help"]
+        odd = [str(odd).replace("\n", " ") for odd in ODD] + [".", "/", "F.json", "F.png", "/dev/null", "small", "1,2", "int8"]
+        word = st.sampled_from(names + odd)
+        lines.append(st.lists(word, max_size=6).map(lambda words, name=name: "\n".join([name, *words])))  # type: ignore[misc]
+    return st.one_of(lines).map(lambda line: line.encode("utf-8", "surrogatepass"))
+
+
+JSON, ANY, HEADER = json_changes, byte_changes, header_changes
+TASKS = [file.name for file in sorted(SEEDS.iterdir()) if file.suffix in (".jsonl", ".parquet", ".xml", ".tsv")]
+TARGETS = {
+    "config": Target("hf", "config.json", (JSON, JSON, ANY), read_model),
+    "safetensors": Target("hf", "model.safetensors", (HEADER, ANY), read_model),
+    "index": Target("shards", "model.safetensors.index.json", (JSON, ANY), read_model),
+    "bin": Target("bin", "pytorch_model.bin", (ANY,), read_model),
+    "quantized config": Target("int8-smooth", "config.json", (JSON, JSON, ANY), read_model),
+    "quantized int8-smooth": Target("int8-smooth", "model.safetensors", (HEADER, ANY), read_model),
+    "quantized w4-all": Target("w4-all", "model.safetensors", (HEADER, ANY), read_model),
+    **{f"tokenizer {name}": Target("", f"tokenizer-{name}.json", (JSON, JSON, ANY), read_tokenizer)
+       for name in ("bpe", "bytes", "wordpiece", "unigram")},
+    "tokenizer_config": Target("hf", "tokenizer_config.json", (JSON, ANY), read_tokenizer),
+    "generation_config": Target("hf", "generation_config.json", (JSON, ANY), read_tokenizer),
+    "calibration": Target("", "calibration.json", (JSON, JSON, ANY), read_calibration),
+    "scheme": Target("", "int8-smooth.json", (JSON, JSON, ANY), read_scheme),
+    **{f"task {name}": Target("", name, (ANY,), read_task) for name in TASKS},
+    "results": Target("", "results.sqlite", (ANY,), read_results),
+    "receipt": Target("", "receipt.json", (JSON, ANY), lambda folder: read_receipt(folder / "receipt.json")),
+    "text": Target("", "text.txt", (ANY,), read_text_file),
+    "options": Target("", "options", (), read_options),
+}  # fmt: skip
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise TooLong(f"more than {SECONDS} seconds")
+
+
+def wrong(read: Callable[[Path], object], folder: Path) -> str:
+    """What is wrong with how a case ends; empty where nothing is."""
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        read(folder)
+    except RefmambaError as error:
+        message = str(error)
+        if not message.isprintable() or len(message) > LONGEST or not message:
+            return f"a message that is not one printable line: {message[:400]!r}"
+    except (click.ClickException, click.exceptions.Exit):
+        pass
+    except BaseException as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "refmamba" in frame.filename]
+        place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+        return f"{type(error).__name__} at {place}: {str(error)[:200]!r}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return ""
+
+
+def fuzz(name: str, cases: int, seconds: float, start: int, kept: Path) -> None:
+    """Run the cases of a kind, in this process. kept: a folder for the findings, the count of cases, and the case that runs."""
+    target, count, seen = TARGETS[name], 0, set[str]()
+    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGALRM, _stop)
+    place = kept / "place"
+    shutil.copytree(SEEDS / target.folder, place) if target.folder else place.mkdir()
+    base = (SEEDS / target.folder / target.file).read_bytes() if target.changes else b""
+    changed = place / ("tokenizer.json" if target.file.startswith("tokenizer-") else target.file)
+    strategy = st.one_of([change(base) for change in target.changes]) if target.changes else options()
+    if base:
+        changed.write_bytes(base)
+        target.read(place)  # the seed itself is read, and what is compiled is compiled
+    until, pages = time.monotonic() + seconds, int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + GIGABYTES * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+    @seed(start)
+    @settings(max_examples=cases, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=CHECKS)
+    @given(strategy)
+    def case(content: bytes) -> None:
+        nonlocal count
+        if time.monotonic() > until:
+            return
+        (kept / "running").write_bytes(content)
+        changed.write_bytes(content)
+        found, count = wrong(target.read, place), count + 1
+        (kept / "count").write_text(str(count))
+        kind = found.partition(":")[0] + found.partition(":")[2][:12]
+        if found and kind not in seen:
+            seen.add(kind)
+            (kept / f"finding-{len(seen)}").write_bytes(content)
+            print(f"{name}: {found}\n    {kept / f'finding-{len(seen)}'}", flush=True)
+
+    case()
+    (kept / "running").unlink(missing_ok=True)
+
+
+def main() -> None:
+    """Every kind of file in turn; exit status 1 where something was found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=100_000, help="in all")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="in all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="kinds whose names begin so")
+    arguments = parser.parse_args()
+    names = [name for name in TARGETS if name.startswith(arguments.only or "")]
+    where, total, findings, began = Path(tempfile.mkdtemp(prefix="refmamba-fuzz-")), 0, 0, time.monotonic()
+    for package in ("torch", "pyarrow.parquet"):  # once, before the processes fork
+        with contextlib.suppress(ImportError):
+            importlib.import_module(package)
+    print(f"{'kind':<24}{'cases':>8}{'seconds':>9}{'findings':>10}")
+    for number, name in enumerate(names):
+        kept, start = where / name.replace(" ", "-"), time.monotonic()
+        kept.mkdir()
+        left = (arguments.seconds - (start - began)) / (len(names) - number)
+        cases = -(-arguments.cases // len(names))
+        process = multiprocessing.get_context("fork").Process(target=fuzz, args=(name, cases, left, arguments.seed, kept))
+        process.start()
+        process.join()
+        found = len(list(kept.glob("finding-*")))
+        if process.exitcode != 0:
+            found += 1
+            print(f"{name}: the process ended with {process.exitcode}\n    {kept / 'running'}")
+        count = int((kept / "count").read_text()) if (kept / "count").exists() else 0
+        print(f"{name:<24}{count:>8}{time.monotonic() - start:>9.0f}{found:>10}", flush=True)
+        total, findings = total + count, findings + found
+    print(f"{'all':<24}{total:>8}{time.monotonic() - began:>9.0f}{findings:>10}")
+    if not findings:
+        shutil.rmtree(where)
+    sys.exit(findings > 0)
+
+
+if __name__ == "__main__":
+    main()

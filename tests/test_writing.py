@@ -1,0 +1,279 @@
+"""What is written is whole or as it was, whatever it is written to and however the writing ends."""
+
+import errno
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pytest
+
+from refmamba.errors import CheckpointError, DataError
+from refmamba.formats.writing import check_file, check_folder, new_folder, write_file, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+LEFT = 2**22 + 1  # larger than any process's number
+
+
+def run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "refmamba", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, check=False)
+
+
+def refused(*words: str) -> str:
+    """The line with which a command refuses, having written nothing to stdout."""
+    done = run(*words)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("compiling")]
+    assert line.startswith("refmamba: ")
+    return line
+
+
+def test_a_file_is_replaced_and_nothing_stays_beside_it(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    for text in ("old", "new"):
+        write_text(file, text)
+        assert file.read_text() == text
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_write_that_fails_leaves_the_old(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+
+    def broken(stream: BinaryIO) -> None:
+        stream.write(b"new")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DataError, match=r"file: cannot be written: No space left on device"):
+        write_file(file, broken)
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_content_is_on_the_disk_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, synced = tmp_path / "file", list[int]()
+    real = os.fsync
+
+    def fsync(number: int) -> None:
+        assert not file.exists()
+        synced.append(os.fstat(number).st_size)
+        real(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(file, "content")
+    assert synced == [7]
+
+
+def test_a_symlink_stays_and_what_it_names_is_written(tmp_path: Path) -> None:
+    real, link, dangling = tmp_path / "real", tmp_path / "link", tmp_path / "dangling"
+    real.write_text("old")
+    link.symlink_to("real")
+    dangling.symlink_to("born")
+    write_text(link, "new")
+    write_text(dangling, "first")
+    assert link.is_symlink()
+    assert real.read_text() == "new"
+    assert (tmp_path / "born").read_text() == "first"
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666])
+def test_the_mode_of_a_file_stays(mode: int, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    file.chmod(mode)
+    write_text(file, "new")
+    assert stat.S_IMODE(file.stat().st_mode) == mode
+
+
+def test_a_pipe_is_written_into_and_stays_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read = list[bytes]()
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    write_file(pipe, lambda stream: np.save(stream, np.arange(100_000)))  # more than a pipe holds
+    reader.join()
+    assert pipe.is_fifo()
+    assert len(read[0]) == 128 + 8 * 100_000
+
+
+def test_a_device_stays_a_device(tmp_path: Path) -> None:
+    device = tmp_path / "null"
+    try:
+        os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        device.write_bytes(b"")
+    except OSError:
+        pytest.skip("no device can be made here")
+    for _ in range(2):
+        write_text(device, "gone")
+        assert stat.S_ISCHR(device.stat().st_mode)
+    assert [path.name for path in tmp_path.iterdir()] == ["null"]
+
+
+def test_commands_write_into_a_pipe(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "refmamba", "logits", "--tokens", "1,2,3", "--out", "/dev/stdout"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"\x93NUMPY")
+    assert len(done.stdout) == 128 + 4 * 3 * 4096
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    file, folder, alive = tmp_path / "a[1].json", tmp_path / "model", os.getppid()
+    left, theirs = tmp_path / f".a[1].json.{LEFT}.tmp", tmp_path / f".a[1].json.{alive}.tmp"
+    others = tmp_path / f".a1.json.{LEFT}.tmp"
+    for path in (left, theirs, others):
+        path.touch()
+    left_folder = tmp_path / f".model.{LEFT}.tmp"
+    left_folder.mkdir()
+    (left_folder / "model.safetensors").touch()
+    check_file(file)
+    assert not left.exists()
+    assert theirs.exists()
+    assert others.exists()
+    check_folder(folder)
+    assert not left_folder.exists()
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+
+    def fill(fails: bool) -> None:
+        with new_folder(folder) as aside:
+            (aside / "file").write_text("content")
+            assert not folder.exists()
+            if fails:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        fill(fails=True)
+    assert list(tmp_path.iterdir()) == []
+    fill(fails=False)
+    assert (folder / "file").read_text() == "content"
+    assert list(folder.parent.iterdir()) == [folder]
+    with pytest.raises(CheckpointError, match="not an empty folder"):
+        fill(fails=False)
+
+
+@pytest.mark.parametrize("folder", [".", "/", "..", "README.md"])
+def test_quantize_refuses_a_folder_that_is_there(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert "not an empty folder" in refused("quantize", "small", folder, "--bits", "8")
+
+
+def test_quantize_refuses_to_replace_the_folder_that_it_runs_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "name one inside it" in refused("quantize", "small", ".", "--bits", "8")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["quantize", "small", "q", "--bits", "8", "--save-calibration", ""], "--save-calibration '': names nothing"),
+        (["logits", "--tokens", "1", "--out", ""], "--out '': names nothing"),
+        (["logits", "--tokens", "1", "--out", "."], "is a folder"),
+        (["logits", "--tokens", "1", "--out", "no/folder.npy"], "there is no folder"),
+        (["logits", "--tokens", "1", "--out", "n" * 300], "File name too long"),
+        (["eval", "--results", "one", "--samples", "./one"], "--results and --samples name one file"),
+        (["outliers", "--plot", "one.json", "--save-calibration", "one.json"], "name one file"),
+        (["outliers", "--plot", "one.jpg"], "must end in .png or .svg"),
+        (["outliers", "--text", "text.json", "--save-calibration", "text.json"], "name one file"),
+        (["reproduce", "text.json"], "is a file"),
+        (["reproduce", "text.json/inside"], "Not a directory"),
+    ],
+)
+def test_a_target_that_cannot_be_written_is_refused_before_the_work(
+    words: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.json").write_text("a text")
+    done = run(*words)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert line in done.stderr.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["text.json"]
+
+
+def test_sigterm_removes_what_is_half_written(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from refmamba.commands import entry, main\n"
+        "from refmamba.formats.writing import write_file\n"
+        "def slow(stream):\n    stream.write(b'half'); print('writing', flush=True); time.sleep(60)\n"
+        "main.refmamba.main = lambda **_: write_file(Path(sys.argv[1]), slow)\n"
+        "entry.main()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "file")], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"writing\n"
+        assert len(list(tmp_path.iterdir())) == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_quantize_leaves_no_folder_and_the_next_tidies_up(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "refmamba", "quantize", "small", str(tmp_path / "q"), "--scheme", "w8-all"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while not (left := list(tmp_path.glob(".q.*.tmp/config.json"))) and process.poll() is None:
+            time.sleep(0.001)
+        process.kill()
+    assert left, "it ended too early to be killed"
+    assert not (tmp_path / "q").exists()
+    assert run(*command[3:]).returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+TEXT = "Call me Ishmael. Some years ago, never mind how long precisely."
+WRITERS = {
+    "logits": ["logits", "--tokens", ",".join(["1"] * 600), "--out", "{}/logits.npy"],
+    "plot": ["outliers", "--text", "{}/text", "--plot", "{}/plot.png"],
+    "maxima": ["outliers", "--text", "{}/text", "--save-calibration", "{}/maxima.json"],
+    "quantize": ["quantize", "small", "{}/q", "--scheme", "w8-all"],
+    "smooth": ["smooth-search", "--text", "{}/text", "--out", "{}/best.json"],
+    "samples": ["eval", "--tasks", "copa", "--limit", "1", "--results", "{}/r.sqlite", "--samples", "{}/samples.jsonl"],
+}
+
+
+@pytest.mark.parametrize("free", [0, 4096, 40_000, 200_000])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_leaves_the_old_or_the_new(name: str, free: int, small_disk: Path) -> None:
+    words = [word.format(small_disk) for word in WRITERS[name]]
+    target = Path(words[-1] if name != "quantize" else words[2])
+    (small_disk / "text").write_text(TEXT)
+    if name != "quantize":
+        target.write_text("old")
+    (small_disk / "filling").write_bytes(bytes(shutil.disk_usage(small_disk).free - free))
+    done = run(*words)
+    assert "Traceback" not in done.stderr
+    whole = name != "quantize" and target.read_bytes() != b"old"
+    if done.returncode == 0:
+        assert whole
+    else:
+        assert done.returncode == 2
+        assert not whole
+        assert done.stderr.splitlines()[-1].startswith("refmamba: ")
+    there = {path.name for path in small_disk.iterdir()}
+    assert there <= {"text", "filling", "r.sqlite", "r.sqlite-wal", "r.sqlite-shm", target.name}
+    assert target.name in there or name == "quantize"
