@@ -40,7 +40,7 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-LIMIT = 20_000  # milliseconds
+LIMIT = 60_000  # milliseconds
 MOST_BYTES = 11_500_000
 PROMPT = "Once upon a time"
 
