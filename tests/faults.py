@@ -931,7 +931,7 @@ FAULTS = (
           {"sample": lambda x, v, t, k, p: ORIGINAL["sample"](x, v, t, 0, p)}, fused=()),
     Fault("a linear layer's bias twice", "add", {}, BiasTwice),
     Fault("in_proj's bias forgotten", "add", {}, BiasForgotten),
-    Fault("out_proj's result not coded", "code", {}, OutputNotCoded, fused=("code", "dequantize")),
+    Fault("out_proj's result not coded", "code", {}, OutputNotCoded, fused=("code", "dequantize"), called_fused="add"),
     Fault("an untied head taken for tied", "integer_product", {}, UntiedTakenForTied),
     Fault("smoothing forgotten", "divide_channels", {}, Unsmoothed),
     Fault("logits not checked", "refused", {"check_logits": no_check}),

@@ -470,6 +470,7 @@ def test_whoever_waits_for_the_compiler_is_told(tmp_path: Path) -> None:
     assert [said(), said(), said(**other), said(**other), said()] == [True, False, True, False, False]
 
 
+@pytest.mark.ci
 def test_without_vnni() -> None:
     """The same comparison in a process whose numba compiles for an older processor."""
     code = (

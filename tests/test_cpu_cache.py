@@ -42,6 +42,7 @@ def copied(tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
+@pytest.mark.ci
 def test_a_changed_constant_reaches_the_kernels(copied: Path, tmp_path: Path) -> None:
     """The kernels are compiled with ABSMAX_ZERO, of another file. Some activations are below 2^-4, no matrix is."""
     before, _ = run(copied, NUMBA_CACHE_DIR=str(tmp_path))
@@ -89,6 +90,7 @@ def test_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert cache.cache_folder()[0].parent == tmp_path / "home" / "refmamba"
 
 
+@pytest.mark.ci
 def test_where_no_cache_can_be_written(copied: Path, tmp_path: Path) -> None:
     """Files stand where the folders would be: the chosen one, the user's, and the one beside the source of the reference's
     scan. The folder that serves instead is gone when the process is."""

@@ -54,6 +54,13 @@ def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def load(folder: Path) -> refmamba.Model:
+    """A model, and its tokenizer, which is read only when a text is."""
+    model = refmamba.load(folder)
+    assert model.tokenizer
+    return model
+
+
 def refused(kind: type[errors.RefmambaError], do: Callable[[], object], *words: str) -> None:
     """It ends in this very type, and in one line."""
     with pytest.raises(errors.RefmambaError) as raised:
@@ -93,11 +100,11 @@ def test_pipes_and_devices_and_folders_are_not_opened(name: str, folder: Path) -
     file = folder / name
     file.unlink(missing_ok=True)
     os.mkfifo(file)
-    refused(errors.SpecialFileError, lambda: refmamba.load(folder), name, "is a pipe")
+    refused(errors.SpecialFileError, lambda: load(folder), name, "is a pipe")
     for target, what in (("/dev/zero", "a device"), ("/", "a folder")):
         file.unlink()
         file.symlink_to(target)
-        refused(errors.SpecialFileError, lambda: refmamba.load(folder), name, f"is {what}")
+        refused(errors.SpecialFileError, lambda: load(folder), name, f"is {what}")
 
 
 def test_texts_schemes_calibrations_and_results_are_files_too(tmp_path: Path) -> None:
@@ -131,13 +138,13 @@ def test_sizes_are_bounded_before_anything_is_read(folder: Path) -> None:
     for name, size in (("config.json", reading.CONFIG_BYTES), ("tokenizer.json", reading.TABLE_BYTES)):
         kept = (folder / name).read_bytes()
         os.truncate(folder / name, size + 1)  # with zeros that take no room
-        refused(errors.FileTooLargeError, lambda: refmamba.load(folder), name, "MB")
+        refused(errors.FileTooLargeError, lambda: load(folder), name, "MB")
         (folder / name).write_bytes(kept)
 
 
 def test_names_that_are_too_long_or_no_names() -> None:
     for name in ("x" * 300, "a\0b"):
-        refused(errors.UnreadableFileError, lambda name=name: refmamba.load(name), "cannot be read")  # type: ignore[misc]
+        refused(errors.UnreadableFileError, lambda name=name: load(name), "cannot be read")  # type: ignore[misc]
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -158,7 +165,7 @@ def test_names_that_are_too_long_or_no_names() -> None:
 )
 def test_json_is_read_with_limits(name: str, content: str, words: str, folder: Path) -> None:
     (folder / name).write_text(content)
-    refused(errors.JSONError, lambda: refmamba.load(folder), name, words)
+    refused(errors.JSONError, lambda: load(folder), name, words)
 
 
 def test_json_up_to_the_limits_is_read() -> None:
@@ -174,11 +181,11 @@ def test_a_billion_layers_are_refused_at_once(folder: Path) -> None:
     for key in ("num_hidden_layers", "hidden_size", "vocab_size", "state_size", "conv_kernel", "expand", "time_step_rank"):
         kept = (folder / "config.json").read_text()
         edit(folder / "config.json", **{key: 10**9})
-        refused(errors.ConfigError, lambda: refmamba.load(folder), "config.json", f"{key} is 1000000000")
+        refused(errors.ConfigError, lambda: load(folder), "config.json", f"{key} is 1000000000")
         (folder / "config.json").write_text(kept)
     for number in (-1e-5, float("nan"), float("inf")):
         edit(folder / "config.json", layer_norm_epsilon=number)
-        refused(errors.ConfigError, lambda: refmamba.load(folder), "layer_norm_epsilon")
+        refused(errors.ConfigError, lambda: load(folder), "layer_norm_epsilon")
 
 
 @pytest.mark.parametrize(
@@ -200,7 +207,7 @@ def test_a_billion_layers_are_refused_at_once(folder: Path) -> None:
 )
 def test_another_model_is_named(changes: dict[str, Any], words: str, folder: Path) -> None:
     edit(folder / "config.json", **changes)
-    refused(errors.ForeignModelError, lambda: refmamba.load(folder), "config.json", words)
+    refused(errors.ForeignModelError, lambda: load(folder), "config.json", words)
 
 
 @pytest.mark.parametrize(
@@ -223,25 +230,25 @@ def test_a_folder_of_something_else_is_named(name: str, words: str, config: bool
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.model.backbone.", ""])
 def test_what_wrapped_a_model_when_it_was_saved_is_left_out(prefix: str, folder: Path) -> None:
-    expected = refmamba.load(folder).logits([1, 2, 3])
+    expected = load(folder).logits([1, 2, 3])
     tensors = load_file(folder / "model.safetensors")
     save_file({prefix + name.removeprefix("backbone."): x for name, x in tensors.items()}, folder / "model.safetensors")
-    assert refmamba.load(folder).logits([1, 2, 3]).tobytes() == expected.tobytes()
+    assert load(folder).logits([1, 2, 3]).tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("changes", [{"hidden_act": "swish"}, {"layer_norm_epsilon": 1}, {"eos_token_id": [0, 5]}])
 def test_other_words_for_the_same_are_read(changes: dict[str, Any], folder: Path) -> None:
     edit(folder / "config.json", **changes)
-    assert refmamba.load(folder).config.n_layer == 1
+    assert load(folder).config.n_layer == 1
 
 
 def test_a_state_dict_inside_a_checkpoint_is_read(folder: Path) -> None:
     torch = pytest.importorskip("torch")
-    expected = refmamba.load(folder).logits([1, 2, 3])
+    expected = load(folder).logits([1, 2, 3])
     tensors = {name: torch.from_numpy(x).double() for name, x in load_file(folder / "model.safetensors").items()}
     (folder / "model.safetensors").unlink()
     torch.save({"state_dict": {f"model.{name}": x for name, x in tensors.items()}, "epoch": 3}, folder / "pytorch_model.bin")
-    assert refmamba.load(folder).logits([1, 2, 3]).tobytes() == expected.tobytes()
+    assert load(folder).logits([1, 2, 3]).tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -262,7 +269,7 @@ def test_torch_files_of_other_things(content: Any, kind: type[errors.RefmambaErr
         content = {"a": torch.zeros(1).expand(10**12)}
     (folder / "model.safetensors").unlink()
     torch.save(content, folder / "pytorch_model.bin")
-    refused(kind, lambda: refmamba.load(folder), words)
+    refused(kind, lambda: load(folder), words)
 
 
 def write_header(file: Path, header: object, data: bytes = b"") -> None:
@@ -284,21 +291,21 @@ def write_header(file: Path, header: object, data: bytes = b"") -> None:
 )
 def test_safetensors_headers(header: object, kind: type[errors.RefmambaError], words: str, folder: Path) -> None:
     write_header(folder / "model.safetensors", header)
-    refused(kind, lambda: refmamba.load(folder), "model.safetensors", words)
+    refused(kind, lambda: load(folder), "model.safetensors", words)
 
 
 def test_a_header_of_any_length_is_not_read(folder: Path) -> None:
     with (folder / "model.safetensors").open("r+b") as stream:
         stream.write(struct.pack("<Q", 90_000_000))
         stream.truncate(100_000_000)
-    refused(errors.WeightFileError, lambda: refmamba.load(folder), "would begin with 90000000 bytes")
+    refused(errors.WeightFileError, lambda: load(folder), "would begin with 90000000 bytes")
 
 
 def test_two_tensors_that_are_one_parameter(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["backbone.embedding.weight"] = tensors["backbone.embeddings.weight"] + 1
     save_file(tensors, folder / "model.safetensors")
-    refused(errors.TensorError, lambda: refmamba.load(folder), "is there twice")
+    refused(errors.TensorError, lambda: load(folder), "is there twice")
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------------
@@ -321,19 +328,19 @@ def test_broken_tokenizers_are_one_line_and_a_panic_of_the_library_too(
     changes: dict[str, Any], words: str, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(TRAINED | changes))
-    refused(errors.TokenizerError, lambda: refmamba.load(folder), "tokenizer.json", words)
+    refused(errors.TokenizerError, lambda: load(folder), "tokenizer.json", words)
     assert "panicked" not in capfd.readouterr().err
 
 
 def test_padding_that_would_fill_the_memory_is_never_done(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(TRAINED | {"padding": PADDING | {"strategy": {"Fixed": 2 * 10**8}}}))
-    assert len(refmamba.load(folder).tokenizer.encode("The old man")) == 3
+    assert len(load(folder).tokenizer.encode("The old man")) == 3
 
 
 def test_a_text_without_tokens_is_one_line(folder: Path) -> None:
     words = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
     (folder / "tokenizer.json").write_text(json.dumps(TRAINED | {"model": words, "pre_tokenizer": None, "added_tokens": []}))
-    refused(errors.TokenizerError, lambda: refmamba.load(folder).tokenizer.encode("The old man"), "this text has no tokens")
+    refused(errors.TokenizerError, lambda: load(folder).tokenizer.encode("The old man"), "this text has no tokens")
 
 
 def test_a_padding_token_beyond_the_rows_is_allowed_and_no_other(folder: Path) -> None:
@@ -342,9 +349,9 @@ def test_a_padding_token_beyond_the_rows_is_allowed_and_no_other(folder: Path) -
         added = [special | {"id": 4096 + i, "content": f"[PAD{i}]", "special": is_special} for i in range(count)]
         (folder / "tokenizer.json").write_text(json.dumps(TRAINED | {"added_tokens": TRAINED["added_tokens"] + added}))
         if allowed:
-            assert refmamba.load(folder).generate("The", max_new_tokens=3).tokens
+            assert load(folder).generate("The", max_new_tokens=3).tokens
         else:
-            refused(errors.TokenizerError, lambda: refmamba.load(folder), "only 4096 rows")
+            refused(errors.TokenizerError, lambda: load(folder), "only 4096 rows")
 
 
 # --- calibrations and schemes -----------------------------------------------------------------------------------------

@@ -190,6 +190,15 @@ def test_groups_are_for_matrices() -> None:
         scheme_from_json({"name": "file", "weights": {"conv1d.weight": {"bits": 4, "scale": "grouped"}}})
 
 
+def test_flattened_inputs_need_codes_for_the_weight() -> None:
+    """31 by 23 bits are more than a product of float64 holds."""
+    values = {"name": "file", "inputs": {"out_proj": {"bits": 8, "scale": "flattened"}}}
+    with pytest.raises(SchemeError, match="out_proj is flattened, for which its weight must be in codes"):
+        scheme_from_json(values)
+    weights = {"out_proj.weight": {"bits": 8, "scale": "per_channel"}}
+    assert scheme_from_json(values | {"weights": weights}).calibrated == {"out_proj"}
+
+
 def test_a_site_is_smoothed_or_rotated() -> None:
     values = parse_scheme("int8-smooth").to_json() | {"rotate": ["in_proj"]}
     with pytest.raises(SchemeError, match="in_proj is smoothed and rotated; choose one"):

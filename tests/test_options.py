@@ -17,7 +17,7 @@ RUNS_A_MODEL = ("ablate", "bench", "eval", "generate", "logits", "outliers", "pe
 # Whose meaning depends on the command, and so its words.
 OWN_WORDS = {"--text", "--out", "--schemes", "--tasks", "--draws", "--seed", "--sigma", "--over", "--tokens"}
 
-OWN_MODEL = {("verify", "--model"), ("replay", "--model")}  # where none means another than `small`
+OWN_MODEL = {("verify", "--model"), ("replay", "--model"), ("step", "--scheme")}  # where none means something else
 
 
 def options(command: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ SILENT = ("logits", "step", "trace")  # which write a file, and say nothing
 NAN = {  # an option that takes a number, and what is said of NaN
     "ablate": "--sigma", "bench": "--prompt-len", "eval": "--limit", "generate": "--temperature", "logits": "--tokens",
     "outliers": "--sigma", "perplexity": "--bits", "quantize": "--bits", "replay": "--device", "reproduce": "--draws",
-    "smooth-search": "--act-bits", "step": "--scheme", "trace": "--bits", "verify": "--device",
+    "smooth-search": "--act-bits", "step": "--scheme", "trace": "--tokens", "verify": "--device",
 }  # fmt: skip
 
 
@@ -196,6 +196,7 @@ def test_without_the_compiler_the_reference_works_and_the_other_says_so() -> Non
     assert "--backend reference" in last_line(done)
 
 
+@pytest.mark.ci
 def test_no_home_and_no_cache_that_can_be_written_work_and_leave_nothing(tmp_path: Path) -> None:
     surroundings = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere", "TMPDIR": str(tmp_path)}
     done = run(python("generate", "--max-new-tokens", "1"), **surroundings)
@@ -203,6 +204,7 @@ def test_no_home_and_no_cache_that_can_be_written_work_and_leave_nothing(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.ci
 def test_a_terminated_command_leaves_no_kernels(tmp_path: Path) -> None:
     surroundings = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere", "TMPDIR": str(tmp_path)}
     command = python("generate", "--max-new-tokens", "100000")
@@ -216,6 +218,7 @@ def test_a_terminated_command_leaves_no_kernels(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.ci
 def test_a_read_only_installation_works(tmp_path: Path) -> None:
     """Another user's, on a disk that is mounted read-only."""
     place = tmp_path / "place"

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from refmamba.backends.reference import Reference
 from refmamba.spec import arith, coders, codes, linear, mamba1, ops, parameters, transforms
 from refmamba.spec.mamba1 import Mamba
 from refmamba.spec.operations import OPERATIONS
 from refmamba.spec.parameters import QuantizedModel
+from refmamba.spec.scheme import Scheme
 
 Functions = Mapping[str, Callable[..., Any]]
 MODULES = (arith, codes, coders, linear, ops, mamba1, parameters, transforms)
@@ -46,14 +46,16 @@ class ReplacedRunner(Mamba):
             return super().prefill(*arguments, **options)
 
 
-class Replaced(Reference):
-    """A backend: the reference with functions replaced.
+class Replaced:
+    """A backend: the reference's forward with functions replaced.
 
     calls: how often each has been called. offers: what `operations` gives, by default the replaced ones alone.
     """
 
+    name, device, exact = "reference", "cpu", True
+    sites: frozenset[str] | None = None
+
     def __init__(self, functions: Functions, runner: type[ReplacedRunner] = ReplacedRunner) -> None:
-        super().__init__()
         self.calls: Counter[str] = Counter()
         self.functions = {name: self._counted(name, function) for name, function in functions.items()}
         self.runner = runner
@@ -67,6 +69,10 @@ class Replaced(Reference):
 
         operation.__name__ = name  # what a trace calls it
         return operation
+
+    def supports(self, scheme: Scheme) -> str | None:
+        """Every scheme, as the reference does."""
+        return None
 
     def load(self, model: QuantizedModel) -> Mamba:
         """Make a model ready to run."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from refmamba.backend import Backend
+from refmamba.backend import Backend, told
 from refmamba.conformance.comparison import Difference, Tolerance
 from refmamba.conformance.models import (
     EDGE_SCHEMES,
@@ -154,10 +154,15 @@ def _checks(
         if operation is not None and not runs(operation, model):
             yield Row("model", model.scheme.name, calls=0), None
             continue
-        if tolerance is None:
-            checks = ModelChecks(backend, model, sequences, quick=quick, long=long)
-        else:
-            checks = TolerantChecks(backend, model, sequences, tolerance, quick=quick, long=long)
+        checks: ModelChecks | TolerantChecks
+        try:
+            if tolerance is None:
+                checks = ModelChecks(backend, model, sequences, quick=quick, long=long)
+            else:
+                checks = TolerantChecks(backend, model, sequences, tolerance, quick=quick, long=long)
+        except Exception as error:  # a stranger's backend may raise anything when it is given a model
+            yield Row("model: load", model.scheme.name, 1, failed=1, raised=1), Difference("load", told(error), raised=True)
+            continue
         yield from checks.run()
 
 

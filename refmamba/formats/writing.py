@@ -100,7 +100,8 @@ def check_file(file: Path) -> None:
             return
         target = _target(file)
         if not target.parent.is_dir():
-            raise DataError(f"{file}: cannot be written: there is no folder {target.parent}")
+            folder = target.parent if file.is_symlink() else file.parent
+            raise DataError(f"{file}: cannot be written: there is no folder {folder}")
         _remove_left(target)
         aside = _aside(target)
         aside.touch()

@@ -105,6 +105,7 @@ class Flattened:
     whole_sequence: ClassVar[bool] = False
     calibrated: ClassVar[bool] = True
     options: ClassVar[Mapping[str, float]] = {"quantile": 0.98}
+    coded_weight: ClassVar[bool] = True  # 31 bits by 23 would not be exact in one product, eq. (11)
 
     @staticmethod
     def reduce(maxima: F32Array, quantile: float) -> F32Array:

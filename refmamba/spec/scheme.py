@@ -117,6 +117,8 @@ class Scheme:
             raise SchemeError(f"scheme {self.name}: {site} has {quantizer.bits} bits; {part} take {low} to {high}")
         if getattr(coder, "matrices_only", False) and site not in (*HEAD_WEIGHTS, *LINEAR_WEIGHTS):
             raise SchemeError(f"scheme {self.name}: {site} is no matrix of a product; {quantizer.scale} is for those")
+        if getattr(coder, "coded_weight", False) and f"{site}.weight" not in self.weights:
+            raise SchemeError(f"scheme {self.name}: {site} is {quantizer.scale}, for which its weight must be in codes")
         for name, value in quantizer.options.items():
             if name not in options_of(coder, {}):
                 raise SchemeError(f"scheme {self.name}: {site} has the option {name}, which {quantizer.scale} does not take")

@@ -317,8 +317,8 @@ def _selective_scan(step: Step, site: str, t: int, c: int) -> Story:
     for i in range(t + 1):
         A_bar, B_bar_u = (part[0, 0] for part in discretize(delta[i : i + 1, now], A[now], B[i : i + 1], u[i : i + 1, now]))
         before, h = h, A_bar * h + B_bar_u
-    fades = np.exp(delta[t, c].astype(np.float64) * A[c])
-    exact = float(C[t].astype(np.float64) @ (fades * before + float(delta[t, c]) * float(u[t, c]) * B[t]))
+    step_size, fades = float(delta[t, c]), np.exp(delta[t, c].astype(np.float64) * A[c])
+    exact = float(C[t].astype(np.float64) @ (fades * before + step_size * float(u[t, c]) * B[t].astype(np.float64)))
     rows = tuple((n, *(str(x[n]) for x in (A_bar, before, B_bar_u, h, C[t], C[t] * h))) for n in range(len(h)))
     y = step.result[0][t, c]
     return Story(

@@ -762,6 +762,7 @@ async function sha256(arrays) {
 }
 
 const OPERATIONS = {
-  exp, log, log1p, softplus, silu, tree_sum, absmax, scale_of, quantize, code, code_static, fixed_point, integer_product, rescale,
-  pack4, unpack4, embed, rms_norm, conv1d, step_size, state_matrix, discretize, selective_scan, gate, log_softmax, sample,
+  exp, log, log1p, softplus, silu, tree_sum, absmax, scale_of, quantize, code, code_static, code_grouped, code_flattened,
+  fixed_point, rotate, integer_product, rescale, pack4, unpack4, embed, rms_norm, conv1d, step_size, state_matrix, discretize,
+  selective_scan, gate, log_softmax, sample,
 };
