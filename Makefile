@@ -1,4 +1,4 @@
-.PHONY: check ci lint types test quick vectors bench gpu-proof fuzz
+.PHONY: check ci lint types test quick vectors bench gpu-proof fuzz lowest
 check: lint types test
 lint:
 	ruff check .
@@ -36,3 +36,9 @@ gpu-proof:
 FUZZ = --cases 100000
 fuzz:
 	python tests/fuzz/fuzz.py $(FUZZ)
+# The oldest packages, in an environment of their own.
+LOWEST = arith checkpoint tokenizer hub perplexity eval_data eval_results linear vectors
+lowest:
+	python -m venv .venv-lowest
+	.venv-lowest/bin/pip install -q -c constraints-lowest.txt -e . pytest hypothesis pyarrow distributed cryptography
+	.venv-lowest/bin/python -m pytest -q -k "not torch" -W default $(LOWEST:%=tests/test_%.py)

@@ -23,7 +23,7 @@ SILENT = ("logits", "step", "trace")  # which write a file, and say nothing
 NAN = {  # an option that takes a number, and what is said of NaN
     "ablate": "--sigma", "bench": "--prompt-len", "eval": "--limit", "generate": "--temperature", "logits": "--tokens",
     "outliers": "--sigma", "perplexity": "--bits", "quantize": "--bits", "replay": "--device", "reproduce": "--draws",
-    "smooth-search": "--act-bits", "step": "--scheme", "trace": "--tokens", "verify": "--device",
+    "smooth-search": "--act-bits", "step": "--scheme", "trace": "--bits", "verify": "--device",
 }  # fmt: skip
 
 
@@ -256,6 +256,27 @@ def test_a_locked_results_file_is_told_and_waited_for(tmp_path: Path) -> None:
     (line,) = [line for line in done.stderr.splitlines() if "locked" in line]
     assert line == f"{tmp_path / 'r.sqlite'} is locked by another process; waiting for it, 60 seconds at most"
     other.close()
+
+
+def test_workers_have_keys_and_leave_nothing(tmp_path: Path) -> None:
+    code = """
+import distributed
+from refmamba.eval_tasks.cluster import cluster
+if __name__ == "__main__":
+    with cluster(1, None):
+        address = distributed.default_client().scheduler.address
+        print(address.partition(":")[0])
+        try:
+            distributed.Client(address.replace("tls", "tcp"), timeout="5s")
+        except (OSError, TimeoutError):
+            print("refused")
+"""
+    script, scratch = tmp_path / "script.py", tmp_path / "scratch"
+    script.write_text(code)
+    scratch.mkdir()
+    done = run([sys.executable, str(script)], TMPDIR=str(scratch))
+    assert done.stdout.split() == ["tls", "refused"], done.stderr
+    assert list(scratch.iterdir()) == []
 
 
 def test_longer_work_shows_the_time_left_on_a_terminal(tmp_path: Path) -> None:

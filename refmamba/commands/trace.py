@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from refmamba.commands.options import MODEL_OPTIONS, backend_option, device_option, model_options, text_or_tokens
+from refmamba.commands.options import MODEL_OPTIONS, OutputFile, backend_option, device_option, model_options, text_or_tokens
 from refmamba.conformance.dumps import reference_values, write_dump
 from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec import SPEC_VERSION
@@ -16,9 +16,7 @@ from refmamba.spec.mamba1 import Mamba
 @model_options(*(option for option in MODEL_OPTIONS if option not in (backend_option, device_option)))
 @click.option("--text", help="A text, or")
 @click.option("--tokens", help="its tokens, 1,2,3.")
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The .safetensors or .npz to write."
-)
+@click.option("--out", required=True, type=OutputFile(), help="The .safetensors or .npz to write.")
 def command(choice: ModelChoice, text: str | None, tokens: str | None, out: Path) -> None:
     """Write everything that the reference computes for a text: each site of the trace, the tokens and the logits."""
     words, opened = text_or_tokens(text, tokens), open_model(choice)
