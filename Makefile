@@ -27,7 +27,7 @@ bench:
 	python benchmarks/length.py
 # What a CPU can prove of the Triton kernels (docs/GPU.md): an hour or two.
 gpu-proof:
-	TRITON_INTERPRET=1 python -m refmamba verify --backend triton
+	TRITON_INTERPRET=1 python -m refmamba verify --quick --backend triton
 	TRITON_INTERPRET=1 python -m pytest -q tests/test_triton_interpreter.py
 	python -m pytest -q tests/test_triton_ptx.py
 	python benchmarks/gpu.py --dry-run --out build/gpu.json

@@ -23,7 +23,7 @@ SILENT = ("logits", "step", "trace")  # which write a file, and say nothing
 NAN = {  # an option that takes a number, and what is said of NaN
     "ablate": "--sigma", "bench": "--prompt-len", "eval": "--limit", "generate": "--temperature", "logits": "--tokens",
     "outliers": "--sigma", "perplexity": "--bits", "quantize": "--bits", "replay": "--device", "reproduce": "--draws",
-    "smooth-search": "--act-bits", "step": "--scheme", "trace": "--tokens", "verify": "--device",
+    "smooth-search": "--act-bits", "step": "--scheme", "trace": "--bits", "verify": "--device",
 }  # fmt: skip
 
 

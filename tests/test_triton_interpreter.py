@@ -154,6 +154,6 @@ def test_this_file_in_the_interpreter() -> None:
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
 def test_verify_in_the_interpreter() -> None:
-    result = in_interpreter("-m", "refmamba", "verify", "--backend", "triton", "--schemes", "int8,w8-all")
+    result = in_interpreter("-m", "refmamba", "verify", "--quick", "--backend", "triton", "--schemes", "int8,w8-all")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "every bit is the specification's" in result.stdout

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from types import FrameType
 from typing import Any
 
@@ -61,70 +62,81 @@ BYTES = (b"\0", b"\xff", b"\xef\xbb\xbf", b"[" * 3000, b'{"a":' * 3000, b"9" * 5
          b"<!DOCTYPE a [<!ENTITY b 'c'>]>", b"&b;", b"\x80\x02", b"PK\x03\x04", b"PAR1", b"\xc3", b"\xed\xa0\x80")  # fmt: skip
 
 
+class Enough(KeyboardInterrupt):
+    """The time is up: hypothesis lets it through at once."""
+
+
 class TooLong(BaseException):
     """A case that takes more than SECONDS. No `except Exception` takes it for its own."""
 
 
-@st.composite
-def json_changes(draw: st.DrawFn, content: bytes) -> bytes:
+def json_changes(rng: Random, content: bytes) -> bytes:
     """A JSON file with some of its values, keys or entries changed."""
     values = json.loads(content)
-    for _ in range(draw(st.integers(1, 3))):
-        values = _changed(draw, values)
-    return json.dumps(values, indent=draw(st.sampled_from([None, 1])), ensure_ascii=True).encode()
+    for _ in range(rng.randint(1, 3)):
+        values = _changed(rng, values)
+    return json.dumps(values, indent=rng.choice([None, 1])).encode()
 
 
-def _changed(draw: st.DrawFn, value: Any) -> Any:
+def _changed(rng: Random, value: Any) -> Any:
     """One change, somewhere in a value."""
-    if not isinstance(value, dict | list) or not value or draw(st.integers(0, 9)) == 0:
-        return draw(st.sampled_from(ODD) | st.integers() | st.floats() | st.text(max_size=5))
+    if not isinstance(value, dict | list) or not value or rng.randrange(10) == 0:
+        return rng.choice([*ODD, rng.randint(-300, 300), rng.gauss(0, 10), chr(rng.randrange(0x110000))])
     keys = list(value) if isinstance(value, dict) else range(len(value))
-    key = draw(st.sampled_from(keys))
-    what = draw(st.sampled_from(["go on", "go on", "go on", "remove", "repeat", "rename"]))
+    key = rng.choice(keys)
+    what = rng.choice(["go on", "go on", "go on", "remove", "repeat", "rename"])
     changed = value.copy()
     if what == "go on":
-        changed[key] = _changed(draw, value[key])
+        changed[key] = _changed(rng, value[key])
     elif what == "remove":
         del changed[key]
     elif isinstance(changed, list):
-        changed += [value[key]] * draw(st.sampled_from([1, 2, 50]))
+        changed += [value[key]] * rng.choice([1, 2, 50])
     else:
-        changed[draw(st.sampled_from([str(odd) for odd in ODD if isinstance(odd, str)] + list(keys)))] = value[key]
+        changed[rng.choice([*(odd for odd in ODD if isinstance(odd, str)), *keys])] = value[key]
     return changed
 
 
-@st.composite
-def byte_changes(draw: st.DrawFn, content: bytes) -> bytes:
+def byte_changes(rng: Random, content: bytes) -> bytes:
     """A file with some of its bytes changed, doubled, left out or put in."""
-    for _ in range(draw(st.integers(1, 4))):
-        at = draw(st.integers(0, min(len(content), draw(st.sampled_from([16, 200, 10**9])))))
-        what = draw(st.sampled_from(["flip", "cut", "leave out", "put in", "double", "number"]))
-        length = draw(st.sampled_from([1, 2, 8, 100]))
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randint(0, min(len(content), rng.choice([16, 200, len(content)])))
+        what = rng.choice(["flip", "cut", "leave out", "put in", "double", "number"])
+        length = rng.choice([1, 2, 8, 100])
         if what == "flip" and at < len(content):
-            content = content[:at] + bytes([content[at] ^ (1 << draw(st.integers(0, 7)))]) + content[at + 1 :]
+            content = content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1 :]
         elif what == "cut":
             content = content[:at]
         elif what == "leave out":
             content = content[:at] + content[at + length :]
         elif what == "put in":
-            content = content[:at] + draw(st.sampled_from(BYTES) | st.binary(max_size=8)) + content[at:]
+            content = content[:at] + rng.choice([*BYTES, rng.randbytes(rng.randrange(9))]) + content[at:]
         elif what == "double":
             content = content[: at + length] + content[at:]
         else:
-            number = draw(st.sampled_from([0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1]))
+            number = rng.choice([0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1])
             content = content[:at] + number.to_bytes(8, "little") + content[at + 8 :]
     return content
 
 
-@st.composite
-def header_changes(draw: st.DrawFn, content: bytes) -> bytes:
+def header_changes(rng: Random, content: bytes) -> bytes:
     """A safetensors file whose JSON header is changed, its length told rightly."""
     length = int.from_bytes(content[:8], "little")
-    header = draw(json_changes(content[8 : 8 + length]))
+    header = json_changes(rng, content[8 : 8 + length])
     return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
-Change = Callable[[bytes], st.SearchStrategy[bytes]]
+def command_lines(rng: Random, content: bytes) -> bytes:
+    """A command, its own options and odd words, one in a line."""
+    name = rng.choice(COMMANDS)
+    command = refmamba.get_command(click.Context(refmamba), name)
+    assert command is not None
+    words = [word for param in command.params for word in param.opts if word.startswith("-") and word != "--help"]
+    words += [str(odd).replace("\n", " ") for odd in ODD] + [".", "/", "F.json", "F.png", "/dev/null", "small", "1,2", "int8"]
+    return "\n".join([name, *rng.choices(words, k=rng.randrange(7))]).encode("utf-8", "surrogatepass")
+
+
+Change = Callable[[Random, bytes], bytes]
 
 
 @dataclass(frozen=True)
@@ -201,19 +213,6 @@ def read_options(folder: Path) -> object:
         return context.params
 
 
-def options() -> st.SearchStrategy[bytes]:
-    """Command lines."""
-    lines = []
-    for name in COMMANDS:
-        command = refmamba.get_command(click.Context(refmamba), name)
-        assert command is not None
-        names = [word for param in command.params for word in param.opts if word.startswith("-") and word != "--help"]
-        odd = [str(odd).replace("\n", " ") for odd in ODD] + [".", "/", "F.json", "F.png", "/dev/null", "small", "1,2", "int8"]
-        word = st.sampled_from(names + odd)
-        lines.append(st.lists(word, max_size=6).map(lambda words, name=name: "\n".join([name, *words])))  # type: ignore[misc]
-    return st.one_of(lines).map(lambda line: line.encode("utf-8", "surrogatepass"))
-
-
 JSON, ANY, HEADER = json_changes, byte_changes, header_changes
 TASKS = [file.name for file in sorted(SEEDS.iterdir()) if file.suffix in (".jsonl", ".parquet", ".xml", ".tsv")]
 TARGETS = {
@@ -234,7 +233,7 @@ TARGETS = {
     "results": Target("", "results.sqlite", (ANY,), read_results),
     "receipt": Target("", "receipt.json", (JSON, ANY), lambda folder: read_receipt(folder / "receipt.json")),
     "text": Target("", "text.txt", (ANY,), read_text_file),
-    "options": Target("", "options", (), read_options),
+    "options": Target("", "options", (command_lines,), read_options),
 }  # fmt: skip
 
 
@@ -269,9 +268,9 @@ def fuzz(name: str, cases: int, seconds: float, start: int, kept: Path) -> None:
     signal.signal(signal.SIGALRM, _stop)
     place = kept / "place"
     shutil.copytree(SEEDS / target.folder, place) if target.folder else place.mkdir()
-    base = (SEEDS / target.folder / target.file).read_bytes() if target.changes else b""
+    seeds = SEEDS / target.folder / target.file
+    base = seeds.read_bytes() if seeds.exists() else b""  # command lines need no seed
     changed = place / ("tokenizer.json" if target.file.startswith("tokenizer-") else target.file)
-    strategy = st.one_of([change(base) for change in target.changes]) if target.changes else options()
     if base:
         changed.write_bytes(base)
         target.read(place)  # the seed itself is read, and what is compiled is compiled
@@ -281,11 +280,12 @@ def fuzz(name: str, cases: int, seconds: float, start: int, kept: Path) -> None:
 
     @seed(start)
     @settings(max_examples=cases, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=CHECKS)
-    @given(strategy)
-    def case(content: bytes) -> None:
+    @given(st.randoms(use_true_random=True))
+    def case(rng: Random) -> None:
         nonlocal count
         if time.monotonic() > until:
-            return
+            raise Enough
+        content = rng.choice(target.changes)(rng, base)
         (kept / "running").write_bytes(content)
         changed.write_bytes(content)
         found, count = wrong(target.read, place), count + 1
@@ -296,7 +296,8 @@ def fuzz(name: str, cases: int, seconds: float, start: int, kept: Path) -> None:
             (kept / f"finding-{len(seen)}").write_bytes(content)
             print(f"{name}: {found}\n    {kept / f'finding-{len(seen)}'}", flush=True)
 
-    case()
+    with contextlib.suppress(Enough):
+        case()
     (kept / "running").unlink(missing_ok=True)
 
 
