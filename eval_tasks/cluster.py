@@ -50,11 +50,12 @@ def cluster(workers: int | None, address: str | None) -> Iterator[Scores]:
     environment = {"NUMBA_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="refmamba-workers-"))
+        stack.enter_context(importlib.import_module("dask").config.set({"temporary-directory": scratch}))  # the scheduler's too
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit it: Ctrl-C is for this process
         try:
             local = stack.enter_context(dask.LocalCluster(
                 n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address=None, env=environment,
-                silence_logs=logging.CRITICAL, security=_keys(dask), local_directory=scratch,
+                silence_logs=logging.CRITICAL, security=_keys(dask),
             ))  # fmt: skip
         finally:
             signal.signal(signal.SIGINT, interrupt)

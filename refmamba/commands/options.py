@@ -82,12 +82,19 @@ class OutputFile(click.Path):
         return file
 
 
-def claim(ctx: click.Context | None, option: str, file: Path | None, *, written: bool) -> None:
-    """Raise DataError where two options of a command name one file, which it would write for one of them."""
-    if ctx is None or file is None or (file.exists() and not file.is_file()):  # into a device several may write
-        return
+def claim(ctx: click.Context | None, option: str, file: Path, *, written: bool) -> None:
+    """Raise DataError where two options of a command name one file, which it would write for one of them.
+
+    Also where the system takes the name for none.
+    """
+    try:
+        if ctx is None or (file.exists() and not file.is_file()):  # into a device several may write
+            return
+        target = os.path.realpath(file)
+    except (OSError, ValueError) as error:  # too long a name, a NUL in it, a folder that may not be searched
+        raise DataError(f"{option} {file}: no name of a file: {error}") from error
     others: dict[str, tuple[str, bool]] = ctx.meta.setdefault("refmamba.files", {})
-    other, other_written = others.setdefault(os.path.realpath(file), (option, written))
+    other, other_written = others.setdefault(target, (option, written))
     if other != option and (written or other_written):
         raise DataError(f"{other} and {option} name one file, {file}; give each its own")
 

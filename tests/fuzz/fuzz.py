@@ -205,7 +205,8 @@ def read_text_file(folder: Path) -> object:
 
 def read_options(folder: Path) -> object:
     """The words of a command line, one in each line of a file; the command itself is not run."""
-    words = (folder / "options").read_bytes().decode("utf-8", "surrogateescape").split("\n")
+    content = (folder / "options").read_bytes().replace(b"\0", b"")  # which no word of a process can hold
+    words = content.decode("utf-8", "surrogateescape").split("\n")
     command = refmamba.get_command(click.Context(refmamba), words[0] if words[0] in COMMANDS else "eval")
     assert command is not None
     os.chdir(folder)
