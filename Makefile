@@ -32,13 +32,13 @@ gpu-proof:
 	python -m pytest -q tests/test_triton_ptx.py
 	python benchmarks/gpu.py --dry-run --out build/gpu.json
 	for arch in sm_80 sm_90 sm_120; do python tools/compile_kernels.py build/ptx/$$arch --arch $$arch || exit 1; done
-# Changed files of every kind, 100,000 of them, read in process: about an hour. The short form: make fuzz FUZZ="--seconds 60"
+# Changed files of every kind, 100,000 of them, read in process: some minutes. The short form: make fuzz FUZZ="--seconds 60"
 FUZZ = --cases 100000
 fuzz:
 	python tests/fuzz/fuzz.py $(FUZZ)
 # The oldest packages, in an environment of their own.
-LOWEST = arith checkpoint tokenizer hub perplexity eval_data eval_results linear vectors
+LOWEST = arith checkpoint tokenizer hub perplexity eval_data eval_results linear vectors options session
 lowest:
 	python -m venv .venv-lowest
-	.venv-lowest/bin/pip install -q -c constraints-lowest.txt -e . pytest hypothesis pyarrow distributed cryptography
+	.venv-lowest/bin/pip install -q -c constraints-lowest.txt -e . pytest hypothesis pyarrow matplotlib mpmath
 	.venv-lowest/bin/python -m pytest -q -k "not torch" -W default $(LOWEST:%=tests/test_%.py)

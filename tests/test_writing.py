@@ -98,10 +98,10 @@ def test_a_pipe_is_written_into_and_stays_a_pipe(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     read = list[bytes]()
-    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
     reader.start()
     write_file(pipe, lambda stream: np.save(stream, np.arange(100_000)))  # more than a pipe holds
-    reader.join()
+    reader.join(10)
     assert pipe.is_fifo()
     assert len(read[0]) == 128 + 8 * 100_000
 
