@@ -84,10 +84,16 @@ class OutputFile(click.Path):
 
 def claim(ctx: click.Context | None, option: str, file: Path | None, *, written: bool) -> None:
     """Raise DataError where two options of a command name one file, which it would write for one of them."""
-    if ctx is None or file is None or (file.exists() and not file.is_file()):  # into a device several may write
+    if ctx is None or file is None:
+        return
+    try:
+        place, device = os.path.realpath(file), file.exists() and not file.is_file()
+    except (OSError, ValueError) as error:  # a name that is too long, or with a zero byte
+        raise DataError(f"{option} {file}: cannot be the name of a file: {error}") from None
+    if device:  # into which several may write
         return
     others: dict[str, tuple[str, bool]] = ctx.meta.setdefault("refmamba.files", {})
-    other, other_written = others.setdefault(os.path.realpath(file), (option, written))
+    other, other_written = others.setdefault(place, (option, written))
     if other != option and (written or other_written):
         raise DataError(f"{other} and {option} name one file, {file}; give each its own")
 
