@@ -11,7 +11,7 @@ test:
 # What takes minutes, after `make check`: the page in a browser, the Triton kernels without a GPU, every planted fault.
 ci:
 	python -m pytest -q -m ci
-	python tests/fuzz/fuzz.py --seconds 60
+	python tests/fuzz/fuzz.py --cases 8000
 # Under a minute once the kernels are compiled: the specification, every backend on its vectors, files, scoring.
 QUICK = arith spec_document docs vectors imports linear conformance verify planted_faults \
 	checkpoint tokenizer perplexity smooth eval_data eval_score eval_golden eval_results

@@ -82,19 +82,18 @@ class OutputFile(click.Path):
         return file
 
 
-def claim(ctx: click.Context | None, option: str, file: Path, *, written: bool) -> None:
-    """Raise DataError where two options of a command name one file, which it would write for one of them.
-
-    Also where the system takes the name for none.
-    """
+def claim(ctx: click.Context | None, option: str, file: Path | None, *, written: bool) -> None:
+    """Raise DataError where two options of a command name one file, which it would write for one of them."""
+    if ctx is None or file is None:
+        return
     try:
-        if ctx is None or (file.exists() and not file.is_file()):  # into a device several may write
-            return
-        target = os.path.realpath(file)
-    except (OSError, ValueError) as error:  # too long a name, a NUL in it, a folder that may not be searched
-        raise DataError(f"{option} {file}: no name of a file: {error}") from error
+        place, device = os.path.realpath(file), file.exists() and not file.is_file()
+    except (OSError, ValueError) as error:  # a name that is too long, or with a zero byte
+        raise DataError(f"{option} {file}: cannot be the name of a file: {error}") from None
+    if device:  # into which several may write
+        return
     others: dict[str, tuple[str, bool]] = ctx.meta.setdefault("refmamba.files", {})
-    other, other_written = others.setdefault(target, (option, written))
+    other, other_written = others.setdefault(place, (option, written))
     if other != option and (written or other_written):
         raise DataError(f"{other} and {option} name one file, {file}; give each its own")
 
