@@ -84,12 +84,14 @@ class OutputFile(click.Path):
 
 def claim(ctx: click.Context | None, option: str, file: Path | None, *, written: bool) -> None:
     """Raise DataError where two options of a command name one file, which it would write for one of them."""
+    from refmamba.formats.writing import reason
+
     if ctx is None or file is None:
         return
     try:
         place, device = os.path.realpath(file), file.exists() and not file.is_file()
     except (OSError, ValueError) as error:  # a name that is too long, or with a zero byte
-        raise DataError(f"{option} {file}: cannot be the name of a file: {error}") from None
+        raise DataError(f"{option} {file}: cannot be the name of a file: {reason(error)}") from None
     if device:  # into which several may write
         return
     others: dict[str, tuple[str, bool]] = ctx.meta.setdefault("refmamba.files", {})
