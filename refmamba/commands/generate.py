@@ -1,13 +1,12 @@
 """`refmamba generate`: writes text."""
 
-import json
 import sys
 import time
 from pathlib import Path
 
 import click
 
-from refmamba.commands.options import MOST, SEEDS, Number, json_option, model_options, receipt_option
+from refmamba.commands.options import MOST, SEEDS, Number, json_option, model_options, print_json, receipt_option
 from refmamba.run.generate import Sampler
 from refmamba.run.model import Model
 from refmamba.run.receipt import Recorder
@@ -57,4 +56,4 @@ def command(
                "decode_tokens_per_second": (count - 1) / (ended - first_at) if count > 1 else None}  # fmt: skip
     result = {"prompt": prompt, "text": generation.text, "tokens": generation.tokens,
               "logits_sha256": generation.logits_sha256}  # fmt: skip
-    click.echo(json.dumps(result | session.describe() | {"timings": timings}, ensure_ascii=False))
+    print_json(result | session.describe() | {"timings": timings})

@@ -1,6 +1,5 @@
 """`refmamba replay`: a receipt's run, computed again."""
 
-import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from refmamba.commands.options import (
     device_option,
     json_option,
     model_options,
+    print_json,
     revision_option,
 )  # fmt: skip
 from refmamba.errors import DataError
@@ -44,9 +44,9 @@ def command(receipt: Path, choice: ModelChoice, as_json: bool) -> None:
     session = open_session(replace(choice, model=name, scheme=scheme, revision=revision, calibrate=calibrate))
     wrong, count = replay(made, session), len(made.hashed_tokens)
     if as_json:
-        click.echo(json.dumps({"same": wrong is None, "tokens": count, "first_difference": asdict(wrong) if wrong else None,
-                               "model": name, "scheme": scheme.name, "backend": session.backend.name,
-                               "device": session.backend.device}))  # fmt: skip
+        print_json({"same": wrong is None, "tokens": count, "first_difference": asdict(wrong) if wrong else None,
+                    "model": name, "scheme": scheme.name, "backend": session.backend.name,
+                    "device": session.backend.device})  # fmt: skip
     elif wrong is None:
         click.echo(f"the same: {count} tokens, {name} under {scheme.name} on {session.backend.name}, chain {made.chain[-1]}")
     else:

@@ -1,13 +1,20 @@
 """`refmamba step`: one forward, number by number."""
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
 from refmamba.commands.generate import DEFAULT_PROMPT
-from refmamba.commands.options import OutputFile, calibrate_option, json_option, model_option, names_option, revision_option
+from refmamba.commands.options import (
+    OutputFile,
+    calibrate_option,
+    json_option,
+    model_option,
+    names_option,
+    print_json,
+    revision_option,
+)  # fmt: skip
 from refmamba.errors import DataError, SchemeError
 from refmamba.formats.scheme import open_scheme
 from refmamba.run.session import ModelChoice, open_model
@@ -60,7 +67,7 @@ def command(
             return
     elements = [follower.at(site, token, channel) for site in sites]
     if as_json:
-        click.echo(json.dumps({"prompt": prompt, "elements": [as_values(element) for element in elements]}, ensure_ascii=False))
+        print_json({"prompt": prompt, "elements": [as_values(element) for element in elements]})
         return
     places = [follower.sites.index(site) + 1 for site in sites]
     count = len(follower.sites)

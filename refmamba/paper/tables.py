@@ -13,6 +13,7 @@ from refmamba.eval_tasks.report import Outcome
 from refmamba.paper import ablation as ablate
 from refmamba.paper.outliers import Report
 from refmamba.paper.published import PAPER_TASKS, TABLE_1, TABLE_2, paper_size
+from refmamba.run.perplexity import decimal
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def table_1(rows: Mapping[str, Mapping[str, Cell]], bits: Mapping[str, float]) -
     lines = ["| scheme | | " + " | ".join(names) + " | bits per byte |", "|---|---|" + "---|" * (len(names) + 1)]
     for scheme, row in rows.items():
         ours = " | ".join(f"{row[name].value:.2f} ± {row[name].stderr:.2f}" for name in names)
-        lines.append(f"| {scheme} | ours | {ours} | {bits[scheme]:.4f} |")
+        lines.append(f"| {scheme} | ours | {ours} | {decimal(bits[scheme])} |")
         if any(cell.paper is not None for cell in row.values()):
             paper = " | ".join("" if row[name].paper is None else f"{row[name].paper:.2f}" for name in names)
             difference = " | ".join(
