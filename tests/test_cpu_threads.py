@@ -51,7 +51,7 @@ def test_an_error_reaches_the_caller(rank: int) -> None:
 
 
 def test_an_interrupt_waits_for_the_other_threads() -> None:
-    """They write into arrays that are the caller's: freed, or given to the next call, while they write, these would be spoilt."""
+    """They write into the caller's arrays, which would be freed, or given to the next call, under their hands."""
     threads, ended, main = Threads(2), list[int](), threading.get_ident()
 
     def job(number: int, table: int) -> None:
