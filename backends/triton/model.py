@@ -331,14 +331,14 @@ class Mamba:
         arguments: dict[str, Any] = {
             "failure_ptr": batch.failure, "site": layer.number, "w_ptr": weight.digits, "steps_ptr": weight.steps,
             "w_scale_ptr": weight.scale, "sum_ptr": before, "y_ptr": y, "rows": rows, "N": n, "K": k,
-            "largest": coding.largest, "threshold": coding.threshold, "static_ptr": coding.static, "DIGITS": coding.digits,
-            "PLANES": weight.planes, "PACKED": weight.packed, "GROUP": weight.group, "PART": coding.part,
+            "DIGITS": coding.digits, "PLANES": weight.planes, "PACKED": weight.packed, "GROUP": weight.group,
         } | after  # fmt: skip
         if batch.stepwise:
             blocks = step_blocks(rows, n)
             grid = (1, triton.cdiv(n, blocks.columns))
             self.launch(layers.linear_kernel, grid, blocks.warps, blocks.stages, **source.arguments(batch),
                         **source.results(batch), **arguments, power_ptr=power, peak_ptr=None, q_ptr=None, scale_ptr=None,
+                        largest=coding.largest, threshold=coding.threshold, static_ptr=coding.static, PART=coding.part,
                         WIDTH=power_of_two(k) if source.kind == "norm" else 1, CODER=coding.of_a_step,
                         PLACES=max(coding.digits, 16 // blocks.rows), M=blocks.rows, BN=blocks.columns,
                         BK=min(blocks.depth, max(power_of_two(k), 32)))  # fmt: skip
@@ -346,11 +346,12 @@ class Mamba:
         q, scale = self.codes(layer, coding, source, power, batch)
         blocks = product_blocks(rows, n, coding.digits, weight.planes)
         grid = (triton.cdiv(rows, blocks.rows), triton.cdiv(n, blocks.columns))
-        stored = Source("codes", q, 0)
+        stored = Source("codes", q, 0)  # of codes that are there only this counts: whether an exponent goes with them
         self.launch(layers.linear_kernel, grid, blocks.warps, blocks.stages, **stored.arguments(batch),
-                    **stored.results(batch), **arguments, power_ptr=None, peak_ptr=None, q_ptr=q, scale_ptr=scale, WIDTH=1,
-                    CODER=coding.coder, PLACES=coding.digits, M=blocks.rows, BN=blocks.columns,
-                    BK=min(blocks.depth, max(power_of_two(k), 32)))  # fmt: skip
+                    **stored.results(batch), **arguments, power_ptr=None, peak_ptr=None, q_ptr=q, scale_ptr=scale,
+                    largest=0.0, threshold=0.0, static_ptr=None, PART="all", WIDTH=1,
+                    CODER="fixed_point" if coding.coder == "fixed_point" else "per_token", PLACES=coding.digits,
+                    M=blocks.rows, BN=blocks.columns, BK=min(blocks.depth, max(power_of_two(k), 32)))  # fmt: skip
         return y
 
     def codes(self, layer: Linear, coding: Coding, source: Source, power: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor]:
