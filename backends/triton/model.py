@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+from numpy.typing import NDArray
 from torch import Tensor
 
-from refmamba.backends.adapter import tensor
-from refmamba.backends.triton.kernels import layers
+from refmamba.backend import Targets
+from refmamba.backends.adapter import scores_of, tensor
+from refmamba.backends.triton.kernels import alone, layers
 from refmamba.backends.triton.table import (
     FEW,
     power_of_two,
@@ -47,6 +49,14 @@ def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int = 2, /, *
     """Start a kernel. Without enable_fp_fusion=False Triton may fuse a multiplication and an addition: other bits."""
     with np.errstate(all="ignore"):  # the interpreter computes in NumPy
         kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=False)
+
+
+def log_softmax(logits: Tensor, launch: Launch) -> Tensor:
+    """Eq. (25), (..., vocabulary)."""
+    rows = logits.reshape(-1, logits.shape[-1]).contiguous()
+    y, (n, k) = torch.empty_like(rows), rows.shape
+    launch(alone.log_softmax_kernel, (n,), 16 if k > 8192 else 4, x_ptr=rows, y_ptr=y, N=k, WIDTH=power_of_two(k))
+    return y.reshape(logits.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -483,22 +493,34 @@ class Mamba:
         hook: Hook | None = None,
     ) -> tuple[list[F32Array], State]:
         """Run each sequence from its state on; see `refmamba.backend.Runner.prefill`."""
-        arrays = check_call(sequences, state, logits, hook, self.config)
+        y, rows, new = self.run(check_call(sequences, state, logits, hook, self.config), state, logits, hook)
+        arrays = y.cpu().numpy()
+        check_logits(arrays)
+        return np.split(arrays, np.cumsum(rows)[:-1]), new
+
+    def run(
+        self, arrays: Sequence[IntArray], state: State | None, logits: Positions, hook: Hook | None = None
+    ) -> tuple[Tensor, list[int], State]:
+        """Logits on the device, their rows for each sequence, and the new state. Raises NonFiniteError for a code of a NaN."""
         state = state or self.initial_state(len(arrays))
         batch = self.batch_of(arrays, hook)
         new = State(torch.empty_like(state.conv), torch.empty_like(state.ssm))
         x = self.forward(batch, state, new)
-        if logits == "none":
-            self.check(int(batch.failure))
-            return [np.empty((0, self.config.vocab_size), np.float32) for _ in arrays], new
-        rows = [len(a) for a in arrays]
+        rows = {"all": [len(a) for a in arrays], "last": [1] * len(arrays), "none": [0] * len(arrays)}[logits]
         if logits == "last":
             x, batch = self.last_rows(x, batch)
-            rows = [1] * len(arrays)
-        y = self.head(x, batch).cpu().numpy()
+        y = self.empty(0, self.config.vocab_size) if logits == "none" else self.head(x, batch)
         self.check(int(batch.failure))
-        check_logits(y)
-        return np.split(y, np.cumsum(rows)[:-1]), new
+        return y, rows, new
+
+    @torch.inference_mode()
+    def scores(
+        self, sequences: Sequence[IntArray], state: State | None, logits: Positions, targets: Targets
+    ) -> tuple[F32Array, NDArray[np.bool_], State]:
+        """See `refmamba.backend.Scores`."""
+        y, rows, new = self.run(check_call(sequences, state, logits, None, self.config), state, logits)
+        values, greedy = scores_of(y, rows, targets, lambda part: log_softmax(part, self.launch))
+        return values, greedy, new
 
     def step(self, tokens: IntArray, state: State, *, hook: Hook | None = None) -> tuple[F32Array, State]:
         """One token for each sequence; see `refmamba.backend.Runner.step`."""
