@@ -5,7 +5,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from refmamba.errors import DataError
 from refmamba.eval_tasks.load import Dataset
 from refmamba.eval_tasks.progress import Progress
 from refmamba.eval_tasks.results import Key, Result, Results
-from refmamba.eval_tasks.score import requests, score
+from refmamba.eval_tasks.score import requests, score, sizes_of
 from refmamba.eval_tasks.task import Document
 from refmamba.formats.folder import opened_files
 from refmamba.formats.hub import ModelFiles
@@ -24,8 +24,6 @@ from refmamba.spec import SPEC_VERSION
 from refmamba.spec.calibrate import passage
 from refmamba.spec.parameters import QuantizedModel
 from refmamba.spec.scheme import Scheme
-
-BLOCK = 16  # documents scored and saved together
 
 Block = list[tuple[int, Document]]
 
@@ -96,7 +94,8 @@ class Subject:
     @property
     def job(self) -> Job:
         """What scores it."""
-        return Job(self.choice, self.max_length, self.model_sha256)
+        device = "cuda" if self.backend.device == "cuda" else self.choice.device  # also where the backend chose it
+        return Job(replace(self.choice, device=device), self.max_length, self.model_sha256)
 
     def key(self, data: Dataset) -> Key:
         """The name of a task's results."""
@@ -173,7 +172,8 @@ def evaluate_all(
         documents, there = data.documents[:limit], finished_results(results, key, data)
         missing = [(i, document) for i, document in enumerate(documents) if i not in there]
         missing.sort(key=lambda item: len(item[1].contexts[0]) + sum(map(len, item[1].continuations)), reverse=True)
-        finished = scorer(subject.job, [missing[i : i + BLOCK] for i in range(0, len(missing), BLOCK)])
+        size = sizes_of(subject.backend).documents
+        finished = scorer(subject.job, [missing[i : i + size] for i in range(0, len(missing), size)])
         given.append((key, f"{subject.scheme.name} {data.task.name}", len(documents), len(missing), finished))
     for key, name, count, left, finished in given:
         progress.start(name, count)
