@@ -10,7 +10,7 @@ from refmamba import __version__
 
 COMMANDS = (
     "ablate", "bench", "eval", "generate", "logits", "outliers", "perplexity", "quantize", "replay", "reproduce",
-    "smooth-search", "step", "trace", "verify",
+    "scheme", "smooth-search", "step", "trace", "verify",
 )  # fmt: skip
 
 
