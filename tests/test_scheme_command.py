@@ -41,17 +41,21 @@ def test_the_table_names_every_site_in_80_columns(name: str) -> None:
         assert site in words, site
 
 
-def test_as_a_process(tmp_path: Path) -> None:
+def test_as_a_process() -> None:
+    command = [sys.executable, "-m", "refmamba", "scheme", "int4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "  weight x_proj.weight         4 bits, grouped, group 64\n" in done.stdout
+    assert done.stderr == ""
+
+
+def test_what_is_wrong_in_a_file_is_told_with_its_name(tmp_path: Path) -> None:
     values = json.loads(printed("int4", "--json"))
     values["weights"]["x_proj.weight"]["bits"] = 9
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(values))
-    command = [sys.executable, "-m", "refmamba", "scheme"]
-    done = subprocess.run([*command, "int4"], capture_output=True, text=True, check=True)
-    assert "  weight x_proj.weight         4 bits, grouped, group 64\n" in done.stdout
-    done = subprocess.run([*command, str(file)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"refmamba: {file}: scheme int4: x_proj.weight has 9 bits; weights take 2 to 4\n"
+    done = CliRunner().invoke(refmamba, ["scheme", str(file)])
+    assert isinstance(done.exception, SchemeError)
+    assert str(done.exception) == f"{file}: scheme int4: x_proj.weight has 9 bits; weights take 2 to 4"
 
 
 def test_a_name_that_is_no_scheme_is_told_which_there_are() -> None:
