@@ -19,6 +19,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 import refmamba
 from refmamba import errors
 from refmamba.commands.main import refmamba as command_line
+from refmamba.formats.checkpoint import Checkpoint
 from refmamba.formats.dequantized import Dequantized
 from refmamba.formats.folder import content_hash, open_checkpoint
 from refmamba.formats.gguf import GGUFCheckpoint, file_name, open_gguf
@@ -301,7 +302,7 @@ def test_codes_are_exported_as_their_values(scheme: str, tmp_path: Path) -> None
     factors from one to the next, so there the products are compared. A plain matrix is its codes over their scale."""
     folder = write_small(tmp_path / "m")
     source = open_checkpoint(folder)
-    assert isinstance(source, refmamba.formats.checkpoint.Checkpoint)  # type: ignore[attr-defined]
+    assert isinstance(source, Checkpoint)
     model = quantize_model(source, parse_scheme(scheme), calibrate(source, np.arange(200)))
     save_quantized(model, tmp_path / "q", resolve_model(str(folder)))
     export_hugging_face(ModelChoice(str(tmp_path / "q")), tmp_path / "hf")

@@ -24,12 +24,17 @@ from refmamba.spec.config import MambaConfig, kind_of
 SUFFIX = ".gguf"
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 # The types of a key's value that have one length, by their number in the file; 8 is a text, 9 an array.
-NUMBERS = {
+NUMBERS: dict[int, np.dtype[Any]] = {
     0: np.dtype("u1"), 1: np.dtype("i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4"), 5: np.dtype("<i4"),
     6: np.dtype("<f4"), 7: np.dtype("?"), 10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8"),
 }  # fmt: skip
 TEXT, ARRAY = 8, 9
-PLAIN = {0: FLOAT32, 1: FLOAT16, 28: FLOAT64, 30: BFLOAT16}  # the types of a tensor whose numbers stand one by one
+PLAIN: dict[int, np.dtype[Any]] = {
+    0: FLOAT32,
+    1: FLOAT16,
+    28: FLOAT64,
+    30: BFLOAT16,
+}  # the types of a tensor whose numbers stand one by one
 PLAIN_NAMES = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
 MOST_AXES = 4
 # Where each parameter stands. A stands there itself, where other files have A_log.
@@ -255,7 +260,7 @@ def _config(gguf: GGUF) -> MambaConfig:
     """The model's shape as the keys and the embedding state it. Raises ConfigError, TensorError."""
 
     def entry(key: str, kind: type, largest: float) -> Any:
-        value = gguf.values.get(key)
+        value: Any = gguf.values.get(key)
         if type(value) is not kind or not 0 < value <= largest:
             told = printable(repr(value), 60) if key in gguf.values else "missing"
             raise ConfigError(f"{gguf.file}: {key} is {told}; it must be of type {kind.__name__}, above 0, at most {largest:g}")
