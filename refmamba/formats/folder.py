@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from refmamba.errors import CheckpointError, ForeignModelError
+from refmamba.errors import CheckpointError, ForeignModelError, TokenizerError
 from refmamba.formats.checkpoint import Checkpoint, read_config
 from refmamba.formats.foreign import what_is_there
 from refmamba.formats.gguf import is_gguf, open_gguf
@@ -43,10 +43,22 @@ def open_checkpoint(folder: Path) -> ParameterSource | QuantizedModel:
 
 def opened_files(files: ModelFiles) -> list[Path]:
     """Every file that is read of a model: what it is, and so its results, depend on these alone. Raises FileError."""
-    weights = [files.folder]
-    if not is_gguf(files.folder):
-        weights = [files.folder / "config.json", *weight_files(files.folder).names()]
-    return [*weights, *read_parts(files).files]
+    return [*_weights(files), *read_parts(files).files]
+
+
+def model_files(files: ModelFiles) -> list[Path]:
+    """The files that are there of those that are read of a model. Raises FileError."""
+    try:
+        return opened_files(files)
+    except TokenizerError:
+        return _weights(files)
+
+
+def _weights(files: ModelFiles) -> list[Path]:
+    """The files that hold a model's sizes and weights."""
+    if is_gguf(files.folder):
+        return [files.folder]
+    return [files.folder / "config.json", *weight_files(files.folder).names()]
 
 
 def content_hash(model: ParameterSource | QuantizedModel) -> str:

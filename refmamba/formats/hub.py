@@ -1,10 +1,10 @@
-"""Finding a model's files: inside the package, in a folder, or on the Hugging Face hub.
+"""Finding a model's files: inside the package, in a folder, or on the Hugging Face hub; and putting them there.
 
 The hub is reached through huggingface-hub alone, so its cache, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT mean what they
 mean there, and its progress bars go to stderr.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -89,6 +89,27 @@ def _download_neox_tokenizer() -> Path:
 
     with _hub_errors(f"the model has no tokenizer.json, and that of {NEOX}", None):
         return Path(hf_hub_download(NEOX, "tokenizer.json"))
+
+
+def push_files(repository: str, files: Mapping[str, Path | bytes], message: str, *, private: bool) -> str:
+    """Put files into OWNER/NAME on the hub, which is made where it is not there, in one commit. Gives its address.
+
+    files: by the name there; a path, or the content. private: of a repository that is made. Raises HubError.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, errors
+
+    try:
+        api = HfApi()
+        address = str(api.create_repo(repository, private=private, exist_ok=True))
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        api.create_commit(repository, operations, commit_message=message)
+    except errors.HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise HubError(f"{repository}: the hub does not let you write there; set HF_TOKEN to a token that may") from error
+        raise HubError(f"{repository}: the upload failed: {_line(error)}") from error
+    except (errors.HFValidationError, errors.HTTPError, OSError, ValueError) as error:  # type: ignore[attr-defined]
+        raise HubError(f"{repository}: the upload failed: {_line(error)}") from error
+    return address
 
 
 @contextmanager

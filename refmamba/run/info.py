@@ -11,12 +11,11 @@ from safetensors import safe_open
 from refmamba.backend import load_backend
 from refmamba.backends import BACKENDS
 from refmamba.errors import BackendError, DataError, FileError, TokenizerError, printable
-from refmamba.formats.folder import content_hash
+from refmamba.formats.folder import content_hash, model_files
 from refmamba.formats.gguf import GGUFCheckpoint, is_gguf
 from refmamba.formats.hub import SMALL
 from refmamba.formats.reading import parse_object, read_json, there
-from refmamba.formats.tokenizer import read_parts
-from refmamba.formats.weights import TYPE_NAMES, open_safetensors, open_weights, weight_files
+from refmamba.formats.weights import TYPE_NAMES, open_safetensors, open_weights
 from refmamba.run.receipt import read_receipt
 from refmamba.run.session import ModelChoice, Opened, open_model
 from refmamba.run.timing import read_bandwidth, weight_bytes
@@ -68,7 +67,7 @@ def describe_model(opened: Opened) -> dict[str, Any]:
     """A model's sizes, files, scheme, hash, tokenizer, and what it takes here. Raises RefmambaError."""
     checkpoint, scheme = opened.checkpoint, opened.scheme
     config, saved = checkpoint.config, isinstance(checkpoint, QuantizedModel)
-    files = model_files(opened)
+    files = model_files(opened.files)
     words = {
         "name": opened.choice.model, "kind": kind_of_model(opened), "architecture": "Mamba-1",
         "config": asdict(config) | {"d_inner": config.d_inner},
@@ -94,16 +93,6 @@ def stored_types(opened: Opened) -> dict[str, int]:
     if isinstance(opened.checkpoint, GGUFCheckpoint):
         return opened.checkpoint.types()
     return dict(Counter(TYPE_NAMES[tensor.array.dtype] for tensor in open_weights(opened.files.folder).values()))
-
-
-def model_files(opened: Opened) -> list[Path]:
-    """The files that the model is read from, those of its tokenizer too where it has one."""
-    folder = opened.files.folder
-    files = [folder] if is_gguf(folder) else [folder / "config.json", *weight_files(folder).names()]
-    try:
-        return files + read_parts(opened.files).files
-    except (TokenizerError, FileError):
-        return files
 
 
 def calibration_of(scheme: Scheme, *, saved: bool) -> str:
