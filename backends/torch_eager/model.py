@@ -190,7 +190,7 @@ class Mamba:
                 param = model.params[name]
                 assert not isinstance(param, spec.FixedPoint)
                 self.params[name] = self._moved(param)
-        self.A = [-exp(self.value(f"layers.{i}.A_log")) for i in range(self.config.n_layer)]
+        self.A = [self._state_matrix(f"layers.{i}.A") for i in range(self.config.n_layer)]
         longest = max(layer.weight.q.shape[1] for layer in self.layers.values())
         self.int8 = bool(self.scheme.inputs) and int8_product_is_exact(longest, device)
 
@@ -210,6 +210,10 @@ class Mamba:
     def linear(self, site: str, x: Tensor, batch: Batch) -> Tensor:
         """One linear layer. (B, T, K) -> (B, T, rows)."""
         return self.layers[site](x, batch, self.int8)
+
+    def _state_matrix(self, name: str) -> Tensor:
+        """A as the checkpoint states it, else eq. (19)."""
+        return self._moved(self.model.value(name)) if name in self.model.params else -exp(self.value(f"{name}_log"))
 
     def value(self, name: str) -> Tensor:
         """A parameter that is not a matrix of a product, as float32."""

@@ -32,7 +32,6 @@ from refmamba.spec import coders, linear, transforms
 from refmamba.spec import codes as spec
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.mamba1 import Positions, check_call, check_logits, one_each
-from refmamba.spec.ops import state_matrix
 from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.trace import Hook
 
@@ -269,7 +268,7 @@ class Mamba:
             if name.removesuffix(".weight") not in (*self.layers, "embedding") and not name.endswith("A_log")
         }
         self.table = self.layers["lm_head"].weight if model.shares_codes else table_of(model.params["embedding.weight"], device)
-        A = [state_matrix(model.value(f"layers.{i}.A_log")) for i in range(self.config.n_layer)]
+        A = [model.state_matrix(i) for i in range(self.config.n_layer)]
         # exp_of_decay needs exponents that are no NaN: A is finite, and so is delta, or its call fails.
         self.A, self.decays = [tensor(x, device) for x in A], all(np.isfinite(x).all() for x in A)
         self.graphs: dict[int, Graph] = {}
