@@ -87,6 +87,7 @@ class Subject:
     model_sha256: str
     scheme: Scheme
     calibration: str
+    percentile: float | None
     backend: Backend
     max_length: int
     added_tokens: list[int]
@@ -110,7 +111,7 @@ class Subject:
         """The names, for JSON."""
         return {
             "model": self.choice.model, "model_sha256": self.model_sha256, "scheme": self.scheme.name,
-            "scheme_map": self.scheme.to_json(), "calibration_sha256": self.calibration or None,
+            "scheme_map": self.scheme.to_json(), "calibration_sha256": self.calibration or None, "percentile": self.percentile,
             "backend": self.backend.name, "device": self.backend.device, "exact": self.backend.exact,
             "spec_version": SPEC_VERSION, "max_length": self.max_length, "added_tokens": self.added_tokens,
         }  # fmt: skip
@@ -141,10 +142,16 @@ def subject(choice: ModelChoice, max_length: int) -> Subject:
     session = open_session(choice)
     opened, calibration = session.opened, ""
     if session.scheme.needs_calibration and not isinstance(opened.checkpoint, QuantizedModel):
-        text = passage().encode() if choice.calibrate is None else read_bytes(choice.calibrate, TEXT_BYTES)
-        calibration = hashlib.sha256(text).hexdigest()
+        calibration = calibration_sha256(choice)
     sha256, added = model_sha256(opened.files), session.tokenizer.added
-    return Subject(choice, sha256, session.scheme, calibration, session.backend, max_length, added)
+    return Subject(choice, sha256, session.scheme, calibration, session.percentile, session.backend, max_length, added)
+
+
+def calibration_sha256(choice: ModelChoice) -> str:
+    """Of the text or the maxima that the model is calibrated with, and of the percentile where it cuts. Raises FileError."""
+    text = passage().encode() if choice.calibrate is None else read_bytes(choice.calibrate, TEXT_BYTES)
+    cut = b"" if choice.percentile == 1 else f"\0percentile {choice.percentile!r}".encode()
+    return hashlib.sha256(text + cut).hexdigest()
 
 
 def finished_results(results: Results, key: Key, data: Dataset) -> dict[int, Result]:

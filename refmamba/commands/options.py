@@ -134,6 +134,10 @@ scheme_option = click.option(
 bits_option = click.option("--bits", type=int, help="N: the scheme wN-all.")
 act_bits_option = click.option("--act-bits", type=int, help="M, with --bits N: the scheme wNaM-all.")
 calibrate_option = click.option("--calibrate", type=InputFile(), help="Text or .json for static scales.")
+percentile_option = click.option(
+    "--percentile", type=float, default=1.0, show_default=True,
+    help="Cut the maxima of --calibrate's text at this share of all magnitudes, as 0.99999.",
+)  # fmt: skip
 save_calibration_option = json_file_option(
     "--save-calibration", "calibration_file", help="Write the maxima of every channel to this .json, for --calibrate."
 )
@@ -174,7 +178,8 @@ def text_option(help: str, *, required: bool = False) -> Decorator:
 
 def tasks_option(default: str | None) -> Decorator:
     """--tasks, as names: () for all that have data, None where it is left out without a default."""
-    words = f"lambada,hellaswag,piqa,winogrande,rte,copa, or `all` that have data.  [default: {default or 'none'}]"
+    names = "lambada,hellaswag,piqa,winogrande,rte,copa,arc_easy,arc_challenge"
+    words = f"{names}, or `all` that have data.  [default: {default or 'none'}]"
     return click.option("--tasks", default=default, callback=_tasks, help=words)
 
 
@@ -190,8 +195,8 @@ workers_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
 MODEL_OPTIONS = (
-    model_option, revision_option, scheme_option, bits_option, act_bits_option, calibrate_option, backend_option,
-    device_option, add_bos_option,
+    model_option, revision_option, scheme_option, bits_option, act_bits_option, calibrate_option, percentile_option,
+    backend_option, device_option, add_bos_option,
 )  # fmt: skip
 
 

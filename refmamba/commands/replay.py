@@ -14,6 +14,7 @@ from refmamba.commands.options import (
     device_option,
     json_option,
     model_options,
+    percentile_option,
     revision_option,
 )  # fmt: skip
 from refmamba.errors import DataError
@@ -27,7 +28,7 @@ its_model_option = click.option(
 
 @click.command("replay")
 @click.argument("receipt", type=InputFile())
-@model_options(its_model_option, revision_option, calibrate_option, backend_option, device_option)
+@model_options(its_model_option, revision_option, calibrate_option, percentile_option, backend_option, device_option)
 @json_option
 def command(receipt: Path, choice: ModelChoice, as_json: bool) -> None:
     """Compute a RECEIPT of `generate` or `logits` again, and name the first token that differs.
@@ -41,7 +42,9 @@ def command(receipt: Path, choice: ModelChoice, as_json: bool) -> None:
     calibrate = choice.calibrate or (Path(words["calibrate"]) if words["calibrate"] else None)
     revision = choice.revision or (None if choice.model else words["revision"])
     name = choice.model or words["model"] or DEFAULT_MODEL
-    session = open_session(replace(choice, model=name, scheme=scheme, revision=revision, calibrate=calibrate))
+    percentile = choice.percentile if choice.calibrate or choice.percentile != 1 else made.about.get("percentile", 1.0)
+    chosen = replace(choice, model=name, scheme=scheme, revision=revision, calibrate=calibrate, percentile=percentile)
+    session = open_session(chosen)
     wrong, count = replay(made, session), len(made.hashed_tokens)
     if as_json:
         click.echo(json.dumps({"same": wrong is None, "tokens": count, "first_difference": asdict(wrong) if wrong else None,

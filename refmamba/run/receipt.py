@@ -85,6 +85,7 @@ class Recorder:
         choice = session.opened.choice
         about = {"model": choice.model, "revision": choice.revision,
                  "calibrate": None if choice.calibrate is None else str(choice.calibrate),
+                 "percentile": None if choice.percentile == 1 else choice.percentile,
                  "backend": choice.backend, "device": session.backend.device}  # fmt: skip
         self._receipt = Receipt(
             COMMANDS[sampler is None],
@@ -182,7 +183,9 @@ def replay(receipt: Receipt, session: Session) -> Mismatch | None:
     Raises DataError where the model is another one, and whatever the runner raises.
     """
     if content_hash(session.opened.quantized(session.scheme)) != receipt.model_sha256:
-        cause = ", or calibrated on another text: name it with --calibrate" if session.scheme.needs_calibration else ""
+        cause = (
+            ", or calibrated otherwise: name how with --calibrate and --percentile" if session.scheme.needs_calibration else ""
+        )
         raise DataError(f"{session.opened.choice.model} under {session.scheme.name} is not the receipt's model: its content "
                         f"differs; name that with --model{cause}")  # fmt: skip
     link = receipt.chain[0]
