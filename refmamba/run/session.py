@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from refmamba.backend import Backend, Runner, check_support, load_backend
+from refmamba.backend import Backend, Runner, check_support, load_backend, numerics
 from refmamba.backends import DEFAULT_BACKEND
 from refmamba.errors import DataError, SchemeError
 from refmamba.formats.calibration import SUFFIX, load_calibration, save_calibration
@@ -161,7 +161,7 @@ class Session:
     def describe(self) -> dict[str, Any]:
         """What every result names."""
         return {"model": self.opened.choice.model, "scheme": self.scheme.name, "backend": self.backend.name,
-                "device": self.backend.device, "added_tokens": self.tokenizer.added}  # fmt: skip
+                "device": self.backend.device, "added_tokens": self.tokenizer.added} | numerics(self.backend)  # fmt: skip
 
 
 def open_session(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> Session:
