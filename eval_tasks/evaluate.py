@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from refmamba.backend import Backend
+from refmamba.backend import Backend, numerics
 from refmamba.errors import DataError
 from refmamba.eval_tasks.load import Dataset
 from refmamba.eval_tasks.progress import Progress
@@ -101,7 +101,7 @@ class Subject:
     def key(self, data: Dataset) -> Key:
         """The name of a task's results."""
         exact = ("", "", "")
-        inexact = (self.backend.name, self.backend.device, str(getattr(self.backend, "dtype", "float32")))
+        inexact = (self.backend.name, self.backend.device, ", ".join(numerics(self.backend).values()) or "float32")
         return Key(
             self.model_sha256, json.dumps(self.scheme.to_json(), sort_keys=True), self.calibration, data.task.name,
             data.sha256, SPEC_VERSION, self.max_length, self.choice.add_bos, *(exact if self.backend.exact else inexact),
@@ -114,7 +114,7 @@ class Subject:
             "scheme_map": self.scheme.to_json(), "calibration_sha256": self.calibration or None, "percentile": self.percentile,
             "backend": self.backend.name, "device": self.backend.device, "exact": self.backend.exact,
             "spec_version": SPEC_VERSION, "max_length": self.max_length, "added_tokens": self.added_tokens,
-        }  # fmt: skip
+        } | numerics(self.backend)  # fmt: skip
 
 
 def model_sha256(files: ModelFiles) -> str:

@@ -143,7 +143,7 @@ save_calibration_option = json_file_option(
 )
 receipt_option = json_file_option("--receipt", help="Write what was computed to this .json, for `refmamba replay`.")
 backend_option = click.option(
-    "--backend", default=DEFAULT_BACKEND, show_default=True, help="reference, cpu, torch, or module:Class."
+    "--backend", default=DEFAULT_BACKEND, show_default=True, help="reference, cpu, torch, triton, mamba-ssm, or module:Class."
 )
 add_bos_option = click.option(
     "--add-bos/--no-add-bos", default=None, help="Begin texts with the begin token, or not.  [default: as the tokenizer says]"

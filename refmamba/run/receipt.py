@@ -73,13 +73,21 @@ class Receipt:
         write_text(file, "{\n" + ",\n".join(f'  "{key}": {json.dumps(value)}' for key, value in values.items()) + "\n}\n")
 
 
+def check_exact(session: Session) -> None:
+    """Raise DataError for a backend whose bits nobody else has."""
+    if not session.backend.exact:
+        raise DataError(f"backend '{session.backend.name}' is not exact, and a receipt is of the specification's bits: use "
+                        "--backend cpu")  # fmt: skip
+
+
 class Recorder:
     """Makes the receipt of one run while it happens: `look` is shown the logits (vocabulary,) of each token, and the token.
 
-    sampler: of `generate`; None for `logits`. Raises what `Session.runner` raises.
+    sampler: of `generate`; None for `logits`. Raises DataError for a backend that is not exact, and what the runner raises.
     """
 
     def __init__(self, session: Session, prompt_tokens: NDArray[np.integer[Any]], sampler: Sampler | None = None) -> None:
+        check_exact(session)
         if sampler is not None:  # as the file has them, whatever kind of number they were
             sampler = Sampler(float(sampler.temperature), int(sampler.top_k), float(sampler.top_p), int(sampler.seed))
         choice = session.opened.choice
@@ -180,8 +188,9 @@ class Mismatch:
 def replay(receipt: Receipt, session: Session) -> Mismatch | None:
     """Compute a receipt's run again: the first token that differs, or None.
 
-    Raises DataError where the model is another one, and whatever the runner raises.
+    Raises DataError where the model is another one or the backend is not exact, and whatever the runner raises.
     """
+    check_exact(session)
     if content_hash(session.opened.quantized(session.scheme)) != receipt.model_sha256:
         cause = (
             ", or calibrated otherwise: name how with --calibrate and --percentile" if session.scheme.needs_calibration else ""

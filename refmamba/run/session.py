@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from refmamba.backend import Backend, Runner, check_support, load_backend
+from refmamba.backend import Backend, Runner, check_support, load_backend, numerics
 from refmamba.backends import DEFAULT_BACKEND
 from refmamba.errors import DataError, SchemeError
 from refmamba.formats.calibration import SUFFIX, Calibration, load_calibration, save_calibration
@@ -191,7 +191,7 @@ class Session:
         """What every result names."""
         return {"model": self.opened.choice.model, "scheme": self.scheme.name, "backend": self.backend.name,
                 "device": self.backend.device, "added_tokens": self.tokenizer.added,
-                "percentile": self.percentile}  # fmt: skip
+                "percentile": self.percentile} | numerics(self.backend)  # fmt: skip
 
 
 def open_session(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> Session:
