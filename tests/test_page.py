@@ -512,6 +512,13 @@ def test_an_address_opens_a_number(browser: Any, file: Path) -> None:
     page = opened(browser, file, "#layer=6&op=dt_proj.in_codes&token=3&channel=11&scheme=w8-all")
     expect_heading(page, "layers.6.dt_proj.in_codes [token 3, channel 11]")
     assert page.locator("#scheme").input_value() == "w8-all"
+    playwright.expect(page.locator("#number")).to_be_in_viewport()
+    page.close()
+
+
+def test_an_address_opens_a_part(browser: Any, file: Path) -> None:
+    page = opened(browser, file, "#outlier")
+    playwright.expect(page.locator("#outlier h2")).to_be_in_viewport()
     page.close()
 
 
@@ -531,4 +538,6 @@ def test_every_control_is_reached_by_tab_alone(browser: Any, file: Path) -> None
 def test_the_page_is_one_file_of_a_size_to_pass_on(file: Path) -> None:
     text = file.read_text("utf-8")
     assert file.stat().st_size < MOST_BYTES
+    assert text.isascii()  # a browser decodes it at once, and twice as fast
+    assert not re.search(r"\\U000", text)  # which JavaScript does not have
     assert re.findall(r"(?:src|href)=\"(?!#|data:)[^\"]*", text) == []
