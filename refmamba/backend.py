@@ -46,6 +46,9 @@ class Runner(Protocol):
     def initial_state(self, batch: int) -> Any:
         """The state of `batch` sequences before their first token."""
 
+    def restore_state(self, conv: F32Array, ssm: F32Array) -> Any:
+        """The state whose `arrays` were these, on this backend or another: float32, in the shapes of `State.arrays`."""
+
     def prefill(
         self,
         sequences: Sequence[IntArray],

@@ -232,6 +232,10 @@ class Mamba:
         conv = torch.zeros((*shape, self.config.d_conv - 1), device=self.device)
         return State(conv, torch.zeros((*shape, self.config.d_state), device=self.device))
 
+    def restore_state(self, conv: F32Array, ssm: F32Array) -> State:
+        """The state whose `arrays` were these."""
+        return State(tensor(conv, self.device), tensor(ssm, self.device))
+
     @torch.inference_mode()
     def prefill(
         self,

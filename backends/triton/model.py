@@ -435,6 +435,10 @@ class Mamba:
         conv = torch.zeros((*shape, self.config.d_conv - 1), device=self.device)
         return State(conv, torch.zeros((*shape, self.config.d_state), device=self.device))
 
+    def restore_state(self, conv: F32Array, ssm: F32Array) -> State:
+        """The state whose `arrays` were these."""
+        return State(tensor(conv, self.device), tensor(ssm, self.device))
+
     def forward(self, batch: Batch, state: State, new: State) -> Tensor:
         """The residual stream after the last layer, (rows, d_model); the state is written into `new`."""
         d = self.config.d_model

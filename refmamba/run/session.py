@@ -18,7 +18,7 @@ from refmamba.backend import Backend, Runner, check_support, load_backend, numer
 from refmamba.backends import DEFAULT_BACKEND
 from refmamba.errors import DataError, SchemeError
 from refmamba.formats.calibration import SUFFIX, Calibration, load_calibration, save_calibration
-from refmamba.formats.folder import open_checkpoint
+from refmamba.formats.folder import content_hash, open_checkpoint
 from refmamba.formats.hub import ModelFiles, resolve_model
 from refmamba.formats.quantized import save_quantized
 from refmamba.formats.scheme import open_scheme
@@ -186,6 +186,11 @@ class Session:
         """The model, quantized and loaded, with a bar on stderr meanwhile. Raises RefmambaError."""
         with progress(self.opened.quantized(self.scheme)) as model:
             return self.backend.load(model)
+
+    @cached_property
+    def model_sha256(self) -> str:
+        """The content hash of the model under the scheme (docs/FORMAT.md, section 7). Raises RefmambaError."""
+        return content_hash(self.opened.quantized(self.scheme))
 
     def describe(self) -> dict[str, Any]:
         """What every result names."""
