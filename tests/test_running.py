@@ -20,10 +20,12 @@ from refmamba.commands.main import COMMANDS, refmamba
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely."
 SILENT = ("logits", "step", "trace")  # which write a file, and say nothing
+LOCAL = [command for command in COMMANDS if command != "push"]  # what needs no hub; tests/test_hub.py has that
 NAN = {  # an option that takes a number, and what is said of NaN
-    "ablate": "--sigma", "bench": "--prompt-len", "eval": "--limit", "generate": "--temperature", "logits": "--tokens",
-    "outliers": "--sigma", "perplexity": "--bits", "quantize": "--bits", "replay": "--device", "reproduce": "--draws",
-    "smooth-search": "--act-bits", "step": "--scheme", "trace": "--bits", "verify": "--device",
+    "ablate": "--sigma", "bench": "--prompt-len", "eval": "--limit", "export": "--type", "generate": "--temperature",
+    "info": "--bits", "logits": "--tokens", "outliers": "--sigma", "perplexity": "--bits", "push": "--text",
+    "quantize": "--bits", "replay": "--device", "reproduce": "--draws", "scheme": "--json", "smooth-search": "--act-bits",
+    "step": "--scheme", "trace": "--bits", "verify": "--device",
 }  # fmt: skip
 
 
@@ -43,13 +45,17 @@ def words_of(command: str, folder: Path) -> list[str]:
         "ablate": ["--text", str(text), "--site", "in_proj", "--draws", "0"],
         "bench": ["--prompt-len", "2", "--gen-len", "2"],
         "eval": ["--tasks", "copa", "--limit", "1", "--results", str(folder / "r.sqlite")],
+        "export": ["small", str(folder / "exported"), "--format", "hf"],
         "generate": ["--max-new-tokens", "2"],
+        "info": ["small"],
         "logits": ["--tokens", "1,2", "--out", str(folder / "logits.npy")],
         "outliers": ["--text", str(text)],
         "perplexity": ["--text", str(text)],
+        "push": [str(folder / "q"), "owner/name"],
         "quantize": ["small", str(folder / "q"), "--bits", "8"],
         "replay": [str(folder.parent / "receipt.json")],
         "reproduce": [str(folder / "out"), "--dry-run", "--schemes", "fp32"],
+        "scheme": ["int8"],
         "smooth-search": ["--text", str(text)],
         "step": ["--scheme", "fp32", "--html", str(folder / "page.html")],
         "trace": ["--tokens", "1,2", "--out", str(folder / "trace.npz")],
@@ -77,7 +83,7 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in SILENT])
+@pytest.mark.parametrize("command", [command for command in LOCAL if command not in SILENT])
 def test_a_full_stdout_is_one_line(command: str, tmp_path: Path) -> None:
     done = forks.run(words_of(command, tmp_path), {1: "/dev/full"})
     assert done.returncode == 2
@@ -92,7 +98,7 @@ def test_a_closed_stdout_is_refused_before_the_work(command: str, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", LOCAL)
 @pytest.mark.parametrize("streams", [{2: None}, {2: "/dev/full"}, {0: None, 2: None}], ids=["closed", "full", "stdin too"])
 def test_without_stderr_the_work_is_done(command: str, streams: dict[int, str | None], tmp_path: Path) -> None:
     if streams != {2: None} and command not in ("generate", "eval", "quantize"):

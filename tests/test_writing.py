@@ -257,6 +257,9 @@ WRITERS = {  # and the last word is what is written
     "ablations": "ablate --text {}/text --site in_proj --draws 0 --tasks copa --limit 1 --results {}/r.sqlite",
     "results": "eval --tasks copa --limit 1 --results {}/r.sqlite",
     "samples": "eval --tasks copa --limit 1 --results {}/r.sqlite --samples {}/samples.jsonl",
+    "exported": "export small --format hf {}/exported",
+    "gguf": "export small --format gguf --type F16 {}/exported",
+    "state": "generate --max-new-tokens 1 --save-state {}/state.safetensors",
     "receipt": "generate --max-new-tokens 64 --receipt {}/receipt.json",
     "logits": "logits --tokens " + ",".join(["1"] * 600) + " --out {}/logits.npy",
     "receipt of logits": "logits --tokens 1,2 --out {}/logits.npy --receipt {}/receipt.json",
@@ -269,7 +272,8 @@ WRITERS = {  # and the last word is what is written
     "trace": "trace --tokens 1,2,3 --out {}/trace.npz",
     "tensors": "trace --tokens 1,2,3 --out {}/trace.safetensors",
 }
-FOLDERS, DATABASES = ("quantize", "tables"), ("ablations", "results")
+FOLDERS, DATABASES = ("exported", "gguf", "quantize", "tables"), ("ablations", "results")
+LARGER = ("exported", "gguf", "page")  # than the disk
 FREE = (0, 4096, 40_000, 200_000)  # bytes
 BESIDE = ("r.sqlite", "r.sqlite-wal", "r.sqlite-shm", "logits.npy")  # of another option, or SQLite's own
 
@@ -286,7 +290,7 @@ def test_a_full_disk_leaves_the_old_or_the_new(name: str, small_disk: Path) -> N
     words = WRITERS[name].replace("{}", str(small_disk)).split()
     target, old, ends = Path(words[-1]), name not in FOLDERS + DATABASES, set[bool]()
     (small_disk / "text").write_text(TEXT)
-    for free in FREE if name != "page" else (0,):  # a page is larger than the disk
+    for free in FREE if name not in LARGER else (40_000,):
         for left in BESIDE:
             (small_disk / left).unlink(missing_ok=True)
         shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
@@ -300,8 +304,10 @@ def test_a_full_disk_leaves_the_old_or_the_new(name: str, small_disk: Path) -> N
         ends.add(done.exit_code == 0)
         if old:
             assert (target.read_bytes() != b"old") == (done.exit_code == 0)
-        elif name == "quantize":
+        elif name in ("exported", "quantize"):
             assert target.exists() == (done.exit_code == 0)
+        elif name == "gguf":
+            assert not any(target.glob("*"))
         elif name == "tables":
             for file in target.glob("[!r]*"):  # not the results, of which the next run goes on
                 assert_whole(file)
