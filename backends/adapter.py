@@ -1,4 +1,4 @@
-"""Arrays in and out: how the operations of a backend that computes on tensors are called with the specification's arguments."""
+"""What the backends that compute on tensors share: a batch's state and its tokens, and operations called with arrays."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from refmamba.spec import codes as spec
-from refmamba.spec.arith import F32Array
+from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.mamba1 import check_logits
 
 SCORED_ROWS = 512  # of logits at a time, to bound memory
@@ -31,6 +31,35 @@ class FixedPoint:
 
     q: Tensor
     exponent: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """The recurrent state of a batch, a value: mamba1.State as tensors on the device."""
+
+    conv: Tensor
+    ssm: Tensor
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return len(self.ssm)
+
+    def take(self, indices: Sequence[int]) -> "State":
+        """The state of the named sequences, in that order; an index may come more than once."""
+        return State(self.conv[list(indices)], self.ssm[list(indices)])
+
+    def arrays(self) -> tuple[F32Array, F32Array]:
+        """(conv, ssm) as NumPy arrays."""
+        return self.conv.float().cpu().numpy(), self.ssm.float().cpu().numpy()
+
+
+def right_padded(sequences: Sequence[IntArray], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sequences of tokens (L_i,) as one batch: tokens (B, T), lengths (B,), and what is no padding (B, T, 1), None for all."""
+    n = [len(tokens) for tokens in sequences]
+    lengths, padded = torch.tensor(n, device=device), [np.pad(tokens, (0, max(n) - len(tokens))) for tokens in sequences]
+    real = torch.arange(max(n), device=device)[None, :, None] < lengths[:, None, None]
+    return tensor(np.stack(padded), device), lengths, None if min(n) == max(n) else real
 
 
 def tensor(x: Any, device: torch.device) -> Tensor:

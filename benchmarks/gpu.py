@@ -78,6 +78,7 @@ def measure_all(report: Report, dry: bool) -> None:
     import torch
     import triton
 
+    from refmamba.backends.mamba_ssm.kernels import load_kernels
     from refmamba.backends.triton.backend import Triton
     from refmamba.backends.triton.model import Mamba, launch
     from refmamba.conformance.verify import run_checks
@@ -209,7 +210,8 @@ def measure_all(report: Report, dry: bool) -> None:
         if size == "1.4b" or dry:
             report.line(f"{size} int8: evaluation of {2 if dry else 64} documents", 40, partial(evaluation, width, depth))
 
-    def mamba_ssm(width: int, depth: int, dtype: Any, length: int) -> dict[str, float]:
+    def mamba_ssm(width: int, depth: int, dtype: Any, length: int) -> dict[str, Any]:
+        kernels = load_kernels()  # or the line that says what is missing
         from mamba_ssm.models.config_mamba import MambaConfig as TheirConfig
         from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
@@ -226,7 +228,7 @@ def measure_all(report: Report, dry: bool) -> None:
                 model.generate(input_ids=ids[:, :1], max_length=33, cg=True)
             wait()
 
-        return {"prefill_seconds": fastest(run), "decode_seconds_per_step": fastest(write) / 32}
+        return {"packages": kernels.packages, "prefill_seconds": fastest(run), "decode_seconds_per_step": fastest(write) / 32}
 
     for size, (width, depth) in sizes.items():
         for dtype in (torch.bfloat16, torch.float16):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from refmamba.backend import Backend
+from refmamba.backend import Backend, numerics
 from refmamba.errors import DataError
 from refmamba.eval_tasks.load import Dataset
 from refmamba.eval_tasks.progress import Progress
@@ -87,6 +87,7 @@ class Subject:
     model_sha256: str
     scheme: Scheme
     calibration: str
+    percentile: float | None
     backend: Backend
     max_length: int
     added_tokens: list[int]
@@ -100,7 +101,7 @@ class Subject:
     def key(self, data: Dataset) -> Key:
         """The name of a task's results."""
         exact = ("", "", "")
-        inexact = (self.backend.name, self.backend.device, str(getattr(self.backend, "dtype", "float32")))
+        inexact = (self.backend.name, self.backend.device, ", ".join(numerics(self.backend).values()) or "float32")
         return Key(
             self.model_sha256, json.dumps(self.scheme.to_json(), sort_keys=True), self.calibration, data.task.name,
             data.sha256, SPEC_VERSION, self.max_length, self.choice.add_bos, *(exact if self.backend.exact else inexact),
@@ -110,10 +111,10 @@ class Subject:
         """The names, for JSON."""
         return {
             "model": self.choice.model, "model_sha256": self.model_sha256, "scheme": self.scheme.name,
-            "scheme_map": self.scheme.to_json(), "calibration_sha256": self.calibration or None,
+            "scheme_map": self.scheme.to_json(), "calibration_sha256": self.calibration or None, "percentile": self.percentile,
             "backend": self.backend.name, "device": self.backend.device, "exact": self.backend.exact,
             "spec_version": SPEC_VERSION, "max_length": self.max_length, "added_tokens": self.added_tokens,
-        }  # fmt: skip
+        } | numerics(self.backend)  # fmt: skip
 
 
 def model_sha256(files: ModelFiles) -> str:
@@ -141,10 +142,16 @@ def subject(choice: ModelChoice, max_length: int) -> Subject:
     session = open_session(choice)
     opened, calibration = session.opened, ""
     if session.scheme.needs_calibration and not isinstance(opened.checkpoint, QuantizedModel):
-        text = passage().encode() if choice.calibrate is None else read_bytes(choice.calibrate, TEXT_BYTES)
-        calibration = hashlib.sha256(text).hexdigest()
+        calibration = calibration_sha256(choice)
     sha256, added = model_sha256(opened.files), session.tokenizer.added
-    return Subject(choice, sha256, session.scheme, calibration, session.backend, max_length, added)
+    return Subject(choice, sha256, session.scheme, calibration, session.percentile, session.backend, max_length, added)
+
+
+def calibration_sha256(choice: ModelChoice) -> str:
+    """Of the text or the maxima that the model is calibrated with, and of the percentile where it cuts. Raises FileError."""
+    text = passage().encode() if choice.calibrate is None else read_bytes(choice.calibrate, TEXT_BYTES)
+    cut = b"" if choice.percentile == 1 else f"\0percentile {choice.percentile!r}".encode()
+    return hashlib.sha256(text + cut).hexdigest()
 
 
 def finished_results(results: Results, key: Key, data: Dataset) -> dict[int, Result]:

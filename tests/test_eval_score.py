@@ -32,6 +32,9 @@ class Counting:
     def initial_state(self, batch: int) -> Any:
         return self._runner.initial_state(batch)
 
+    def restore_state(self, conv: Any, ssm: Any) -> Any:
+        raise AssertionError("scoring restores no state")
+
     def step(self, tokens: IntArray, state: Any, *, hook: Any = None) -> Any:
         raise AssertionError("scoring runs whole pieces")
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from refmamba.backend import Targets
-from refmamba.backends.adapter import Codes, FixedPoint, scores_of, tensor
+from refmamba.backends.adapter import Codes, FixedPoint, State, right_padded, scores_of, tensor
 from refmamba.backends.torch_eager.arithmetic import (
     Failures,
     code,
@@ -40,27 +40,6 @@ from refmamba.spec.linear import numbered
 from refmamba.spec.mamba1 import Positions, check_call, check_logits, one_each
 from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.trace import Hook
-
-
-@dataclass(frozen=True, eq=False)
-class State:
-    """The recurrent state of a batch, a value: mamba1.State as tensors on the device."""
-
-    conv: Tensor
-    ssm: Tensor
-
-    @property
-    def batch(self) -> int:
-        """Number of sequences."""
-        return len(self.ssm)
-
-    def take(self, indices: Sequence[int]) -> "State":
-        """The state of the named sequences, in that order; an index may come more than once."""
-        return State(self.conv[list(indices)], self.ssm[list(indices)])
-
-    def arrays(self) -> tuple[F32Array, F32Array]:
-        """(conv, ssm) as NumPy arrays."""
-        return self.conv.cpu().numpy(), self.ssm.cpu().numpy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +169,7 @@ class Mamba:
                 param = model.params[name]
                 assert not isinstance(param, spec.FixedPoint)
                 self.params[name] = self._moved(param)
-        self.A = [-exp(self.value(f"layers.{i}.A_log")) for i in range(self.config.n_layer)]
+        self.A = [self._state_matrix(f"layers.{i}.A") for i in range(self.config.n_layer)]
         longest = max(layer.weight.q.shape[1] for layer in self.layers.values())
         self.int8 = bool(self.scheme.inputs) and int8_product_is_exact(longest, device)
 
@@ -210,6 +189,10 @@ class Mamba:
     def linear(self, site: str, x: Tensor, batch: Batch) -> Tensor:
         """One linear layer. (B, T, K) -> (B, T, rows)."""
         return self.layers[site](x, batch, self.int8)
+
+    def _state_matrix(self, name: str) -> Tensor:
+        """A as the checkpoint states it, else eq. (19)."""
+        return self._moved(self.model.value(name)) if name in self.model.params else -exp(self.value(f"{name}_log"))
 
     def value(self, name: str) -> Tensor:
         """A parameter that is not a matrix of a product, as float32."""
@@ -249,6 +232,10 @@ class Mamba:
         conv = torch.zeros((*shape, self.config.d_conv - 1), device=self.device)
         return State(conv, torch.zeros((*shape, self.config.d_state), device=self.device))
 
+    def restore_state(self, conv: F32Array, ssm: F32Array) -> State:
+        """The state whose `arrays` were these."""
+        return State(tensor(conv, self.device), tensor(ssm, self.device))
+
     @torch.inference_mode()
     def prefill(
         self,
@@ -270,12 +257,9 @@ class Mamba:
     ) -> tuple[list[Tensor], State]:
         """Logits on the device for each sequence, and the new state. Raises NonFiniteError for a code of a NaN."""
         state = state or self.initial_state(len(arrays))
-        n = [len(a) for a in arrays]
-        padded = np.stack([np.pad(a, (0, max(n) - len(a))) for a in arrays])
-        lengths = torch.tensor(n, device=self.device)
-        real = torch.arange(max(n), device=self.device)[None, :, None] < lengths[:, None, None]
-        batch = Batch(lengths, None if min(n) == max(n) else real, hook)
-        x = embed(tensor(padded, self.device), self.params["embedding.weight"])
+        tokens, lengths, real = right_padded(arrays, self.device)
+        n, batch = [len(a) for a in arrays], Batch(lengths, real, hook)
+        x = embed(tokens, self.params["embedding.weight"])
         batch.see("embedding", x)
         conv, ssm = [], []
         for i in range(self.config.n_layer):

@@ -32,7 +32,6 @@ from refmamba.spec import coders, linear, transforms
 from refmamba.spec import codes as spec
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.mamba1 import Positions, check_call, check_logits, one_each
-from refmamba.spec.ops import state_matrix
 from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.trace import Hook
 
@@ -269,7 +268,7 @@ class Mamba:
             if name.removesuffix(".weight") not in (*self.layers, "embedding") and not name.endswith("A_log")
         }
         self.table = self.layers["lm_head"].weight if model.shares_codes else table_of(model.params["embedding.weight"], device)
-        A = [state_matrix(model.value(f"layers.{i}.A_log")) for i in range(self.config.n_layer)]
+        A = [model.state_matrix(i) for i in range(self.config.n_layer)]
         # exp_of_decay needs exponents that are no NaN: A is finite, and so is delta, or its call fails.
         self.A, self.decays = [tensor(x, device) for x in A], all(np.isfinite(x).all() for x in A)
         self.graphs: dict[int, Graph] = {}
@@ -435,6 +434,10 @@ class Mamba:
         shape = (batch, self.config.n_layer, self.config.d_inner)
         conv = torch.zeros((*shape, self.config.d_conv - 1), device=self.device)
         return State(conv, torch.zeros((*shape, self.config.d_state), device=self.device))
+
+    def restore_state(self, conv: F32Array, ssm: F32Array) -> State:
+        """The state whose `arrays` were these."""
+        return State(tensor(conv, self.device), tensor(ssm, self.device))
 
     def forward(self, batch: Batch, state: State, new: State) -> Tensor:
         """The residual stream after the last layer, (rows, d_model); the state is written into `new`."""
