@@ -6,10 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from refmamba.spec import codes as spec
 from refmamba.spec.arith import F32Array, IntArray
+from refmamba.spec.mamba1 import check_logits
+
+SCORED_ROWS = 512  # of logits at a time, to bound memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,3 +94,30 @@ def on_arrays(functions: Mapping[str, Callable[..., Any]], device: torch.device)
         return lambda *values: to_arrays(function(*(to_device(value, device) for value in values)))
 
     return {name: wrapped(function) for name, function in functions.items()}
+
+
+def scores_of(
+    logits: Tensor,
+    rows_of_each: Sequence[int],
+    targets: Sequence[Sequence[tuple[int, int]]],
+    log_softmax: Callable[[Tensor], Tensor],
+) -> tuple[F32Array, NDArray[np.bool_]]:
+    """refmamba.backend.Scores of logits (rows, vocabulary) on a device, some rows for each sequence. Raises NonFiniteError."""
+    starts = [0, *np.cumsum(rows_of_each).tolist()][: len(targets)]
+    flat = [(first + row, token) for first, wanted in zip(starts, targets, strict=True) for row, token in wanted]
+    at = torch.tensor(flat, dtype=torch.int64).reshape(-1, 2).to(logits.device)
+    column = torch.arange(logits.shape[1], device=logits.device)
+    finite = torch.ones((), dtype=torch.bool, device=logits.device)
+    values, greedy, begin = [logits.new_empty(0)], [finite.new_empty(0)], 0
+    for start in range(0, len(logits), SCORED_ROWS):
+        part = logits[start : start + SCORED_ROWS]
+        end = begin + sum(start <= row < start + SCORED_ROWS for row, _ in flat[begin:])
+        rows, tokens = at[begin:end, 0] - start, at[begin:end, 1]
+        values.append(log_softmax(part)[rows, tokens])
+        first = torch.where(part == part.amax(-1, keepdim=True), column, len(column)).amin(-1)  # argmax may take any of equals
+        greedy.append(first[rows] == tokens)
+        finite = finite & torch.isfinite(part).all()
+        begin = end
+    if not bool(finite):
+        check_logits(logits.cpu().numpy())
+    return torch.cat(values).cpu().numpy(), torch.cat(greedy).cpu().numpy()

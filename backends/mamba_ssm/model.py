@@ -107,6 +107,10 @@ class Mamba:
         conv = torch.zeros((*shape, self.config.d_conv - 1), device=self.device, dtype=self.dtype)
         return State(conv, torch.zeros((*shape, self.config.d_state), device=self.device))
 
+    def restore_state(self, conv: F32Array, ssm: F32Array) -> State:
+        """The state whose `arrays` were these."""
+        return State(tensor(conv, self.device).to(self.dtype), tensor(ssm, self.device))
+
     @torch.inference_mode()
     def prefill(
         self,

@@ -9,7 +9,7 @@ import click
 
 from refmamba.backend import load_backend, numerics
 from refmamba.commands.against import against_option
-from refmamba.commands.options import backend_option, device_option, json_option, names_option
+from refmamba.commands.options import Command, backend_option, device_option, json_option, names_option, option
 from refmamba.conformance.comparison import Difference, Tolerance, parse_tolerance
 from refmamba.conformance.models import SCHEMES
 from refmamba.conformance.operations import Row
@@ -69,8 +69,16 @@ def summary(rows: Sequence[Row], tolerance: Tolerance | None) -> str:
     )
 
 
-@click.command("verify")
-@click.option("--model", help="Check this model too: `small`, a folder, or OWNER/NAME on the hub.")
+@click.command(
+    "verify",
+    cls=Command,
+    examples=[
+        "refmamba verify --backend cpu --schemes int8,w4-all",
+        "refmamba verify --operations mykernels:Mine",
+        "refmamba verify --against theirs.npz --model small --tolerance float32",
+    ],
+)
+@option("Model", "--model", help="Check this model too: `small`, a folder, or OWNER/NAME on the hub.")
 @against_option
 @backend_option
 @click.option("--operations", help="Single operations instead of a backend: module:Class, or NAME=module:function.")
