@@ -396,14 +396,31 @@ def test_scheme_files(tmp_path: Path) -> None:
         ({"name": "x" * 101}, "printable characters"),
         ({"name": 3}, "printable characters"),
         ({"weights": {"D": {"bits": 10**18, "scale": "per_tensor"}}}, "bits"),
-        ({"weights": {"D": {"bits": 8, "scale": []}}}, "scheme"),
-        ({"weights": []}, "not in the form"),
-        ({"smooth": [1]}, "not in the form"),
+        (
+            {"weights": {"D": {"bits": 8, "scale": []}}},
+            "weights.D has a scale that is no text; it may be per_tensor, per_channel",
+        ),
+        ({"weights": []}, "weights is no JSON object; its entries may be embedding.weight"),
+        ({"weights": {"D": 8}}, "weights.D is no JSON object; its entries may be bits, scale, group"),
+        ({"weights": {"D": {"bits": 8}}}, "weights.D has no scale; it must have bits, scale"),
+        (
+            {"weights": {"D": {"bits": 8, "scale": "per_tensor", "width": 1}}},
+            "weights.D has the unknown entry 'width'; there are",
+        ),
+        (
+            {"inputs": {"conv1d": {"bits": 8, "scale": "static"}}},
+            "inputs has the unknown entry 'conv1d'; there are in_proj, x_proj",
+        ),
+        ({"inputs": {"x_proj": {"bits": 8, "scale": "dynamic"}}}, "x_proj has the scale 'dynamic'; inputs take per_tensor"),
+        ({"outputs": {"x_proj": {"bits": "8", "scale": "per_token"}}}, "x_proj has '8' bits; outputs take 2 to 16"),
+        ({"smooth": [1]}, "smooth is no JSON object; its entries may be in_proj"),
+        ({"rotate": "in_proj"}, "rotate is a list of in_proj"),
+        ({"rotate": [["in_proj"]]}, "rotate is a list of in_proj"),
         ({"\x1b" * 400: 1}, "unknown entry"),
     ]
     for changes, words in cases:
         file.write_text(json.dumps(good | changes))
-        refused(errors.SchemeError, lambda: open_scheme(str(file)), words)
+        refused(errors.SchemeError, lambda: open_scheme(str(file)), f"{file}: scheme", words)
     for content in (DEEP, LONG_NUMBER):
         file.write_text(content)
         refused(errors.JSONError, lambda: open_scheme(str(file)))

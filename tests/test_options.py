@@ -3,10 +3,12 @@
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -27,7 +29,7 @@ def options(command: str) -> dict[str, str]:
     """The options of a command in the order of its --help, each with its words there."""
     shown = CliRunner().invoke(refmamba, [command, "--help"], terminal_width=1000)
     assert shown.exit_code == 0, shown.output
-    lines = re.findall(r"^  (--[a-z-]+)(.*)$", shown.output.partition("Options:")[2], re.MULTILINE)
+    lines = re.findall(r"^  (--[a-z-]+)(.*)$", shown.output, re.MULTILINE)
     return {name: " ".join(words.split()) for name, words in lines}
 
 
@@ -52,6 +54,34 @@ def test_a_shared_option_has_the_same_words_everywhere() -> None:
     for name in {name for names in HELP.values() for name in names} - OWN_WORDS:
         words = {HELP[command][name] for command in COMMANDS if name in HELP[command] and (command, name) not in OWN_MODEL}
         assert len(words) == 1, (name, words)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_examples_that_parse(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as the options go: the files that they name are there, and nothing is run."""
+    shown = CliRunner().invoke(refmamba, [command, "--help"], terminal_width=1000)
+    examples = re.findall(r"^  (refmamba .*)$", shown.output.partition("Examples:")[2], re.MULTILINE)
+    assert examples
+    monkeypatch.chdir(tmp_path)
+    for example in examples:
+        for name in ("book.txt", "prompts.jsonl", "receipt.json", "theirs.npz"):
+            (tmp_path / name).write_text("a")
+        _, name, *words = shlex.split(example)
+        assert name == command
+        found = refmamba.get_command(click.Context(refmamba), name)
+        assert found is not None
+        with found.make_context(name, words):
+            pass
+
+
+def test_every_default_is_shown() -> None:
+    for name in COMMANDS:
+        found = refmamba.get_command(click.Context(refmamba), name)
+        assert isinstance(found, click.Command)
+        for param in found.params:
+            default = param.get_default(click.Context(found))
+            if isinstance(param, click.Option) and isinstance(default, str | int | float) and not param.is_flag:
+                assert f"[default: {default}" in HELP[name][param.opts[0]], (name, param.opts)
 
 
 def refused(words: Sequence[str]) -> RefmambaError:

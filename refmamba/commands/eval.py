@@ -10,6 +10,7 @@ import click
 
 from refmamba.commands.options import (
     MOST,
+    Command,
     OutputFile,
     data_option,
     json_option,
@@ -24,7 +25,11 @@ from refmamba.errors import DataError, RefmambaError
 from refmamba.run.session import ModelChoice
 
 
-@click.command("eval")
+@click.command(
+    "eval",
+    cls=Command,
+    examples=["refmamba eval --tasks piqa,copa --schemes fp32,int8", "refmamba eval --data hub --samples samples.jsonl --json"],
+)
 @model_options()
 @names_option("--schemes", help="Several schemes, with commas between.")
 @tasks_option(default="all")

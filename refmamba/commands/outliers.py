@@ -7,6 +7,7 @@ from typing import get_args
 import click
 
 from refmamba.commands.options import (
+    Command,
     Number,
     OutputFile,
     TextFile,
@@ -21,7 +22,11 @@ from refmamba.paper.plots import check_plot, plot
 from refmamba.run.session import ModelChoice, open_session
 
 
-@click.command("outliers")
+@click.command(
+    "outliers",
+    cls=Command,
+    examples=["refmamba outliers --plot figure1.png", "refmamba outliers --text book.txt --save-calibration maxima.json"],
+)
 @model_options()
 @text_option("A UTF-8 text file.")
 @click.option("--sigma", default=SIGMA, show_default=True, type=Number(0), help="Standard deviations.")

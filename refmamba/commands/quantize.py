@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from refmamba.commands.options import (
+    Command,
     act_bits_option,
     add_bos_option,
     bits_option,
@@ -18,7 +19,14 @@ from refmamba.commands.options import (
 from refmamba.run.session import ROUNDINGS, ModelChoice, quantize_folder
 
 
-@click.command("quantize")
+@click.command(
+    "quantize",
+    cls=Command,
+    examples=[
+        "refmamba quantize small small-int8 --scheme int8",
+        "refmamba quantize small small-int4 --scheme int4 --rounding gptq --calibrate book.txt",
+    ],
+)
 @click.argument("model")
 @click.argument("folder", type=click.Path(path_type=Path))
 @model_options(revision_option, scheme_option, bits_option, act_bits_option, calibrate_option, percentile_option,

@@ -8,12 +8,14 @@ from pathlib import Path
 import click
 
 from refmamba.commands.options import (
+    Command,
     InputFile,
     backend_option,
     calibrate_option,
     device_option,
     json_option,
     model_options,
+    option,
     percentile_option,
     revision_option,
 )  # fmt: skip
@@ -21,12 +23,15 @@ from refmamba.errors import DataError
 from refmamba.run.receipt import read_receipt, replay
 from refmamba.run.session import DEFAULT_MODEL, ModelChoice, open_session
 
-its_model_option = click.option(
-    "--model", default="", help="The receipt's model: `small`, a folder, or OWNER/NAME.  [default: as the receipt says]"
+its_model_option = option(
+    "Model",
+    "--model",
+    default="",
+    help="The receipt's model: `small`, a folder, or OWNER/NAME.  [default: as the receipt says]",
 )
 
 
-@click.command("replay")
+@click.command("replay", cls=Command, examples=["refmamba replay receipt.json --backend torch"])
 @click.argument("receipt", type=InputFile())
 @model_options(its_model_option, revision_option, calibrate_option, percentile_option, backend_option, device_option)
 @json_option

@@ -9,6 +9,7 @@ import click
 
 from refmamba.backend import load_backend
 from refmamba.commands.options import (
+    Command,
     TextFile,
     backend_option,
     calibrate_option,
@@ -37,7 +38,11 @@ from refmamba.run.session import ModelChoice
 MOST_POWER = 20  # of two; beyond it the smallest numbers of a model are no longer exact
 
 
-@click.command("reproduce")
+@click.command(
+    "reproduce",
+    cls=Command,
+    examples=["refmamba reproduce out --dry-run", "refmamba reproduce out --schemes fp32,w8-all,int8 --tasks copa --limit 5"],
+)
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 @names_option("--models", default="small", help="With commas: small, folders, OWNER/NAME on the hub.")
 @model_options(calibrate_option, percentile_option, backend_option, device_option)

@@ -8,6 +8,7 @@ import click
 
 from refmamba.commands.generate import DEFAULT_PROMPT
 from refmamba.commands.options import (
+    Command,
     OutputFile,
     calibrate_option,
     json_option,
@@ -15,7 +16,7 @@ from refmamba.commands.options import (
     names_option,
     percentile_option,
     revision_option,
-)  # fmt: skip
+)
 from refmamba.errors import DataError, SchemeError
 from refmamba.formats.scheme import open_scheme
 from refmamba.run.session import ModelChoice, open_model
@@ -26,12 +27,14 @@ from refmamba.teach.pages import write_page
 DEFAULT_SCHEME = "int8"
 
 
-@click.command("step")
+@click.command(
+    "step", cls=Command, examples=['refmamba step "The old man" --op in_proj --channel 239', "refmamba step --html page.html"]
+)
 @click.argument("prompt", default=DEFAULT_PROMPT)
 @model_option
 @revision_option
 @names_option(
-    "--scheme", default=None, help=f"{DEFAULT_SCHEME} by default; with --html several, by default every built-in one."
+    "--scheme", group="Model", help=f"{DEFAULT_SCHEME} by default; with --html several, by default every built-in one."
 )
 @calibrate_option
 @percentile_option

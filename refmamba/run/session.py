@@ -14,11 +14,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from refmamba.backend import Backend, Runner, check_support, load_backend
+from refmamba.backend import Backend, Runner, check_support, load_backend, numerics
 from refmamba.backends import DEFAULT_BACKEND
 from refmamba.errors import DataError, SchemeError
 from refmamba.formats.calibration import SUFFIX, Calibration, load_calibration, save_calibration
-from refmamba.formats.folder import open_checkpoint
+from refmamba.formats.folder import content_hash, open_checkpoint
 from refmamba.formats.hub import ModelFiles, resolve_model
 from refmamba.formats.quantized import save_quantized
 from refmamba.formats.scheme import open_scheme
@@ -187,11 +187,16 @@ class Session:
         with progress(self.opened.quantized(self.scheme)) as model:
             return self.backend.load(model)
 
+    @cached_property
+    def model_sha256(self) -> str:
+        """The content hash of the model under the scheme (docs/FORMAT.md, section 7). Raises RefmambaError."""
+        return content_hash(self.opened.quantized(self.scheme))
+
     def describe(self) -> dict[str, Any]:
         """What every result names."""
         return {"model": self.opened.choice.model, "scheme": self.scheme.name, "backend": self.backend.name,
                 "device": self.backend.device, "added_tokens": self.tokenizer.added,
-                "percentile": self.percentile}  # fmt: skip
+                "percentile": self.percentile} | numerics(self.backend)  # fmt: skip
 
 
 def open_session(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> Session:
