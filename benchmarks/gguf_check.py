@@ -66,8 +66,8 @@ class Refmamba:
 
     def step(self, token: int) -> F32Array:
         """See LlamaCpp."""
-        (logits,), self._state = self._model.step([token], self._state)
-        return logits
+        logits, self._state = self._model.step([token], self._state)
+        return logits.reshape(-1)
 
 
 Program = LlamaCpp | Refmamba

@@ -34,6 +34,7 @@ from refmamba.spec.config import MambaConfig
 from refmamba.spec.ops import state_matrix
 from refmamba.spec.parameters import quantize_model
 from refmamba.spec.scheme import parse_scheme
+from refmamba.teach.payload import why_not
 
 gguf = pytest.importorskip("gguf")
 WIDE = MambaConfig(d_model=256, n_layer=1, vocab_size=64, d_state=8, dt_rank=16)  # rows of whole blocks, but dt_proj's
@@ -150,6 +151,11 @@ def test_a_quantized_folder_of_a_GGUF_file_gives_its_bits(scheme: str, tmp_path:
               for name in (file, tmp_path / "q")]  # fmt: skip
     assert hashes[0] == hashes[1]
     assert direct.tokenizer.encode("The old man") == saved.tokenizer.encode("The old man")
+
+
+def test_the_page_which_has_no_A_does_not_run_it(folder: Path, tmp_path: Path) -> None:
+    file = export_gguf(ModelChoice(str(folder)), tmp_path / "g")
+    assert why_not(open_model(ModelChoice(str(file), "fp32"))) == "its file states A, where the page has A_log"
 
 
 def names_of_types() -> list[str]:
