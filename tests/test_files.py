@@ -25,7 +25,7 @@ from refmamba.eval_tasks.formats import read_rows
 from refmamba.eval_tasks.results import Results
 from refmamba.eval_tasks.tasks import TASKS
 from refmamba.formats import reading
-from refmamba.formats.calibration import load_calibration, save_calibration
+from refmamba.formats.calibration import Calibration, load_calibration, save_calibration
 from refmamba.formats.folder import open_checkpoint
 from refmamba.formats.scheme import open_scheme
 from refmamba.formats.text import read_text
@@ -361,12 +361,17 @@ def test_a_calibration_is_of_this_model(tmp_path: Path, folder: Path) -> None:
     source = open_checkpoint(folder)
     assert not isinstance(source, QuantizedModel)
     maxima = calibrate(source, np.arange(9))
-    save_calibration(maxima, tmp_path / "c.json")
-    assert {s: m.tobytes() for s, m in load_calibration(tmp_path / "c.json", source.config).items()} == {
+    save_calibration(Calibration(maxima), tmp_path / "c.json")
+    assert {s: m.tobytes() for s, m in load_calibration(tmp_path / "c.json", source.config).absmax.items()} == {
         s: m.tobytes() for s, m in maxima.items()
     }
     good = json.loads((tmp_path / "c.json").read_text())
+    assert "percentile" not in good
+    save_calibration(Calibration(maxima, 0.99), tmp_path / "cut.json")
+    assert json.loads((tmp_path / "cut.json").read_text()) == {"percentile": 0.99} | good
+    assert load_calibration(tmp_path / "cut.json", source.config).percentile == 0.99
     for site, values, words in [
+        *[("percentile", value, "percentile is above 0 and at most 1") for value in (0, 1.5, float("nan"), True, "1", None)],
         ("layers.0.in_proj", good["layers.0.in_proj"][:-1], "has 7 channels"),
         ("layers.0.in_proj", [], "has 0 channels"),
         ("layers.0.in_proj", "8", "has no list"),

@@ -302,6 +302,10 @@ class CpuRunner:
         state.ssm.fill(0)
         return state.take([0] * batch)
 
+    def restore_state(self, conv: F32Array, ssm: F32Array) -> State:
+        """The state whose `arrays` were these."""
+        return State.of(self.config, self._pool, conv, ssm)
+
     def prefill(
         self,
         sequences: Sequence[IntArray],

@@ -119,6 +119,10 @@ class Mamba:
         """The state of `batch` sequences before their first token."""
         return State.zeros(self.config, batch)
 
+    def restore_state(self, conv: F32Array, ssm: F32Array) -> State:
+        """The state whose `arrays` were these."""
+        return State(conv.copy(), ssm.copy())
+
     def prefill(
         self,
         sequences: Sequence[IntArray],
