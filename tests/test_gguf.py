@@ -265,6 +265,8 @@ def test_a_tokenizer_that_llama_cpp_lacks_lies_beside_the_file(
 ) -> None:
     if change:
         byte_level(normalizer=change).save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
     file = export_gguf(ModelChoice(str(folder)), tmp_path / "out", "F16")
     message = capsys.readouterr().err
     assert message.startswith(f"{file}: without a tokenizer: ")
@@ -273,6 +275,7 @@ def test_a_tokenizer_that_llama_cpp_lacks_lies_beside_the_file(
     assert sorted(path.name for path in file.parent.iterdir()) == ["model-F16.gguf", "tokenizer.json"]
     before, after = (open_model(ModelChoice(str(model), "fp32")).tokenizer for model in (folder, file))
     assert before.encode(TEXTS[0]) == after.encode(TEXTS[0])
+    assert after.eos_token_id == before.eos_token_id == 7  # which the file says
     (tmp_path / "out" / "tokenizer.json").unlink()
     model = refmamba.load(file, scheme="fp32")
     assert model.logits([1, 2]).shape == (2, 4096)  # tokens as numbers need none
