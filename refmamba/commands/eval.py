@@ -1,4 +1,4 @@
-"""`refmamba eval`: the six tasks, on any model, schemes and backend; see refmamba.eval_tasks."""
+"""`refmamba eval`: the tasks, on any model, schemes and backend; see refmamba.eval_tasks."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ def command(
     choice: ModelChoice, schemes: tuple[str, ...] | None, tasks: tuple[str, ...], data: tuple[str, ...], limit: int | None,
     results: Path, samples: Path | None, max_length: int, workers: int | None, dask: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Score the six tasks as lm-evaluation-harness does, and print their metrics; --json as it lays them out."""
+    """Score tasks as lm-evaluation-harness does, and print their metrics; --json as it lays them out."""
     from refmamba.eval_tasks import report
     from refmamba.eval_tasks.cluster import cluster
     from refmamba.eval_tasks.evaluate import evaluate_all, finished_results, score_here, subject

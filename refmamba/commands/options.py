@@ -178,12 +178,20 @@ scheme_option = option(
 bits_option = option("Model", "--bits", type=int, help="N: the scheme wN-all.")
 act_bits_option = option("Model", "--act-bits", type=int, help="M, with --bits N: the scheme wNaM-all.")
 calibrate_option = option("Model", "--calibrate", type=InputFile(), help="Text or .json for static scales.")
+percentile_option = option(
+    "Model", "--percentile", type=float, default=1.0, show_default=True,
+    help="Cut the maxima of --calibrate's text at this share of all magnitudes, as 0.99999.",
+)  # fmt: skip
 save_calibration_option = json_file_option(
     "--save-calibration", "calibration_file", help="Write the maxima of every channel to this .json, for --calibrate."
 )
 receipt_option = json_file_option("--receipt", help="Write what was computed to this .json, for `refmamba replay`.")
 backend_option = option(
-    "Model", "--backend", default=DEFAULT_BACKEND, show_default=True, help="reference, cpu, torch, or module:Class."
+    "Model",
+    "--backend",
+    default=DEFAULT_BACKEND,
+    show_default=True,
+    help="reference, cpu, torch, triton, mamba-ssm, or module:Class.",
 )
 add_bos_option = option(
     "Model",
@@ -221,8 +229,8 @@ def text_option(help: str, *, required: bool = False) -> Decorator:
 
 def tasks_option(default: str | None) -> Decorator:
     """--tasks, as names: () for all that have data, None where it is left out without a default."""
-    words = "lambada,hellaswag,piqa,winogrande,rte,copa, or `all` that have data."
-    return option("Data", "--tasks", default=default, callback=_tasks, help=words)
+    names = "lambada,hellaswag,piqa,winogrande,rte,copa,arc_easy,arc_challenge"
+    return option("Data", "--tasks", default=default, callback=_tasks, help=f"{names}, or `all` that have data.")
 
 
 data_option = option("Data", "--data", multiple=True, help="A folder, TASK=FILE, `hub` or `sample` (default); repeatable.")
@@ -237,8 +245,8 @@ workers_option = option(
 json_option = option("Output", "--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
 MODEL_OPTIONS = (
-    model_option, revision_option, scheme_option, bits_option, act_bits_option, calibrate_option, backend_option,
-    device_option, add_bos_option,
+    model_option, revision_option, scheme_option, bits_option, act_bits_option, calibrate_option, percentile_option,
+    backend_option, device_option, add_bos_option,
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from refmamba.commands.options import (
     bits_option,
     calibrate_option,
     model_options,
+    percentile_option,
     revision_option,
     save_calibration_option,
     scheme_option,
@@ -28,7 +29,8 @@ from refmamba.run.session import ROUNDINGS, ModelChoice, quantize_folder
 )
 @click.argument("model")
 @click.argument("folder", type=click.Path(path_type=Path))
-@model_options(revision_option, scheme_option, bits_option, act_bits_option, calibrate_option, add_bos_option)
+@model_options(revision_option, scheme_option, bits_option, act_bits_option, calibrate_option, percentile_option,
+               add_bos_option)  # fmt: skip
 @save_calibration_option
 @click.option("--rounding", default="search", show_default=True, type=click.Choice(ROUNDINGS),
               help="search: each weight by itself. gptq: by the errors on 16,384 tokens of --calibrate FILE.")  # fmt: skip

@@ -270,13 +270,14 @@ class Model:
 def load(
     model: StrPath = DEFAULT_MODEL, *, revision: str | None = None, scheme: StrPath | Scheme | None = None,
     bits: int | None = None, act_bits: int | None = None, calibrate: StrPath | None = None,
-    backend: str = DEFAULT_BACKEND, device: str | None = None, add_bos: bool | None = None,
+    percentile: float = 1.0, backend: str = DEFAULT_BACKEND, device: str | None = None, add_bos: bool | None = None,
 ) -> Model:  # fmt: skip
     """Load a model: `small` (inside the package), a folder, or OWNER/NAME on the hub.
 
     revision: branch, tag or commit on the hub. scheme: a name (`int8`), a file (`mine.json`) or a Scheme; else bits=N for
     `wN-all`, and with act_bits=M for `wNaM-all`; else the one that the folder was saved under; else `w8-all`. calibrate: a
-    text, or maxima in a .json, for static scales (None: the passage inside the package). backend: `reference`, `cpu`,
+    text, or maxima in a .json, for static scales (None: the passage inside the package); percentile: the share of all
+    magnitudes on the text at which the maxima are cut (1: not). backend: `reference`, `cpu`,
     `torch`, or `package.module:Class`; device: where that has several, as `cuda`. add_bos: whether a text's tokens begin
     with the begin token (None: as the tokenizer's file says). Raises RefmambaError.
 
@@ -284,12 +285,13 @@ def load(
     >>> refmamba.load("small", scheme="int8")
     <refmamba.Model small under int8 on cpu, cpu>
     """
-    return Model(open_session(_choice(model, revision, scheme, bits, act_bits, calibrate, backend, device, add_bos)))
+    chosen = _choice(model, revision, scheme, bits, act_bits, calibrate, percentile, backend, device, add_bos)
+    return Model(open_session(chosen))
 
 
 def quantize(
     model: StrPath, folder: StrPath, *, revision: str | None = None, scheme: StrPath | Scheme | None = None,
-    bits: int | None = None, act_bits: int | None = None, calibrate: StrPath | None = None,
+    bits: int | None = None, act_bits: int | None = None, calibrate: StrPath | None = None, percentile: float = 1.0,
 ) -> Path:  # fmt: skip
     """Save a model quantized in a new folder, which `load` and every command take, and give the folder back.
 
@@ -301,16 +303,17 @@ def quantize(
     ...     print(refmamba.load(folder).scheme.name)
     int8
     """
-    quantize_folder(_choice(model, revision, scheme, bits, act_bits, calibrate), Path(folder))
+    quantize_folder(_choice(model, revision, scheme, bits, act_bits, calibrate, percentile), Path(folder))
     return Path(folder)
 
 
 def _choice(
     model: StrPath, revision: str | None, scheme: StrPath | Scheme | None, bits: int | None, act_bits: int | None,
-    calibrate: StrPath | None, backend: str = DEFAULT_BACKEND, device: str | None = None, add_bos: bool | None = None,
+    calibrate: StrPath | None, percentile: float, backend: str = DEFAULT_BACKEND, device: str | None = None,
+    add_bos: bool | None = None,
 ) -> ModelChoice:  # fmt: skip
     """The words in `str`: a wrong one of another type is then an unknown name."""
     scheme = scheme if scheme is None or isinstance(scheme, Scheme) else str(scheme)
     chosen, file = choose_scheme(scheme, bits, act_bits), None if calibrate is None else Path(calibrate)
     device = None if device is None else str(device)
-    return ModelChoice(str(model), chosen, str(backend), device, revision, file, add_bos)
+    return ModelChoice(str(model), chosen, str(backend), device, revision, file, add_bos, percentile)

@@ -72,18 +72,27 @@ class Receipt:
         write_text(file, "{\n" + ",\n".join(f'  "{key}": {json.dumps(value)}' for key, value in values.items()) + "\n}\n")
 
 
+def check_exact(session: Session) -> None:
+    """Raise DataError for a backend whose bits nobody else has."""
+    if not session.backend.exact:
+        raise DataError(f"backend '{session.backend.name}' is not exact, and a receipt is of the specification's bits: use "
+                        "--backend cpu")  # fmt: skip
+
+
 class Recorder:
     """Makes the receipt of one run while it happens: `look` is shown the logits (vocabulary,) of each token, and the token.
 
-    sampler: of `generate`; None for `logits`. Raises what `Session.runner` raises.
+    sampler: of `generate`; None for `logits`. Raises DataError for a backend that is not exact, and what the runner raises.
     """
 
     def __init__(self, session: Session, prompt_tokens: NDArray[np.integer[Any]], sampler: Sampler | None = None) -> None:
+        check_exact(session)
         if sampler is not None:  # as the file has them, whatever kind of number they were
             sampler = Sampler(float(sampler.temperature), int(sampler.top_k), float(sampler.top_p), int(sampler.seed))
         choice = session.opened.choice
         about = {"model": choice.model, "revision": choice.revision,
                  "calibrate": None if choice.calibrate is None else str(choice.calibrate),
+                 "percentile": None if choice.percentile == 1 else choice.percentile,
                  "backend": choice.backend, "device": session.backend.device}  # fmt: skip
         self._receipt = Receipt(
             COMMANDS[sampler is None],
@@ -178,10 +187,13 @@ class Mismatch:
 def replay(receipt: Receipt, session: Session) -> Mismatch | None:
     """Compute a receipt's run again: the first token that differs, or None.
 
-    Raises DataError where the model is another one, and whatever the runner raises.
+    Raises DataError where the model is another one or the backend is not exact, and whatever the runner raises.
     """
+    check_exact(session)
     if session.model_sha256 != receipt.model_sha256:
-        cause = ", or calibrated on another text: name it with --calibrate" if session.scheme.needs_calibration else ""
+        cause = (
+            ", or calibrated otherwise: name how with --calibrate and --percentile" if session.scheme.needs_calibration else ""
+        )
         raise DataError(f"{session.opened.choice.model} under {session.scheme.name} is not the receipt's model: its content "
                         f"differs; name that with --model{cause}")  # fmt: skip
     link = receipt.chain[0]
