@@ -1,10 +1,10 @@
 """refmamba on one GPU, in at most 480 seconds: `python benchmarks/gpu.py [--out results/gpu.json]`.
 
 What is measured: the copy bandwidth; verify on the small model; a CUDA graph against single launches; prefill and decode of the
-published sizes with random codes; what exactness costs (the same kernels, with fused multiply-adds allowed); mamba-ssm where it
-is installed. The file is written after every line, so an end that comes early leaves what there was; what the time did not
-allow is named. --dry-run does all of it at toy size on the CPU, in Triton's interpreter: no line is tried first on a
-GPU.
+published sizes with random codes; what exactness costs (the same kernels, with fused multiply-adds allowed); documents of an
+evaluation; mamba-ssm where it is installed. The file is written after every line, so an end that comes early leaves what
+there was; what the time did not allow is named. --dry-run does all of it at toy size on the CPU, in Triton's interpreter: no
+line is tried first on a GPU.
 """
 
 import argparse
@@ -75,9 +75,11 @@ def measure_all(report: Report, dry: bool) -> None:
     import torch
     import triton
 
+    from refmamba.backends.mamba_ssm.kernels import load_kernels
     from refmamba.backends.triton.backend import Triton
     from refmamba.backends.triton.model import Mamba, launch
     from refmamba.conformance.verify import run_checks
+    from refmamba.eval_tasks.score import score, token_request
     from refmamba.spec.codes import Codes, FixedPoint, Param
     from refmamba.spec.config import MambaConfig, kind_of
     from refmamba.spec.parameters import QuantizedModel, parameter_coder
@@ -170,6 +172,17 @@ def measure_all(report: Report, dry: bool) -> None:
     def inexact(width: int, depth: int) -> dict[str, float]:
         return decode(runner(width, depth, "int8", fused), 1)
 
+    def evaluation(width: int, depth: int) -> dict[str, float]:
+        """Documents of four choices, of the lengths that HellaSwag has, and what is drawn for them."""
+        rng, model = np.random.default_rng(1), runner(width, depth, "int8")
+        wanted = []
+        for _ in range(2 if dry else 64):
+            context = rng.integers(0, 64, 4 if dry else rng.integers(30, 120)).tolist()
+            choices = [rng.integers(0, 64, 2 if dry else rng.integers(8, 40)).tolist() for _ in range(4)]
+            wanted += [token_request(context, choice, 2048, "") for choice in choices]
+        seconds = fastest(lambda: score(model, backend, wanted))
+        return {"seconds": seconds, "documents_per_second": len(wanted) / 4 / seconds}
+
     report.line("versions", 1, versions)
     report.line("copy, bytes per second", 5, bandwidth)
     report.line("verify", 90, verify)
@@ -190,8 +203,11 @@ def measure_all(report: Report, dry: bool) -> None:
             if size == "130m":
                 report.line(f"{size} {scheme}: decode without a graph", 5, partial(decode, kept["m"], 1, graph=False))
         report.line(f"{size} int8: decode, not exact (fused)", 15, partial(inexact, width, depth))
+        if size == "1.4b" or dry:
+            report.line(f"{size} int8: evaluation of {2 if dry else 64} documents", 40, partial(evaluation, width, depth))
 
-    def mamba_ssm(width: int, depth: int, dtype: Any, length: int) -> dict[str, float]:
+    def mamba_ssm(width: int, depth: int, dtype: Any, length: int) -> dict[str, Any]:
+        kernels = load_kernels()  # or the line that says what is missing
         from mamba_ssm.models.config_mamba import MambaConfig as TheirConfig
         from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
@@ -208,7 +224,7 @@ def measure_all(report: Report, dry: bool) -> None:
                 model.generate(input_ids=ids[:, :1], max_length=33, cg=True)
             wait()
 
-        return {"prefill_seconds": fastest(run), "decode_seconds_per_step": fastest(write) / 32}
+        return {"packages": kernels.packages, "prefill_seconds": fastest(run), "decode_seconds_per_step": fastest(write) / 32}
 
     for size, (width, depth) in sizes.items():
         for dtype in (torch.bfloat16, torch.float16):

@@ -85,7 +85,7 @@ def _words(path: str) -> list[str]:
 
 
 def find(task: Task, folder: Path) -> Path | None:
-    """The one file of a folder, at most two deep, that has the task as a word of its path and its split in its name.
+    """The one file of a folder, at most two deep, that has the task's words in its path and its split in its name.
 
     Raises DataError where several have.
     """
@@ -93,7 +93,8 @@ def find(task: Task, folder: Path) -> Path | None:
     for file in sorted([*folder.glob("*"), *folder.glob("*/*"), *folder.glob("*/*/*")]):
         path, name = (_words(text) for text in ("/".join([own_name, *file.relative_to(folder).parts]), file.name))
         split = any(word.startswith(task.split) for word in name)
-        if file.suffix.lower() in READERS and {task.name, task.also} & set(path) and split:
+        named = any(set(_words(name)) <= set(path) for name in (task.name, task.also) if name)
+        if file.suffix.lower() in READERS and named and split:
             matches.append(file)
     if len(matches) > 1:
         raise DataError(f"{folder}: {task.name} could be {' or '.join(map(str, matches))}; say which: --data {task.name}=FILE")

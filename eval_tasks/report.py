@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from refmamba import __version__
+from refmamba.backend import numerics
 from refmamba.eval_tasks.evaluate import Subject
 from refmamba.eval_tasks.load import SAMPLE, Dataset
 from refmamba.eval_tasks.metrics import HIGHER_IS_BETTER, PER_DOCUMENT, Metric, metrics
@@ -65,7 +66,7 @@ def text(outcomes: Sequence[Outcome]) -> str:
     first = subjects[0]
     lines = [table(outcomes), ""]
     lines.append(f"model {first.choice.model}, SHA-256 {first.model_sha256[:16]}; specification {SPEC_VERSION}")
-    exact = "exact" if first.backend.exact else "not exact"
+    exact = "exact" if first.backend.exact else ", ".join(["not exact", *numerics(first.backend).values()])
     lines += [f"every text has the tokens {first.added_tokens} that the tokenizer adds"] if first.added_tokens else []
     lines.append(f"backend {first.backend.name} ({exact}) on {first.backend.device}; max_length {first.max_length}")
     for data in {outcome.data.task.name: outcome.data for outcome in outcomes}.values():

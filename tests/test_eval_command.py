@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from refmamba.errors import DataError
-from refmamba.eval_tasks.cluster import _inputs, _on_worker
+from refmamba.eval_tasks.cluster import _inputs, _on_own_device, _on_worker
 from refmamba.eval_tasks.evaluate import Job
 from refmamba.eval_tasks.tasks import TASKS
 from refmamba.formats.folder import open_checkpoint
@@ -484,3 +484,11 @@ def test_a_scheduler_without_workers_is_said_to_have_none(tmp_path: Path) -> Non
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=WAIT)
     assert process.returncode == 130
+
+
+def test_each_worker_has_a_cuda_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    job = Job(ModelChoice("model", device="cuda"), 10, "")
+    devices = [_on_own_device(job, worker).choice.device for worker in (0, 1, 2, "tcp://10.0.0.1:1")]
+    assert devices == ["cuda:0", "cuda:1", "cuda:0", "cuda"]

@@ -10,6 +10,7 @@ import click
 
 from refmamba.commands.options import (
     SEEDS,
+    Command,
     InputFile,
     Number,
     TextFile,
@@ -33,7 +34,7 @@ from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec.scheme import LINEAR_LAYERS
 
 
-@click.command("ablate")
+@click.command("ablate", cls=Command, examples=["refmamba ablate --text book.txt --site in_proj --draws 3"])
 @model_options()
 @click.option("--site", "sites", multiple=True, type=click.Choice([*LINEAR_LAYERS, "all"]),
               help="Where to zero; repeatable.  [default: each, and all]")  # fmt: skip

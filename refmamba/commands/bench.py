@@ -8,14 +8,14 @@ from typing import Any
 import click
 import numpy as np
 
-from refmamba.commands.options import json_option, model_options
+from refmamba.commands.options import Command, json_option, model_options
 from refmamba.run.session import ModelChoice, open_session
 from refmamba.run.timing import Ours, other_programs, peak_rss, read_bandwidth, speeds, weight_bytes
 
 LONGEST = 2**20  # tokens
 
 
-@click.command("bench")
+@click.command("bench", cls=Command, examples=["refmamba bench --scheme int8", "refmamba bench --scheme int8 --compare --json"])
 @model_options()
 @click.option("--prompt-len", default=512, show_default=True, type=click.IntRange(1, LONGEST), help="Tokens of the prefill.")
 @click.option("--gen-len", default=64, show_default=True, type=click.IntRange(1, LONGEST), help="Tokens of the decode.")

@@ -1,4 +1,4 @@
-"""`refmamba eval`: the six tasks, on any model, schemes and backend; see refmamba.eval_tasks."""
+"""`refmamba eval`: the tasks, on any model, schemes and backend; see refmamba.eval_tasks."""
 
 import itertools
 import json
@@ -10,6 +10,7 @@ import click
 
 from refmamba.commands.options import (
     MOST,
+    Command,
     OutputFile,
     data_option,
     json_option,
@@ -24,7 +25,11 @@ from refmamba.errors import DataError, RefmambaError
 from refmamba.run.session import ModelChoice
 
 
-@click.command("eval")
+@click.command(
+    "eval",
+    cls=Command,
+    examples=["refmamba eval --tasks piqa,copa --schemes fp32,int8", "refmamba eval --data hub --samples samples.jsonl --json"],
+)
 @model_options()
 @names_option("--schemes", help="Several schemes, with commas between.")
 @tasks_option(default="all")
@@ -42,7 +47,7 @@ def command(
     choice: ModelChoice, schemes: tuple[str, ...] | None, tasks: tuple[str, ...], data: tuple[str, ...], limit: int | None,
     results: Path, samples: Path | None, max_length: int, workers: int | None, dask: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Score the six tasks as lm-evaluation-harness does, and print their metrics; --json as it lays them out."""
+    """Score tasks as lm-evaluation-harness does, and print their metrics; --json as it lays them out."""
     from refmamba.eval_tasks import report
     from refmamba.eval_tasks.cluster import cluster
     from refmamba.eval_tasks.evaluate import evaluate_all, finished_results, score_here, subject

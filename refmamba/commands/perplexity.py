@@ -5,12 +5,12 @@ import math
 
 import click
 
-from refmamba.commands.options import TextFile, json_option, model_options, text_option
+from refmamba.commands.options import Command, TextFile, json_option, model_options, text_option
 from refmamba.run.model import Model
 from refmamba.run.session import ModelChoice, open_session
 
 
-@click.command("perplexity")
+@click.command("perplexity", cls=Command, examples=["refmamba perplexity --text book.txt --scheme int8"])
 @model_options()
 @text_option("A UTF-8 text file.", required=True)
 @json_option

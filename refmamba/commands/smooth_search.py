@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from refmamba.commands.options import TextFile, json_file_option, json_option, model_options, text_option
+from refmamba.commands.options import Command, TextFile, json_file_option, json_option, model_options, text_option
 from refmamba.formats.writing import write_text
 from refmamba.paper.smoothing import Alphas, describe, most_tries, search
 from refmamba.run.perplexity import text_perplexity
@@ -15,7 +15,7 @@ from refmamba.run.progress import bar, say
 from refmamba.run.session import ModelChoice, open_session
 
 
-@click.command("smooth-search")
+@click.command("smooth-search", cls=Command, examples=["refmamba smooth-search --text book.txt --per-site --out best.json"])
 @model_options()
 @text_option("Scores, and calibrates where --calibrate names nothing.")
 @click.option("--per-site", is_flag=True, help="Then an alpha for each linear layer, one after the other.")

@@ -47,7 +47,7 @@ def what_is_there(folder: Path) -> CheckpointError:
     if adapters := [name for name in names if name.startswith("adapter_")]:
         return ForeignModelError(_adapter(folder / adapters[0], None))
     for ending, advice in {
-        ".gguf": "a GGUF file, which is another program's; take the model's safetensors",
+        ".gguf": "a GGUF file; name the file itself, and not its folder",
         ".ckpt": "a checkpoint of Lightning; rename it to pytorch_model.bin, beside the model's config.json",
         ".safetensors": "weights of another name; rename them to model.safetensors, beside the model's config.json",
         ".pth": "weights of another name; rename them to pytorch_model.bin, beside the model's config.json",

@@ -10,12 +10,15 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import psutil
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from refmamba.errors import CheckpointError, DataError
 
@@ -84,6 +87,32 @@ def new_folder(folder: Path) -> Iterator[Path]:
             for parent in missing:
                 if parent.exists():
                     parent.rmdir()
+
+
+@contextmanager
+def make_folder(folder: Path) -> Iterator[None]:
+    """Make a folder where there is none, and remove it again where the block raises. Raises DataError."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: cannot be written: {reason(error)}") from error
+    try:
+        yield
+    except BaseException:
+        for path in made:
+            with suppress(OSError):  # it holds something
+                path.rmdir()
+        raise
+
+
+def save_tensors(tensors: dict[str, NDArray[Any]], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file as one of a new folder's. Raises OSError."""
+    try:
+        save_file(tensors, file, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    shutil.copymode(file.parent / "config.json", file)  # the library makes it readable by its owner only
 
 
 def check_file(file: Path) -> None:

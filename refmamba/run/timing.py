@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 
 from refmamba.backend import Runner
-from refmamba.run.peers import LLAMA_TYPES, Apart, LlamaCpp, Peer, Transformers, installed, write_gguf
+from refmamba.run.peers import LLAMA_TYPES, Apart, LlamaCpp, Peer, Transformers, installed, write_for_llama_cpp
 from refmamba.run.progress import bar, say
 from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec.arith import IntArray
@@ -132,7 +132,7 @@ def transformers_of(folder: Path, threads: int) -> Peer:
 
 def llama_cpp_of(folder: Path, file: Path, kind: str, threads: int) -> Peer:
     """llama.cpp with a folder's weights, through a file that is written first."""
-    write_gguf(float_weights(folder), file, kind)
+    write_for_llama_cpp(float_weights(folder), file, kind)
     return LlamaCpp(file, kind, threads)
 
 

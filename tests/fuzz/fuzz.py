@@ -172,7 +172,7 @@ def read_calibration(folder: Path) -> object:
     """Load maxima, and quantize with them."""
     source = open_checkpoint(SEEDS / "hf")
     assert not isinstance(source, QuantizedModel)
-    maxima = load_calibration(folder / "calibration.json", source.config)
+    maxima = load_calibration(folder / "calibration.json", source.config).absmax
     return dict(quantize_model(source, parse_scheme("int8-smooth"), maxima).params)
 
 

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from refmamba.commands.main import refmamba
 from refmamba.eval_tasks.results import Result, Results
 from refmamba.eval_tasks.score import Score
-from refmamba.formats.calibration import save_calibration
+from refmamba.formats.calibration import Calibration, save_calibration
 from refmamba.formats.checkpoint import HUGGING_FACE
 from refmamba.formats.hub import ModelFiles
 from refmamba.formats.quantized import save_quantized
@@ -115,7 +115,7 @@ def main() -> None:
     index = {"metadata": {}, "weight_map": {name: shard for shard, part in shards.items() for name in part}}
     (SEEDS / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
     maxima = calibrate(source, np.arange(40))
-    save_calibration(maxima, SEEDS / "calibration.json")
+    save_calibration(Calibration(maxima), SEEDS / "calibration.json")
     for scheme in ("w8-all", "w4-all", "int8-smooth"):
         (SEEDS / f"{scheme}.json").write_text(json.dumps(parse_scheme(scheme).to_json()))
         model = quantize_model(source, parse_scheme(scheme), maxima)
