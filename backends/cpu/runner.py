@@ -319,7 +319,7 @@ class CpuRunner:
         # A scale over a whole sequence needs the sequence in one piece, and so does a hook.
         limit = sum(map(len, sequences)) if self.scheme.whole_sequence or hook else PASS_ROWS
         after = State.empty(self.config, self._pool, len(sequences))
-        states = np.stack([state.conv_in, state.ssm_in, after.conv_in, after.ssm_in])
+        states = np.array([state.conv_in, state.ssm_in, after.conv_in, after.ssm_in])
         done = 0
         for parts in passes([len(s) for s in sequences], limit):
             members = [b for b, _, _ in parts]

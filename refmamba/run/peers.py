@@ -16,7 +16,7 @@ from refmamba.spec.arith import IntArray
 from refmamba.spec.config import ParameterSource
 from refmamba.spec.ops import state_matrix
 
-LLAMA_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "Q4_0": 2}  # llama.cpp's file types
+LLAMA_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # llama.cpp's file types
 GGUF_NAMES = {
     "norm.weight": "attn_norm.weight", "in_proj.weight": "ssm_in.weight", "conv1d.weight": "ssm_conv1d.weight",
     "conv1d.bias": "ssm_conv1d.bias", "x_proj.weight": "ssm_x.weight", "dt_proj.weight": "ssm_dt.weight",

@@ -26,14 +26,14 @@ from refmamba.backends.cpu.kernels.instructions import (
 from refmamba.backends.cpu.kernels.tables import PACKED_OFFSET, UNIT
 from refmamba.backends.cpu.kernels.vectors import DOUBLES
 
-# How far ahead a tile of few columns asks for codes, bytes, and for which cache: 3, the first, or 2. AMD's own prefetchers are
-# faster where they are left alone; only a tile of bytes outruns them.
-AMD = get_host_cpu_name().startswith("znver")
-AHEAD = (0, 0) if AMD else (2048, 3)
-AHEAD_OF_BYTES = (4096, 2) if AMD else AHEAD
 LLVM = llvm_version_info[0]
 # Bytes that one VNNI instruction multiplies; 0: there is none.
 VNNI = 64 if {"+avx512vnni", "+avx512bw", "+avx512vl"} <= FEATURES else 32 if "+avxvnni" in FEATURES else 0
+# How far ahead a tile of few columns asks for codes, bytes, and for which cache: 3, the first, or 2. AMD's own prefetchers are
+# faster where they are left alone; only a tile of bytes with VNNI outruns them.
+AMD = get_host_cpu_name().startswith("znver")
+AHEAD = (0, 0) if AMD else (2048, 3)
+AHEAD_OF_BYTES = (4096, 2) if AMD and VNNI else AHEAD
 
 
 def _prefetch(b: Any, address: Any, ahead: tuple[int, int]) -> None:
