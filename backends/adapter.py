@@ -1,14 +1,19 @@
-"""Arrays in and out: how the operations of a backend that computes on tensors are called with the specification's arguments."""
+"""What the backends that compute on tensors share: a batch's state and its tokens, and operations called with arrays."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from refmamba.spec import codes as spec
+from refmamba.spec.arith import F32Array, IntArray
+from refmamba.spec.mamba1 import check_logits
+
+SCORED_ROWS = 512  # of logits at a time, to bound memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +31,35 @@ class FixedPoint:
 
     q: Tensor
     exponent: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """The recurrent state of a batch, a value: mamba1.State as tensors on the device."""
+
+    conv: Tensor
+    ssm: Tensor
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return len(self.ssm)
+
+    def take(self, indices: Sequence[int]) -> "State":
+        """The state of the named sequences, in that order; an index may come more than once."""
+        return State(self.conv[list(indices)], self.ssm[list(indices)])
+
+    def arrays(self) -> tuple[F32Array, F32Array]:
+        """(conv, ssm) as NumPy arrays."""
+        return self.conv.float().cpu().numpy(), self.ssm.float().cpu().numpy()
+
+
+def right_padded(sequences: Sequence[IntArray], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sequences of tokens (L_i,) as one batch: tokens (B, T), lengths (B,), and what is no padding (B, T, 1), None for all."""
+    n = [len(tokens) for tokens in sequences]
+    lengths, padded = torch.tensor(n, device=device), [np.pad(tokens, (0, max(n) - len(tokens))) for tokens in sequences]
+    real = torch.arange(max(n), device=device)[None, :, None] < lengths[:, None, None]
+    return tensor(np.stack(padded), device), lengths, None if min(n) == max(n) else real
 
 
 def tensor(x: Any, device: torch.device) -> Tensor:
@@ -60,3 +94,30 @@ def on_arrays(functions: Mapping[str, Callable[..., Any]], device: torch.device)
         return lambda *values: to_arrays(function(*(to_device(value, device) for value in values)))
 
     return {name: wrapped(function) for name, function in functions.items()}
+
+
+def scores_of(
+    logits: Tensor,
+    rows_of_each: Sequence[int],
+    targets: Sequence[Sequence[tuple[int, int]]],
+    log_softmax: Callable[[Tensor], Tensor],
+) -> tuple[F32Array, NDArray[np.bool_]]:
+    """refmamba.backend.Scores of logits (rows, vocabulary) on a device, some rows for each sequence. Raises NonFiniteError."""
+    starts = [0, *np.cumsum(rows_of_each).tolist()][: len(targets)]
+    flat = [(first + row, token) for first, wanted in zip(starts, targets, strict=True) for row, token in wanted]
+    at = torch.tensor(flat, dtype=torch.int64).reshape(-1, 2).to(logits.device)
+    column = torch.arange(logits.shape[1], device=logits.device)
+    finite = torch.ones((), dtype=torch.bool, device=logits.device)
+    values, greedy, begin = [logits.new_empty(0)], [finite.new_empty(0)], 0
+    for start in range(0, len(logits), SCORED_ROWS):
+        part = logits[start : start + SCORED_ROWS]
+        end = begin + sum(start <= row < start + SCORED_ROWS for row, _ in flat[begin:])
+        rows, tokens = at[begin:end, 0] - start, at[begin:end, 1]
+        values.append(log_softmax(part)[rows, tokens])
+        first = torch.where(part == part.amax(-1, keepdim=True), column, len(column)).amin(-1)  # argmax may take any of equals
+        greedy.append(first[rows] == tokens)
+        finite = finite & torch.isfinite(part).all()
+        begin = end
+    if not bool(finite):
+        check_logits(logits.cpu().numpy())
+    return torch.cat(values).cpu().numpy(), torch.cat(greedy).cpu().numpy()

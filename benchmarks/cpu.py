@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from refmamba.formats.writing import write_text
-from refmamba.run.peers import LLAMA_TYPES, LlamaCpp, Peer, Transformers, installed, write_gguf
+from refmamba.run.peers import LLAMA_TYPES, LlamaCpp, Peer, Transformers, installed, write_for_llama_cpp
 from refmamba.run.timing import Ours, peak_rss, read_bandwidth, seconds, weight_bytes
 from refmamba.spec.arith import F32Array
 from refmamba.spec.config import MambaConfig
@@ -94,7 +94,7 @@ def measure(shape: str, threads: int, prompt_len: int, gen_len: int, names: list
     """All contenders on one shape, in turns."""
     with tempfile.TemporaryDirectory() as scratch:
         for kind in [n for n in names if n in LLAMA_TYPES]:
-            write_gguf(RandomSource(SHAPES[shape]), Path(scratch) / f"{kind}.gguf", kind)
+            write_for_llama_cpp(RandomSource(SHAPES[shape]), Path(scratch) / f"{kind}.gguf", kind)
         environment = os.environ | {"NUMBA_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
         arguments = ["--folder", scratch, "--threads", str(threads), "--prompt-len", str(prompt_len), "--gen-len", str(gen_len)]
         processes, results = [], []

@@ -42,8 +42,9 @@ Answer = tuple[float, list[list[float]]]  # seconds, and each document's log-lik
 
 def with_refmamba(model: str, data: list[str], scheme: str) -> Callable[[str], Answer]:
     """What scores a task with refmamba: a function from the task's name to its Answer."""
-    from refmamba.eval_tasks.evaluate import BLOCK, score_block, subject
+    from refmamba.eval_tasks.evaluate import score_block, subject
     from refmamba.eval_tasks.load import load_tasks
+    from refmamba.eval_tasks.score import HOST
     from refmamba.run.session import ModelChoice
 
     job = subject(ModelChoice(model, scheme), 2048).job
@@ -53,7 +54,8 @@ def with_refmamba(model: str, data: list[str], scheme: str) -> Callable[[str], A
         documents.sort(key=lambda item: len(item[1].contexts[0]) + sum(map(len, item[1].continuations)), reverse=True)
         score_block(job, documents[-1:])  # the model is loaded, the kernels are compiled
         started = time.perf_counter()
-        blocks = [r for i in range(0, len(documents), BLOCK) for r in score_block(job, documents[i : i + BLOCK])]
+        size = HOST.documents
+        blocks = [r for i in range(0, len(documents), size) for r in score_block(job, documents[i : i + size])]
         seconds = time.perf_counter() - started
         return seconds, [[s.loglikelihood for s in r.scores] for r in sorted(blocks, key=lambda r: r.doc_id)]
 

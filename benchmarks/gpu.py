@@ -1,14 +1,15 @@
 """refmamba on one GPU, in at most 480 seconds: `python benchmarks/gpu.py [--out results/gpu.json]`.
 
 What is measured: the copy bandwidth; verify on the small model; a CUDA graph against single launches; prefill and decode of the
-published sizes with random codes; what exactness costs (the same kernels, with fused multiply-adds allowed); mamba-ssm where it
-is installed. The file is written after every line, so an end that comes early leaves what there was; what the time did not
-allow is named. --dry-run does all of it at toy size on the CPU, in Triton's interpreter: no line is tried first on a
-GPU.
+published sizes with random codes; what exactness costs (the same kernels, with fused multiply-adds allowed); documents of an
+evaluation; mamba-ssm where it is installed. The file is written after every line, so an end that comes early leaves what there
+was; what the time did not allow is named. The exit status is 1 where a line of refmamba's own failed. --dry-run does all of it
+at toy size on the CPU, in Triton's interpreter: no line is tried first on a GPU.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
@@ -28,13 +29,13 @@ RESULTS = Path(__file__).resolve().parent / "results" / "gpu.json"
 class Report:
     """The lines so far, in a file; and the clock."""
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.begin = file, time.perf_counter()
+    def __init__(self, file: Path, budget: float) -> None:
+        self.file, self.budget, self.begin = file, budget, time.perf_counter()
         self.lines: dict[str, Any] = {}
 
     def line(self, name: str, seconds: float, measure: Callable[[], Any]) -> None:
         """Measure something that takes about so many seconds, if there is time. An error is a result too."""
-        if time.perf_counter() - self.begin + seconds > BUDGET:
+        if time.perf_counter() - self.begin + seconds > self.budget:
             value: Any = "not measured: no time was left"
         else:
             try:
@@ -47,11 +48,11 @@ class Report:
         self.file.write_text(json.dumps(self.lines, indent=1) + "\n", encoding="utf-8")
 
 
-def fastest(run: Callable[[], Any]) -> float:
-    """Seconds of the fastest of a few runs, after one that compiles. A run ends with logits on the host, or waits itself."""
+def fastest_of(repeats: int, run: Callable[[], Any]) -> float:
+    """Seconds of the fastest run, after one that compiles. A run ends with logits on the host, or waits itself."""
     run()
     found = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         begin = time.perf_counter()
         run()
         found.append(time.perf_counter() - begin)
@@ -66,8 +67,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton's import
-    measure_all(Report(arguments.out), arguments.dry_run)
-    return 0
+    report = Report(arguments.out, math.inf if arguments.dry_run else BUDGET)
+    measure_all(report, arguments.dry_run)
+    failed = [name for name, value in report.lines.items() if str(value).startswith("failed") and "mamba-ssm" not in name]
+    return int(bool(failed))
 
 
 def measure_all(report: Report, dry: bool) -> None:
@@ -75,9 +78,11 @@ def measure_all(report: Report, dry: bool) -> None:
     import torch
     import triton
 
+    from refmamba.backends.mamba_ssm.kernels import load_kernels
     from refmamba.backends.triton.backend import Triton
     from refmamba.backends.triton.model import Mamba, launch
     from refmamba.conformance.verify import run_checks
+    from refmamba.eval_tasks.score import score, token_request
     from refmamba.spec.codes import Codes, FixedPoint, Param
     from refmamba.spec.config import MambaConfig, kind_of
     from refmamba.spec.parameters import QuantizedModel, parameter_coder
@@ -85,6 +90,7 @@ def measure_all(report: Report, dry: bool) -> None:
 
     backend = Triton(None)
     device = torch.device(backend.device)
+    fastest = partial(fastest_of, 1 if dry else REPEATS)
 
     class Random(Mapping[str, Param]):
         """Parameters with random codes, each row the same: what a kernel's time does not depend on."""
@@ -147,7 +153,7 @@ def measure_all(report: Report, dry: bool) -> None:
 
     def verify() -> str:
         schemes = ["int8"] if dry else ["int8", "w8-all", "w4-all", "fp32"]
-        failed = [str(first) for _, first in run_checks(backend, schemes, None if dry else "small") if first]
+        failed = [str(first) for _, first in run_checks(backend, schemes, None if dry else "small", quick=dry) if first]
         return failed[0] if failed else "every bit is the specification's"
 
     def prefill(model: Mamba, length: int, batch: int) -> dict[str, float]:
@@ -170,6 +176,17 @@ def measure_all(report: Report, dry: bool) -> None:
     def inexact(width: int, depth: int) -> dict[str, float]:
         return decode(runner(width, depth, "int8", fused), 1)
 
+    def evaluation(width: int, depth: int) -> dict[str, float]:
+        """Documents of four choices, of the lengths that HellaSwag has, and what is drawn for them."""
+        rng, model = np.random.default_rng(1), runner(width, depth, "int8")
+        wanted = []
+        for _ in range(2 if dry else 64):
+            context = rng.integers(0, 64, 4 if dry else rng.integers(30, 120)).tolist()
+            choices = [rng.integers(0, 64, 2 if dry else rng.integers(8, 40)).tolist() for _ in range(4)]
+            wanted += [token_request(context, choice, 2048, "") for choice in choices]
+        seconds = fastest(lambda: score(model, backend, wanted))
+        return {"seconds": seconds, "documents_per_second": len(wanted) / 4 / seconds}
+
     report.line("versions", 1, versions)
     report.line("copy, bytes per second", 5, bandwidth)
     report.line("verify", 90, verify)
@@ -190,8 +207,11 @@ def measure_all(report: Report, dry: bool) -> None:
             if size == "130m":
                 report.line(f"{size} {scheme}: decode without a graph", 5, partial(decode, kept["m"], 1, graph=False))
         report.line(f"{size} int8: decode, not exact (fused)", 15, partial(inexact, width, depth))
+        if size == "1.4b" or dry:
+            report.line(f"{size} int8: evaluation of {2 if dry else 64} documents", 40, partial(evaluation, width, depth))
 
-    def mamba_ssm(width: int, depth: int, dtype: Any, length: int) -> dict[str, float]:
+    def mamba_ssm(width: int, depth: int, dtype: Any, length: int) -> dict[str, Any]:
+        kernels = load_kernels()  # or the line that says what is missing
         from mamba_ssm.models.config_mamba import MambaConfig as TheirConfig
         from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
@@ -208,7 +228,7 @@ def measure_all(report: Report, dry: bool) -> None:
                 model.generate(input_ids=ids[:, :1], max_length=33, cg=True)
             wait()
 
-        return {"prefill_seconds": fastest(run), "decode_seconds_per_step": fastest(write) / 32}
+        return {"packages": kernels.packages, "prefill_seconds": fastest(run), "decode_seconds_per_step": fastest(write) / 32}
 
     for size, (width, depth) in sizes.items():
         for dtype in (torch.bfloat16, torch.float16):

@@ -30,7 +30,8 @@ Scores = Callable[[Job, Sequence[Block]], Iterator[list[Result]]]
 
 @contextmanager
 def cluster(workers: int | None, address: str | None) -> Iterator[Scores]:
-    """A scorer on `workers` spawned processes here, each with its share of the cores, or on a scheduler's workers.
+    """A scorer on `workers` spawned processes here, each with its share of the cores and CUDA devices, or on a scheduler's
+    workers.
 
     Raises BackendError where dask.distributed or cryptography is missing, the scheduler does not answer, or a block kills its
     workers. Call it from the main thread.
@@ -100,7 +101,20 @@ def _inputs(job: Job) -> str:
 def _on_worker(job: Job, inputs: str, block: Block) -> list[Result]:
     if _inputs(job) != inputs:
         raise DataError(f"{socket.gethostname()} has another {job.choice.scheme} or {job.choice.calibrate}")
+    if job.choice.device == "cuda":
+        job = _on_own_device(job, _distributed().get_worker().name)
     return score_block(job, block)
+
+
+def _on_own_device(job: Job, worker: Any) -> Job:
+    """The job on one of several CUDA devices, by the number of the worker.
+
+    The workers that this process started are numbered from 0; others have names, and see what CUDA_VISIBLE_DEVICES shows them.
+    """
+    if not isinstance(worker, int):
+        return job
+    count = importlib.import_module("torch").cuda.device_count()
+    return replace(job, choice=replace(job.choice, device=f"cuda:{worker % max(count, 1)}"))
 
 
 def _finished(client: Any, futures: list[Any]) -> Iterator[list[Result]]:

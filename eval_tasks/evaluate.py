@@ -5,16 +5,16 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from refmamba.backend import Backend
+from refmamba.backend import Backend, numerics
 from refmamba.errors import DataError
 from refmamba.eval_tasks.load import Dataset
 from refmamba.eval_tasks.progress import Progress
 from refmamba.eval_tasks.results import Key, Result, Results
-from refmamba.eval_tasks.score import requests, score
+from refmamba.eval_tasks.score import requests, score, sizes_of
 from refmamba.eval_tasks.task import Document
 from refmamba.formats.folder import opened_files
 from refmamba.formats.hub import ModelFiles
@@ -24,8 +24,6 @@ from refmamba.spec import SPEC_VERSION
 from refmamba.spec.calibrate import passage
 from refmamba.spec.parameters import QuantizedModel
 from refmamba.spec.scheme import Scheme
-
-BLOCK = 16  # documents scored and saved together
 
 Block = list[tuple[int, Document]]
 
@@ -89,6 +87,7 @@ class Subject:
     model_sha256: str
     scheme: Scheme
     calibration: str
+    percentile: float | None
     backend: Backend
     max_length: int
     added_tokens: list[int]
@@ -96,12 +95,13 @@ class Subject:
     @property
     def job(self) -> Job:
         """What scores it."""
-        return Job(self.choice, self.max_length, self.model_sha256)
+        device = "cuda" if self.backend.device == "cuda" else self.choice.device  # also where the backend chose it
+        return Job(replace(self.choice, device=device), self.max_length, self.model_sha256)
 
     def key(self, data: Dataset) -> Key:
         """The name of a task's results."""
         exact = ("", "", "")
-        inexact = (self.backend.name, self.backend.device, str(getattr(self.backend, "dtype", "float32")))
+        inexact = (self.backend.name, self.backend.device, ", ".join(numerics(self.backend).values()) or "float32")
         return Key(
             self.model_sha256, json.dumps(self.scheme.to_json(), sort_keys=True), self.calibration, data.task.name,
             data.sha256, SPEC_VERSION, self.max_length, self.choice.add_bos, *(exact if self.backend.exact else inexact),
@@ -111,10 +111,10 @@ class Subject:
         """The names, for JSON."""
         return {
             "model": self.choice.model, "model_sha256": self.model_sha256, "scheme": self.scheme.name,
-            "scheme_map": self.scheme.to_json(), "calibration_sha256": self.calibration or None,
+            "scheme_map": self.scheme.to_json(), "calibration_sha256": self.calibration or None, "percentile": self.percentile,
             "backend": self.backend.name, "device": self.backend.device, "exact": self.backend.exact,
             "spec_version": SPEC_VERSION, "max_length": self.max_length, "added_tokens": self.added_tokens,
-        }  # fmt: skip
+        } | numerics(self.backend)  # fmt: skip
 
 
 def model_sha256(files: ModelFiles) -> str:
@@ -142,10 +142,16 @@ def subject(choice: ModelChoice, max_length: int) -> Subject:
     session = open_session(choice)
     opened, calibration = session.opened, ""
     if session.scheme.needs_calibration and not isinstance(opened.checkpoint, QuantizedModel):
-        text = passage().encode() if choice.calibrate is None else read_bytes(choice.calibrate, TEXT_BYTES)
-        calibration = hashlib.sha256(text).hexdigest()
+        calibration = calibration_sha256(choice)
     sha256, added = model_sha256(opened.files), session.tokenizer.added
-    return Subject(choice, sha256, session.scheme, calibration, session.backend, max_length, added)
+    return Subject(choice, sha256, session.scheme, calibration, session.percentile, session.backend, max_length, added)
+
+
+def calibration_sha256(choice: ModelChoice) -> str:
+    """Of the text or the maxima that the model is calibrated with, and of the percentile where it cuts. Raises FileError."""
+    text = passage().encode() if choice.calibrate is None else read_bytes(choice.calibrate, TEXT_BYTES)
+    cut = b"" if choice.percentile == 1 else f"\0percentile {choice.percentile!r}".encode()
+    return hashlib.sha256(text + cut).hexdigest()
 
 
 def finished_results(results: Results, key: Key, data: Dataset) -> dict[int, Result]:
@@ -173,7 +179,8 @@ def evaluate_all(
         documents, there = data.documents[:limit], finished_results(results, key, data)
         missing = [(i, document) for i, document in enumerate(documents) if i not in there]
         missing.sort(key=lambda item: len(item[1].contexts[0]) + sum(map(len, item[1].continuations)), reverse=True)
-        finished = scorer(subject.job, [missing[i : i + BLOCK] for i in range(0, len(missing), BLOCK)])
+        size = sizes_of(subject.backend).documents
+        finished = scorer(subject.job, [missing[i : i + size] for i in range(0, len(missing), size)])
         given.append((key, f"{subject.scheme.name} {data.task.name}", len(documents), len(missing), finished))
     for key, name, count, left, finished in given:
         progress.start(name, count)

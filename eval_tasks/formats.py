@@ -1,4 +1,4 @@
-"""The file formats in which the six data sets circulate: a file becomes rows that know their place in it."""
+"""The file formats in which the data sets circulate: a file becomes rows that know their place in it."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

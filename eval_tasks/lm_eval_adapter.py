@@ -19,7 +19,7 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from refmamba.eval_tasks.score import MAX_LENGTH, score, token_request
-from refmamba.run.generate import Generation, Sampler
+from refmamba.run.generate import Extent, Generation, Sampler
 from refmamba.run.session import ModelChoice, open_session
 
 REQUESTS_AT_ONCE = 64  # requests scored together, neighbours in the order of their tokens, so that they share their contexts
@@ -103,14 +103,8 @@ class RefmambaLM(TemplateLM):  # type: ignore[misc]
         temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
         sampler = Sampler(temperature, int(options.get("top_k", 0)), float(options.get("top_p", 1.0)), 0)
         prompt = self._session.tokenizer.encode_array(context)[-max(1, self.max_length - count) :]
-        generation = Generation(self._session, prompt, sampler, count)
-        for _ in generation:
-            if any(stop and stop in generation.text for stop in stops):
-                break
-        text = generation.text
-        for stop in stops:
-            text = text.split(stop)[0] if stop else text
-        return text
+        extent = Extent(count, [stop for stop in stops if stop])
+        return Generation(self._session, prompt, sampler, extent).finish().text
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Key:
 
     model: SHA-256 of the model's files; scheme: its map as JSON; calibration: SHA-256 of what it was calibrated with, or
     empty; data: Dataset.sha256; add_bos: as ModelChoice has it. backend, device and dtype are empty for exact backends, whose
-    bits are all the same.
+    bits are all the same; dtype names the kernels too, where the backend does (`refmamba.backend.numerics`).
     """
 
     model: str

@@ -32,12 +32,27 @@ class DataRow:
             raise DataError(f"{self.where}: field '{name}' is {_short(value)}; it must be a text")
         return value
 
-    def texts(self, name: str, count: int) -> tuple[str, ...]:
-        """A list of `count` texts."""
-        value = self._field(name)
-        if not isinstance(value, list) or len(value) != count or not all(isinstance(v, str) for v in value):
+    def texts(self, name: str, fewest: int, most: int | None = None) -> tuple[str, ...]:
+        """A list of texts: as many as `fewest`, or up to `most`."""
+        value, most = self._field(name), most or fewest
+        if not isinstance(value, list) or not fewest <= len(value) <= most or not all(isinstance(v, str) for v in value):
+            count = str(fewest) if fewest == most else f"{fewest} to {most}"
             raise DataError(f"{self.where}: field '{name}' is {_short(value)}; it must be a list of {count} texts")
         return tuple(value)
+
+    def inner(self, name: str) -> "DataRow":
+        """The object in a field, as a row."""
+        value = self._field(name)
+        if not isinstance(value, dict):
+            raise DataError(f"{self.where}: field '{name}' is {_short(value)}; it must be an object")
+        return DataRow(value, f"{self.where}, {name}")
+
+    def rows(self, name: str) -> list["DataRow"]:
+        """The objects of a list, as rows."""
+        value = self._field(name)
+        if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
+            raise DataError(f"{self.where}: field '{name}' is {_short(value)}; it must be a list of objects")
+        return [DataRow(v, f"{self.where}, {name}") for v in value]
 
     def label(self, name: str, labels: Mapping[str, int]) -> int:
         """The index of the right choice, by its label; a numeric label may be a JSON number or a text."""

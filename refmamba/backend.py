@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from refmamba.backends import BACKENDS
 from refmamba.errors import BackendError, RefmambaError
 from refmamba.spec.arith import F32Array, IntArray
@@ -43,6 +46,9 @@ class Runner(Protocol):
     def initial_state(self, batch: int) -> Any:
         """The state of `batch` sequences before their first token."""
 
+    def restore_state(self, conv: F32Array, ssm: F32Array) -> Any:
+        """The state whose `arrays` were these, on this backend or another: float32, in the shapes of `State.arrays`."""
+
     def prefill(
         self,
         sequences: Sequence[IntArray],
@@ -63,8 +69,26 @@ class Runner(Protocol):
         """One more token (batch,) for each sequence: float32 logits (batch, vocabulary), and the new state."""
 
 
+Targets = Sequence[Sequence[tuple[int, int]]]  # of each sequence: (row of its logits, token), sorted by row
+
+
+class Scores(Protocol):
+    """A runner's method `scores`, which only those on a device of their own have: logits stay where they are made."""
+
+    def __call__(
+        self, sequences: Sequence[IntArray], state: Any | None, logits: Positions, targets: Targets, /
+    ) -> tuple[F32Array, NDArray[np.bool_], Any]:
+        """`Runner.prefill`, and of its logits the targets: their log-softmax (25), float32 (n,), and whether each is the first
+        largest of its row, (n,); and the state. Raises what prefill raises.
+        """
+
+
 class Backend(Protocol):
-    """An implementation. exact: it claims the specification's bits, and `refmamba verify` holds it to that."""
+    """An implementation. exact: it claims the specification's bits, and `refmamba verify` holds it to that.
+
+    One that is not exact may have two texts more, `dtype`, what it computes in, and `kernels`, the packages that compute, with
+    their versions: see `numerics`.
+    """
 
     name: str
     device: str
@@ -88,6 +112,13 @@ def check_support(backend: Backend, scheme: Scheme) -> None:
     """Raise BackendError where the backend does not know a coder, a scale or a transform of the scheme."""
     if unknown := backend.supports(scheme):
         raise BackendError(f"backend '{backend.name}' does not know {unknown} (scheme {scheme.name}); use --backend reference")
+
+
+def numerics(backend: Backend) -> dict[str, str]:
+    """What the numbers of a backend that is not exact depend on besides, as far as it says: `dtype` and `kernels`."""
+    if backend.exact:
+        return {}
+    return {part: str(getattr(backend, part)) for part in ("dtype", "kernels") if hasattr(backend, part)}
 
 
 def load_backend(name: str, device: str | None = None) -> Backend:

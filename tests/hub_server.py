@@ -1,9 +1,10 @@
-"""A Hugging Face hub on 127.0.0.1: as much of its API as the client needs to download models. Standard library only.
+"""A Hugging Face hub on 127.0.0.1: as much of its API as the client needs to download and upload models. Standard library only.
 
 Model info, the tree of a revision, and files with ETag, X-Repo-Commit and byte ranges; for what is wrong the hub's own
 X-Error-Code. Every request is logged.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -34,10 +35,11 @@ class Repository:
 
 @dataclass
 class HubServer:
-    """Serves while it is entered. down: answer every request with status 500."""
+    """Serves while it is entered. down: answer every request with status 500. writer: whose token may write."""
 
     repositories: dict[str, Repository]
     down: bool = False
+    writer: str | None = None
     requests: list[tuple[str, str]] = field(default_factory=list)  # method, path
 
     def __enter__(self) -> Self:
@@ -105,6 +107,38 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(404, error="EntryNotFound", commit=commit)
         self.send_file(files[file[3]], commit)
 
+    def do_POST(self) -> None:
+        """Make a repository, or commit files into its main; every file comes in the commit itself."""
+        path, content = unquote(urlsplit(self.path).path), self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        hub = self.server_hub
+        hub.requests.append((self.command, path))
+        if hub.down:
+            return self.answer(500)
+        if path == "/api/validate-yaml":  # of a card
+            return self.answer(200, json.dumps({"errors": [], "warnings": []}))
+        if hub.writer is None or self.headers.get("Authorization") != f"Bearer {hub.writer}":
+            return self.answer(401)
+        if path == "/api/repos/create":
+            values = json.loads(content)
+            name = "/".join(filter(None, (values.get("organization"), values["name"])))
+            there = name in hub.repositories
+            hub.repositories.setdefault(name, Repository({"main": {}}, hub.writer if values.get("private") else None))
+            return self.answer(409 if there else 200, json.dumps({"url": f"{hub.endpoint}/{name}", "id": name}))
+        upload = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path)
+        if upload is None or upload[1] not in hub.repositories:
+            return self.answer(404, error="RepoNotFound")
+        if upload[2] == "preupload":
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(content)["files"]
+            ]
+            return self.answer(200, json.dumps({"files": files}))
+        branch = hub.repositories[upload[1]].revisions["main"]
+        for line in map(json.loads, content.splitlines()):
+            if line["key"] == "file":
+                branch[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        commit = hashlib.sha1(content).hexdigest()
+        return self.answer(200, json.dumps({"commitUrl": f"{hub.endpoint}/{upload[1]}/commit/{commit}", "commitOid": commit}))
+
     def send_file(self, data: bytes, commit: str) -> None:
         part = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(part[1]) if part else 0
@@ -126,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
     def body(self, data: bytes) -> None:
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(data)
 
 

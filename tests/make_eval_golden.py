@@ -27,7 +27,8 @@ HERE = Path(__file__).parent
 SAMPLES = HERE.parent / "eval_tasks" / "samples"
 NAMES = {"lambada": "lambada_openai"}
 HUB = {"EleutherAI/lambada_openai": "lambada", "Rowan/hellaswag": "hellaswag", "baber/piqa": "piqa",
-       "allenai/winogrande": "winogrande", "nyu-mll/glue": "rte", "aps/super_glue": "copa"}  # fmt: skip
+       "allenai/winogrande": "winogrande", "nyu-mll/glue": "rte", "aps/super_glue": "copa",
+       "ARC-Easy": "arc_easy", "ARC-Challenge": "arc_challenge"}  # fmt: skip
 SHORT = 28  # tokens: cuts most contexts
 EDGES = [
     ("", " hello"), ("", "hello world"), ("", "<|endoftext|>hello"), ("The cat sat on the ", "mat."),
@@ -43,12 +44,18 @@ def rows(task: str) -> list[dict[str, Any]]:
         return [
             {"sentence1": r["premise"], "sentence2": r["hypothesis"], "label": int(r["label"] != "entailment")} for r in found
         ]
+    if task == "arc_challenge":  # the original files' form
+        return [
+            {"id": r["id"], "question": r["question"]["stem"], "answerKey": r["answerKey"],
+             "choices": {part: [choice[part] for choice in r["question"]["choices"]] for part in ("text", "label")}}
+            for r in found
+        ]  # fmt: skip
     return [r | {"label": str(r["label"])} for r in found] if task == "hellaswag" else found
 
 
 def load_dataset(path: str, name: str | None = None, **_: Any) -> datasets.DatasetDict:
     """Instead of a download."""
-    split = datasets.Dataset.from_list(rows(HUB[path]))
+    split = datasets.Dataset.from_list(rows(HUB[name or "" if path == "allenai/ai2_arc" else path]))
     return datasets.DatasetDict({"train": split, "validation": split, "test": split})
 
 
@@ -64,7 +71,7 @@ class Recorder(HFLM):  # type: ignore[misc]  # a class without types where the h
 
 
 def run(model: Recorder) -> dict[str, Any]:
-    """All six tasks: documents and metrics."""
+    """All tasks: documents and metrics."""
     names = [NAMES.get(task, task) for task in HUB.values()]
     out = lm_eval.simple_evaluate(model=model, tasks=names, log_samples=True, bootstrap_iters=1000, verbosity="ERROR")
     found = {}

@@ -17,7 +17,7 @@ from refmamba.backends.cpu.backend import read
 from refmamba.backends.cpu.memory import aligned
 from refmamba.backends.cpu.threads import Threads
 from refmamba.commands.bench import command as bench
-from refmamba.run.peers import Apart, LlamaCpp, write_gguf
+from refmamba.run.peers import Apart, LlamaCpp, write_for_llama_cpp
 from refmamba.run.timing import speeds, weight_bytes
 from refmamba.spec.parameters import quantize_model
 from refmamba.spec.scheme import parse_scheme
@@ -72,7 +72,7 @@ def test_peak_memory_is_that_of_the_largest_moment() -> None:
 def test_llama_cpp_runs_the_file_we_write(tmp_path: Path, tiny: RandomSource) -> None:
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
-    write_gguf(tiny, tmp_path / "F32.gguf", "F32")
+    write_for_llama_cpp(tiny, tmp_path / "F32.gguf", "F32")
     peer = LlamaCpp(tmp_path / "F32.gguf", "F32", 1)
     tokens = np.arange(5)
     peer.prefill(tokens)

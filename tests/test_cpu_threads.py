@@ -2,8 +2,11 @@
 
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,26 @@ def test_an_error_reaches_the_caller(rank: int) -> None:
             threads.run(fails, TABLE)
     threads.run(lambda number, table: ran.append(number), TABLE)
     assert sorted(ran) == sorted([0, 1, 2] * 3)
+
+
+def test_an_interrupt_waits_for_the_other_threads() -> None:
+    """They write into the caller's arrays, which would be freed, or given to the next call, under their hands."""
+    threads, ended, main = Threads(2), list[int](), threading.get_ident()
+
+    def job(number: int, table: int) -> None:
+        if number:
+            time.sleep(0.2)  # by now the main thread waits
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(0.2)
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(0.2)
+            ended.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        threads.run(job, TABLE)
+    assert ended == [1]
+    threads.run(lambda number, table: ended.append(number), TABLE)
+    assert sorted(ended) == [0, 1, 1]
 
 
 untyped: Any = cgutils  # numba's own functions have no types

@@ -1,8 +1,9 @@
-"""The six tasks' rows: every format in the wild, where files are found, and every way in which they can be wrong."""
+"""The tasks' rows: every format in the wild, where files are found, and every way in which they can be wrong."""
 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "winogrande": {"sentence": "An ant ate a bee as the _ was hungry_.", "option1": "ant", "option2": "bee", "answer": "1"},
     "rte": {"premise": "A is B.", "hypothesis": "B is A.", "label": "not_entailment"},
     "copa": {"premise": " It rained. ", "choice1": "I swam.", "choice2": "Éva slept.", "question": "effect", "label": 0},
+    "arc_easy": {
+        "question": "Who\nrows?", "choices": {"text": ["an ant", "Bees ", ""], "label": ["1", "2", "3"]}, "answerKey": "2",
+    },
+    "arc_challenge": {
+        "question": {"stem": " Why?", "choices": [{"text": b, "label": a} for a, b in ("Av", "Bw", "Cx", "Dy", "Ez")]},
+        "answerKey": "E",
+    },
 }  # fmt: skip
 
 
@@ -45,6 +53,8 @@ def write(folder: Path, task: str, *rows: Any, name: str = "") -> Path:
         ("winogrande", ["An ant ate a bee as the ant", "An ant ate a bee as the bee"], [" was hungry_."] * 2, 0),
         ("rte", ["A is B.\nQuestion: B is A. True or False?\nAnswer:"] * 2, [" True", " False"], 1),
         ("copa", ["It rained therefore"] * 2, ["  i swam.", "  éva slept."], 0),
+        ("arc_easy", ["Question: Who\nrows?\nAnswer:"] * 3, [" an ant", " Bees ", " "], 1),
+        ("arc_challenge", ["Question:  Why?\nAnswer:"] * 5, [" v", " w", " x", " y", " z"], 4),
     ],
 )
 def test_a_row_becomes_its_prompt(task: str, contexts: list[str], continuations: list[str], gold: int, tmp_path: Path) -> None:
@@ -85,7 +95,11 @@ def test_copa_from_the_original_xml(tmp_path: Path) -> None:
 HUB_FORM: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "hellaswag": lambda row: row | {"label": str(row["label"]), "ind": 1},
     "rte": lambda row: {"sentence1": row["premise"], "sentence2": row["hypothesis"], "label": 1, "idx": 0},
-}
+    "arc_challenge": lambda row: {
+        "question": row["question"]["stem"], "answerKey": row["answerKey"],
+        "choices": {part: [choice[part] for choice in row["question"]["choices"]] for part in ("text", "label")},
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -151,15 +165,16 @@ def test_a_file_in_the_hub_s_cache_is_checked_by_the_hash_it_is_kept_under(tmp_p
 
 def test_a_folder_s_usual_names_are_found(tmp_path: Path) -> None:
     for task, name in {"lambada": "lambada_test.jsonl", "hellaswag": "hellaswag_val.jsonl", "winogrande": "dev.jsonl",
-                       "copa": "val.jsonl", "rte": "dev.tsv", "piqa": "valid.jsonl"}.items():  # fmt: skip
-        folder = tmp_path if name.startswith(task) else tmp_path / task.upper()
+                       "copa": "val.jsonl", "rte": "dev.tsv", "piqa": "valid.jsonl", "arc_easy": "ARC-Easy-Test.jsonl",
+                       "arc_challenge": "test-00000-of-00001.jsonl"}.items():  # fmt: skip
+        folder = tmp_path if name.startswith(task) else tmp_path / task.upper().replace("_", "-")
         folder.mkdir(exist_ok=True)
         if name.endswith("tsv"):
             (folder / name).write_text("sentence1\tsentence2\tlabel\nA.\tB.\tentailment\n")
         else:
             write(folder, task, ROWS[task], name=name)
             if task != "lambada":
-                write(folder, task, "{}", name=name.replace("val", "train").replace("dev", "train"))
+                write(folder, task, "{}", name=re.sub("val|dev|test|Test", "train", name))
     write(tmp_path / "PIQA", "piqa", "1", name="valid-labels.lst")
     assert [data.task.name for data in load_tasks((), [str(tmp_path)])] == list(TASKS)
 
@@ -187,7 +202,7 @@ def test_a_task_s_name_is_a_word_of_the_path(tmp_path: Path) -> None:
 def test_real_rows_are_read() -> None:
     if REAL is None:
         pytest.skip("REFMAMBA_TASK_DATA names no folder of real rows")
-    assert [data.task.name for data in load_tasks((), [REAL])] == list(TASKS)
+    assert {"lambada", "hellaswag", "piqa", "winogrande", "rte", "copa"} <= {data.task.name for data in load_tasks((), [REAL])}
 
 
 # what is wrong, with file and line
@@ -211,6 +226,12 @@ def without(task: str, field: str) -> dict[str, Any]:
         ("rte", [ROWS["rte"] | {"label": -1}], "rte.jsonl:1: label 'label' is -1"),
         ("copa", [ROWS["copa"] | {"question": "why"}], "'question' is 'why'; it must be cause or effect"),
         ("copa", [ROWS["copa"] | {"choice1": ""}], "copa.jsonl:1: field 'choice1' is empty"),
+        ("arc_easy", [ROWS["arc_easy"] | {"answerKey": "B"}], "label 'answerKey' is 'B'; it must be one of 1, 2, 3"),
+        ("arc_easy", [ROWS["arc_easy"] | {"choices": {"text": ["a", "b"], "label": ["A", "B"]}}], "a list of 3 to 5 texts"),
+        ("arc_easy", [ROWS["arc_easy"] | {"choices": {"text": list("abcd"), "label": list("AAB")}}], "4 answers with 2 labels"),
+        ("arc_easy", [ROWS["arc_easy"] | {"choices": []}], r"field 'choices' is \[\]; it must be an object"),
+        ("arc_challenge", [{"question": {"stem": "Why?"}}], "jsonl:1, question: no field 'choices'"),
+        ("arc_challenge", [{"question": {"stem": "Why?", "choices": ["a"]}}], "must be a list of objects"),
         ("lambada", [{"text": 7}], "lambada.jsonl:1: field 'text' is 7; it must be a text"),
         ("lambada", [ROWS["lambada"], '{"text": "a b'], "lambada.jsonl:2: not JSON at column 10"),
         ("lambada", ["[1]"], "lambada.jsonl:1: not a JSON object"),

@@ -199,8 +199,9 @@ def test_the_key_holds_all_that_numbers_depend_on(small: Subject, tmp_path: Path
         key(data=load_sample(TASKS["copa"])),
         key(replace(small.choice, scheme="int8-static")),
         key(replace(small.choice, scheme="int8-static", calibrate=passage)),
+        key(replace(small.choice, scheme="int8-static", calibrate=passage, percentile=0.99)),
     ]
-    assert len({small.key(data), *others}) == 6
+    assert len({small.key(data), *others}) == 7
     # an exact backend's numbers are every exact backend's; another's carry its name
     assert key(replace(small.choice, backend="reference")) == key()
     inexact: Any = type("Inexact", (), {"name": "fast", "device": "cuda", "exact": False, "dtype": "bfloat16"})()

@@ -262,7 +262,7 @@ def as_any(value: Any) -> Any:
         (lambda _: refmamba.load("small", scheme="int8-static", calibrate="no.txt"), refmamba.FileError, "no.txt"),
         (lambda _: refmamba.quantize("small", "q"), refmamba.SchemeError, "name what to save the model as"),
         (lambda _: refmamba.quantize("small", ROOT, scheme="int8"), refmamba.CheckpointError, "not an empty folder"),
-        (lambda model: model.generate("x", max_new_tokens=0), refmamba.DataError, "max_new_tokens is 0"),
+        (lambda model: model.generate("x", max_new_tokens=-1), refmamba.DataError, "max_new_tokens is -1"),
         (lambda model: model.generate("x", max_new_tokens=1.5), refmamba.DataError, "max_new_tokens is 1.5"),
         (lambda model: model.generate("x", temperature=-1), refmamba.DataError, "temperature is -1"),
         (lambda model: model.generate("x", temperature=float("nan")), refmamba.DataError, "temperature is nan"),

@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from eval_model import write_small
 from hub_server import HubServer, Repository
 
 import refmamba
+from refmamba.commands.main import refmamba as command_line
 from refmamba.errors import HubError, JSONError
 from refmamba.formats.hub import ModelFiles, resolve_model
 from refmamba.run.session import ModelChoice, open_model
@@ -87,6 +90,11 @@ class Client:
         assert not any("HubError" in line for line in noise)
         assert last.startswith("HubError: ")
         return last.removeprefix("HubError: ")
+
+    def refmamba(self, *words: str, **env: str) -> "subprocess.CompletedProcess[str]":
+        """The command."""
+        command = [sys.executable, "-m", "refmamba", *words]
+        return subprocess.run(command, env=self.env | env, cwd=self.home, capture_output=True, text=True, timeout=100)
 
 
 @pytest.fixture
@@ -231,3 +239,58 @@ def test_a_broken_config_asks_the_hub_for_nothing(tmp_path: Path, monkeypatch: p
     assert resolve_model(str(tmp_path)) == ModelFiles(tmp_path, tmp_path / "tokenizer.json")
     with pytest.raises(JSONError, match=r"config\.json: not JSON"):
         open_model(ModelChoice(str(tmp_path)))
+
+
+# --- push -------------------------------------------------------------------------------------------------------------
+
+TEXT = "Call me Ishmael. Some years ago, never mind how long precisely."
+
+
+@pytest.fixture
+def quantized(tmp_path: Path) -> Path:
+    """A small folder under int8, with a file that is not the model's."""
+    folder = refmamba.quantize(write_small(tmp_path / "floats"), tmp_path / "mine", scheme="int8")
+    (folder / "secret.txt").write_text("not the model's")
+    (tmp_path / "text.txt").write_text(TEXT)
+    return folder
+
+
+def test_a_folder_is_pushed_and_comes_back(hub: HubServer, client: Client, quantized: Path) -> None:
+    hub.writer = SECRET
+    words = ("push", str(quantized), "me/mine", "--source", "state/hf", "--text", "text.txt")
+    done = client.refmamba(*words, HF_TOKEN=SECRET)
+    assert (done.returncode, done.stdout) == (0, f"{hub.endpoint}/me/mine\n"), done.stderr
+    pushed = hub.repositories["me/mine"].revisions["main"]
+    assert sorted(pushed) == ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
+    assert all(pushed[file.name] == file.read_bytes() for file in quantized.iterdir() if file.name != "secret.txt")
+    bits = refmamba.load(quantized).perplexity(TEXT).bits_per_byte
+    card = pushed["README.md"].decode()
+    assert card.startswith("---\nbase_model: state/hf\nlibrary_name: refmamba\n")
+    for line in ("| source | state/hf |", "| scheme | `int8` |", f"| refmamba's specification | {refmamba.SPEC_VERSION} |",
+                 f"| text.txt, {len(TEXT)} bytes | {bits:.4f} bits a byte |", "scheme int8"):  # fmt: skip
+        assert line in card.splitlines(), line
+    assert contents(client.resolve("me/mine").folder).keys() == pushed.keys() - {"README.md"}
+
+
+def test_who_may_not_write_is_told_in_one_line(hub: HubServer, client: Client, quantized: Path) -> None:
+    """Also: a README.md in the folder is the card, and nothing is measured."""
+    (quantized / "README.md").write_text("mine")
+    done = client.refmamba("push", str(quantized), "me/mine", HF_TOKEN="hf_wrong")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == (
+        "refmamba: me/mine: the hub does not let you write there; set HF_TOKEN to a token that may"
+    )
+    assert "Traceback" not in done.stderr
+    assert "scoring" not in done.stderr
+    assert "me/mine" not in hub.repositories
+
+
+@pytest.mark.parametrize(
+    ("folder", "repository", "words"),
+    [("nowhere", "me/mine", "nowhere: no such folder"), (".", "mine", "give the repository as OWNER/NAME"),
+     (".", "me/", "give the repository as OWNER/NAME"), (".", "me/mi/ne", "give the repository as OWNER/NAME")],
+)  # fmt: skip
+def test_what_cannot_be_pushed_is_told_before_any_work(folder: str, repository: str, words: str) -> None:
+    done = CliRunner().invoke(command_line, ["push", folder, repository])
+    assert isinstance(done.exception, HubError)
+    assert words in str(done.exception)

@@ -20,6 +20,7 @@ RULES: dict[str, set[str]] = {
     "backends.adapter": {"spec"},  # for the backends that compute on tensors
     "backends.torch_eager": {"errors", "spec", "backend", "backends.adapter"},
     "backends.triton": {"errors", "spec", "backend", "backends.adapter"},
+    "backends.mamba_ssm": {"errors", "spec", "backend", "backends.adapter"},
     "backends.cpu": {"errors", "spec", "backend"},
     "formats": {"errors", "spec"},
     "run": {"errors", "spec", "backend", "backends", "formats"},

@@ -56,6 +56,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as started:
+        playwright.expect.set_options(timeout=LIMIT)
         chromium = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield chromium
         chromium.close()
@@ -92,7 +93,7 @@ def go(page: Any, **place: Any) -> None:
 
 
 def expect_heading(page: Any, words: str) -> None:
-    playwright.expect(page.locator("#number h3")).to_have_text(words, timeout=LIMIT)
+    playwright.expect(page.locator("#number h3")).to_have_text(words)
 
 
 def fact(page: Any, name: str) -> str:
@@ -110,7 +111,7 @@ def changes(page: Any, selector: str, action: Any) -> None:
     """Do something, and wait until the text of an element is another."""
     before = page.locator(selector).inner_text()
     action()
-    playwright.expect(page.locator(selector)).not_to_have_text(before, timeout=LIMIT)
+    playwright.expect(page.locator(selector)).not_to_have_text(before)
 
 
 @cache
@@ -371,9 +372,9 @@ def test_bits_and_scales_change_the_codes_and_the_paragraph(page: Any) -> None:
     changes(page, "#histogram-words", lambda: page.locator("#bits-scale").select_option("groups"))
     assert whole > rows > error_of(words.inner_text())
     page.locator("#bits-scale").select_option("per_tensor")
-    playwright.expect(page.locator("#paragraph-words")).to_contain_text("bits a byte", timeout=LIMIT)
+    playwright.expect(page.locator("#paragraph-words")).to_contain_text("bits a byte")
     changes(page, "#paragraph-words", lambda: page.locator("#bits-bits").fill("2"))
-    playwright.expect(page.locator("#paragraph-words")).to_contain_text("bits a byte", timeout=LIMIT)
+    playwright.expect(page.locator("#paragraph-words")).to_contain_text("bits a byte")
     coded, plain = map(float, re.findall(r"\d+\.\d+", page.locator("#paragraph-words").inner_text()))
     assert coded > plain + 0.5
 
@@ -397,7 +398,7 @@ def test_two_schemes_part_where_the_reference_does(page: Any) -> None:
     page.locator("#two-a").select_option("int8")
     page.locator("#two-b").select_option("int8-static")
     page.locator("#two-run").click()
-    playwright.expect(page.locator("#two-words")).to_contain_text("They part at", timeout=LIMIT)
+    playwright.expect(page.locator("#two-words")).to_contain_text("They part at")
     assert page.locator("#two-words").inner_text().startswith(f"They part at {first} (")
     assert page.locator("#two-table tr.first").inner_text().split("\t")[0] == first
 
@@ -412,11 +413,9 @@ def test_a_flipped_bit_breaks_the_hash_or_is_rounded_away(page: Any) -> None:
     playwright.expect(page.locator("#flip-words")).to_have_text(f"The weight is {weight!s}.")
     bits = page.locator("#flip-bits button")
     bits.nth(15).click()
-    playwright.expect(page.locator("#flip-words")).to_contain_text("no bit of any value differs", timeout=LIMIT)
+    playwright.expect(page.locator("#flip-words")).to_contain_text("no bit of any value differs")
     bits.nth(0).click()
-    playwright.expect(page.locator("#flip-words")).to_contain_text(
-        "the first other bits are in layers.3.x_proj.acc [token", timeout=LIMIT
-    )
+    playwright.expect(page.locator("#flip-words")).to_contain_text("the first other bits are in layers.3.x_proj.acc [token")
 
 
 def test_what_the_reader_predicts_is_answered(page: Any) -> None:
@@ -513,6 +512,13 @@ def test_an_address_opens_a_number(browser: Any, file: Path) -> None:
     page = opened(browser, file, "#layer=6&op=dt_proj.in_codes&token=3&channel=11&scheme=w8-all")
     expect_heading(page, "layers.6.dt_proj.in_codes [token 3, channel 11]")
     assert page.locator("#scheme").input_value() == "w8-all"
+    playwright.expect(page.locator("#number")).to_be_in_viewport()
+    page.close()
+
+
+def test_an_address_opens_a_part(browser: Any, file: Path) -> None:
+    page = opened(browser, file, "#outlier")
+    playwright.expect(page.locator("#outlier h2")).to_be_in_viewport()
     page.close()
 
 
@@ -532,4 +538,6 @@ def test_every_control_is_reached_by_tab_alone(browser: Any, file: Path) -> None
 def test_the_page_is_one_file_of_a_size_to_pass_on(file: Path) -> None:
     text = file.read_text("utf-8")
     assert file.stat().st_size < MOST_BYTES
+    assert text.isascii()  # a browser decodes it at once, and twice as fast
+    assert not re.search(r"\\U000", text)  # which JavaScript does not have
     assert re.findall(r"(?:src|href)=\"(?!#|data:)[^\"]*", text) == []

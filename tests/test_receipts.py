@@ -152,9 +152,9 @@ def test_another_model_and_another_calibration_are_told(generated: Path, tmp_pat
 def test_a_receipt_finds_its_calibration_and_the_saved_model_is_the_same(tmp_path: Path) -> None:
     text, folder = tmp_path / "mine.txt", tmp_path / "saved"
     text.write_text("The wolf went down to the river, and the fox went after him. " * 8, "utf-8")
-    options = ("--scheme", "int8-smooth", "--calibrate", str(text))
+    options = ("--scheme", "int8-smooth", "--calibrate", str(text), "--percentile", "0.99")
     file, receipt = made(tmp_path, "generate", "She", "--max-new-tokens", "3", *options)
-    assert receipt["about"]["calibrate"] == str(text)
+    assert (receipt["about"]["calibrate"], receipt["about"]["percentile"]) == (str(text), 0.99)
     assert run("replay", str(file), "--backend", "reference").returncode == 0
     assert run("quantize", "small", str(folder), *options).returncode == 0
     assert run("replay", str(file), "--model", str(folder)).returncode == 0

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +16,12 @@ from refmamba.errors import SchemeError
 from refmamba.formats.folder import open_checkpoint
 from refmamba.formats.hub import resolve_model
 from refmamba.formats.tokenizer import Tokenizer, load_tokenizer
+from refmamba.paper.planted import Planted
 from refmamba.paper.smoothing import search
 from refmamba.run.perplexity import perplexity
 from refmamba.spec.arith import F32Array
 from refmamba.spec.calibrate import calibrate, passage
-from refmamba.spec.config import MambaConfig, ParameterSource
+from refmamba.spec.config import ParameterSource
 from refmamba.spec.mamba1 import Mamba
 from refmamba.spec.parameters import QuantizedModel, quantize_model
 from refmamba.spec.scheme import LINEAR_LAYERS, Quantizer, Scheme, parse_scheme, scheme_from_json
@@ -76,26 +77,6 @@ def read(model: QuantizedModel, name: str) -> F32Array:
     return param if isinstance(param, np.ndarray) else param.q.astype(np.float32)
 
 
-@dataclass(frozen=True)
-class Planted:
-    """A model whose channel 5 at every in_proj is 2^shift times larger: multiplied in the norm, divided out behind it."""
-
-    source: ParameterSource
-    shift: int
-
-    @property
-    def config(self) -> MambaConfig:
-        return self.source.config
-
-    def read(self, name: str) -> F32Array:
-        x = self.source.read(name).copy()
-        if name.endswith(".norm.weight"):
-            x[5] *= np.float32(2**self.shift)
-        if name.endswith("in_proj.weight"):
-            x[:, 5] /= np.float32(2**self.shift)
-        return x
-
-
 @pytest.fixture(scope="module")
 def small() -> tuple[ParameterSource, Tokenizer]:
     files = resolve_model("small")
@@ -115,7 +96,7 @@ def test_planted_outliers_break_static_int8_and_smoothing_recovers(small: tuple[
     calibration = calibrate(source, tokenizer.encode_array(passage()))
     schemes = ("fp32", "int8-static", "int8-smooth")
     before = {scheme: bits_per_byte(source, tokenizer, scheme, calibration) for scheme in schemes}
-    planted = Planted(source, shift=7)
+    planted = Planted(source, "in_proj", 7)
     calibration = calibrate(planted, tokenizer.encode_array(passage()))
     after = {scheme: bits_per_byte(planted, tokenizer, scheme, calibration) for scheme in schemes}
     assert after["fp32"] == pytest.approx(before["fp32"], abs=1e-5)
@@ -127,7 +108,7 @@ def test_planted_outliers_break_static_int8_and_smoothing_recovers(small: tuple[
 def test_smoothing_recovers_from_any_factor(small: tuple[ParameterSource, Tokenizer]) -> None:
     """Calibration's own forward must survive the planted channel, so no weight of it may share its scale."""
     source, tokenizer = small
-    planted = Planted(source, shift=12)
+    planted = Planted(source, "in_proj", 12)
     calibration = calibrate(planted, tokenizer.encode_array(passage()))
     before = bits_per_byte(planted, tokenizer, "fp32", {})
     assert bits_per_byte(planted, tokenizer, "int8-static", calibration) > before + 1
@@ -157,7 +138,7 @@ def test_smoothing_undoes_a_planted_power_of_two_exactly(tiny: ParameterSource) 
     scheme = parse_scheme("int8-smooth")
     logits = [
         Mamba(quantize_model(source, scheme, absmax)).prefill([TOKENS], logits="all")[0][0]
-        for source, absmax in ((tiny, calibration), (Planted(tiny, 7), planted))
+        for source, absmax in ((tiny, calibration), (Planted(tiny, "in_proj", 7), planted))
     ]
     assert_bits(logits[0], logits[1])
 

@@ -18,8 +18,15 @@ from conftest import TINY, RandomSource, assert_bits
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+import torch
+from triton_faults import FAULTS, SHAPE, elementwise, planted
+
 from refmamba.backend import load_backend
+from refmamba.backends.triton import backend, operations
+from refmamba.backends.triton.kernels import alone
+from refmamba.backends.triton.model import launch
 from refmamba.errors import BackendError, NonFiniteError
+from refmamba.eval_tasks.score import score, token_request
 from refmamba.spec.arith import F32Array
 from refmamba.spec.mamba1 import Mamba
 from refmamba.spec.parameters import QuantizedModel, quantize_model
@@ -121,6 +128,54 @@ def test_a_call_changes_neither_its_state_nor_its_fork(tiny: RandomSource) -> No
 
 
 @interpreted
+@pytest.mark.parametrize("scheme", ["int8", "w8a8-mlp"])
+def test_scores_are_those_of_the_reference(scheme: str, tiny: RandomSource) -> None:
+    model, triton, reference = quantize_model(tiny, parse_scheme(scheme)), load_backend("triton"), load_backend("reference")
+    wanted = [
+        token_request([3, 1, *context], choice, 2048, "") for context in ([4], [4, 1]) for choice in ([5], [9, 2], [9, 6])
+    ]
+    runner = triton.load(model)
+    assert hasattr(runner, "scores")
+    assert score(runner, triton, wanted) == score(reference.load(model), reference, wanted)
+
+
+@interpreted
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_the_interpreter_sees_of_a_planted_fault(name: str, tmp_path: Path) -> None:
+    fault, x = FAULTS[name], torch.from_numpy(np.random.default_rng(14).standard_normal(SHAPE).astype(np.float32) * 30)
+    x[0, 3] = np.nan
+    right, wrong = torch.zeros(SHAPE), torch.zeros(SHAPE)
+    for kernel, y in ((getattr(alone, fault.kernel), right), (planted(tmp_path, fault), wrong)):
+        launch(kernel, fault.grid, 4, x_ptr=x, y_ptr=y, **fault.arguments)
+    assert bool(torch.any(right.view(torch.int32) != wrong.view(torch.int32))) == fault.interpreter
+
+
+@interpreted
+def test_the_interpreter_does_not_see_fusion() -> None:
+    x, y, fused = torch.linspace(-9, 9, 600), torch.zeros(600), torch.zeros(600)
+    launch(alone.elementwise_kernel, (1,), 4, x_ptr=x, y_ptr=y, **elementwise("exp"))
+    alone.elementwise_kernel[(1,)](x_ptr=x, y_ptr=fused, **elementwise("exp"), num_warps=4, enable_fp_fusion=True)
+    assert torch.equal(y.view(torch.int32), fused.view(torch.int32))
+
+
+@interpreted
+@pytest.mark.parametrize(("operation", "message"), [("multiply", "flushes subnormal"), ("product", "other products")])
+def test_a_device_that_is_not_exact_is_refused(operation: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def elementwise(op: str, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+    def product(x: Any, w: Any) -> torch.Tensor:
+        return operations.integer_product(x, w) + 1
+
+    if operation == "multiply":
+        monkeypatch.setattr(operations, "elementwise", elementwise)
+    else:
+        monkeypatch.setitem(operations.OPERATIONS, "integer_product", product)
+    with pytest.raises(BackendError, match=message):
+        backend.check_device.__wrapped__(torch.device("cpu"))
+
+
+@interpreted
 def test_no_other_device_while_interpreting() -> None:
     with pytest.raises(BackendError, match="TRITON_INTERPRET is set"):
         load_backend("triton", "cuda")
@@ -131,8 +186,6 @@ def test_no_other_device_while_interpreting() -> None:
     ("device", "message"), [("cpu", "TRITON_INTERPRET=1"), (None, "no CUDA device"), ("cuda:1", "--backend torch")]
 )
 def test_without_a_gpu_a_line_says_what_to_do(device: str | None, message: str) -> None:
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(BackendError, match=message) as error:

@@ -4,12 +4,10 @@ tools/compile_kernels.py compiles for a GPU that is not there; tests/ptx.py runs
 first for every configuration; here it is done for one of each kind.
 """
 
-import importlib
 import sys
-import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import torch
 import triton
 from compile_kernels import ARCHITECTURES, Configuration, compiled, configurations, faults, specialized
+from triton_faults import FAULTS, SHAPE, planted
 
 from refmamba.backends.triton.kernels import alone, layers
 from refmamba.spec import arith, codes, ops
@@ -170,71 +169,29 @@ def test_one_kernel_of_each_kind_is_exact_on_every_architecture() -> None:
         assert faults(ptx) == [], configuration.name
 
 
-class Fault(NamedTuple):
-    """An edit of a module of kernels, the kernel that shows it, and its arguments beside x and y."""
-
-    module: str
-    old: str
-    new: str
-    kernel: str
-    arguments: dict[str, Any]
-
-
-ELEMENTWISE: dict[str, Any] = {"z_ptr": None, "n": 600, "largest": 0.0, "BLOCK": 1024}
-NORM: dict[str, Any] = {"weight_ptr": torch.ones(100), "eps": 1e-5, "rows": 6, "K": 100, "M": 4, "WIDTH": 128}
-# A fault in the text of the PTX, by what is found there.
-PLANTED = {
-    "div.full": Fault("arithmetic", "tl.div_rn(x, tl.broadcast_to(y, x.shape))", "x / y", "elementwise_kernel",
-                      ELEMENTWISE | {"OP": "silu"}),
-    "sqrt.approx": Fault("layers", "tl.sqrt_rn(mean + eps)", "tl.sqrt(mean + eps)", "rms_norm_kernel", NORM),
-    "ex2.approx": Fault("arithmetic", "divide(x, 1.0 + exp(-x))", "divide(x, 1.0 + tl.exp(-x))", "elementwise_kernel",
-                        ELEMENTWISE | {"OP": "silu"}),
-    "max.f32": Fault("arithmetic", "tl.where(x < 0.0, 0.0, x) + log1p", "tl.maximum(x, 0.0) + log1p", "elementwise_kernel",
-                     ELEMENTWISE | {"OP": "softplus"}),
-    "max": Fault("alone", "shifted = x - m", "shifted = x - tl.max(x, 0)", "log_softmax_kernel", {"N": 100, "WIDTH": 128}),
-}  # fmt: skip
-
-
-def planted(folder: Path, fault: Fault) -> Any:
-    """The kernel in a copy of the kernels with one edit."""
-    package = folder / f"planted_{uuid.uuid4().hex}"
-    package.mkdir()
-    for file in Path(str(alone.__file__)).parent.glob("*.py"):
-        text = file.read_text("utf-8").replace("refmamba.backends.triton.kernels", package.name)
-        if file.stem == fault.module:
-            assert text.count(fault.old) == 1
-            text = text.replace(fault.old, fault.new)
-        (package / file.name).write_text(text, "utf-8")
-    sys.path.insert(0, str(folder))
-    try:
-        return getattr(importlib.import_module(f"{package.name}.alone"), fault.kernel)
-    finally:
-        sys.path.remove(str(folder))
-
-
-@pytest.mark.parametrize("instruction", PLANTED)
-def test_a_fault_is_found_in_the_text(instruction: str, tmp_path: Path) -> None:
-    fault, x = PLANTED[instruction], torch.zeros(6, 100)
+@pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if fault.text])
+def test_a_fault_is_found_in_the_text(name: str, tmp_path: Path) -> None:
+    fault, x = FAULTS[name], torch.zeros(SHAPE)
     arguments = fault.arguments | {"x_ptr": x, "y_ptr": x}
     right = specialized(getattr(alone, fault.kernel), 4, 2, arguments)
     wrong = specialized(planted(tmp_path, fault), 4, 2, arguments)
     assert faults(compiled(right, "sm_90").asm["ptx"]) == []
     found = faults(compiled(wrong, "sm_90").asm["ptx"])
-    assert any(line.startswith(instruction) for line in found), found
+    assert any(line.startswith(fault.text) for line in found), found
 
 
-def test_a_fault_is_found_when_it_runs(tmp_path: Path) -> None:
-    fault = Fault("arithmetic", "first, second = tl.split(tl.permute(tl.reshape(x, [ROWS, 2, half]), (0, 2, 1)))",
-                  "first, second = tl.split(tl.reshape(x, [ROWS, half, 2]))", "tree_sum_kernel", {})  # fmt: skip
-    x = RNG.standard_normal((6, 100)).astype(np.float32)
-    for kernel, edit in (
-        ("tree", fault),
-        ("sum", fault._replace(module="alone", old="tree(x, M, WIDTH), mask", new="tl.sum(x, 1), mask")),
-    ):
-        y = np.empty(6, np.float32)
-        ptx = run(planted(tmp_path, edit), (2,), 4, "sm_90", x_ptr=x, y_ptr=y, rows=6, K=100, M=4, WIDTH=128)
-        assert faults(ptx) == [], kernel  # the text is as good as before
-        assert np.any(arith.tree_sum(x) != y), kernel
+@pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if fault.run])
+def test_a_fault_is_found_when_it_runs(name: str, tmp_path: Path) -> None:
+    x, y, fault = RNG.standard_normal(SHAPE).astype(np.float32), np.empty(6, np.float32), FAULTS[name]
+    ptx = run(planted(tmp_path, fault), fault.grid, 4, "sm_90", x_ptr=x, y_ptr=y, **fault.arguments)
+    assert faults(ptx) == []  # the text is as good as before
+    assert np.any(arith.tree_sum(x) != y)
+
+
+def test_the_table_of_faults_is_the_documented_one() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "GPU.md").read_text("utf-8")
+    for name, fault in FAULTS.items():
+        assert " ".join(f"| {name} | {fault.found} |".split()) in " ".join(text.split()), name
 
 
 def test_fusion_is_found() -> None:

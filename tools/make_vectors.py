@@ -22,7 +22,7 @@ import numpy as np
 
 from refmamba.conformance.models import SCHEMES, sha256_of
 from refmamba.conformance.vectors import encode
-from refmamba.formats.calibration import save_calibration
+from refmamba.formats.calibration import Calibration, save_calibration
 from refmamba.formats.checkpoint import read_config
 from refmamba.formats.folder import open_checkpoint
 from refmamba.spec.arith import F32Array
@@ -740,7 +740,7 @@ def write_weights(folder: Path, model: Generated) -> tuple[ParameterSource, dict
 
     source = save_model(folder, model.config, parameter)
     absmax = calibrate(source, np.array(max(model.sequences, key=len)))
-    save_calibration(absmax, folder / "calibration.json")
+    save_calibration(Calibration(absmax), folder / "calibration.json")
     return source, absmax
 
 
@@ -790,7 +790,7 @@ def write_edges() -> None:
     source = save_model(folder, config, parameter)
     shapes = {site: source.config.shapes()[f"{site}.weight"][1:] for site in linear_sites(source.config)}
     absmax = {site: np.full(shape, 1e-35 if site == "lm_head" else 1, np.float32) for site, shape in shapes.items()}
-    save_calibration(absmax, folder / "calibration.json")
+    save_calibration(Calibration(absmax), folder / "calibration.json")
     zeros = hashlib.sha256(bytes(4 * len(sequence) * 10)).hexdigest()
     frozen = {"source": HAND, "compare": "exact", "schemes": {"int8-static": zeros}}
     raised = dict.fromkeys(("int8", "fp32"), "NonFiniteError")

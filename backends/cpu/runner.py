@@ -41,7 +41,6 @@ from refmamba.spec.codes import ABSMAX_ZERO, ACTIVATION_BITS, BLOCK, Codes, dequ
 from refmamba.spec.config import kind_of
 from refmamba.spec.linear import Linear
 from refmamba.spec.mamba1 import Positions, check_call, check_logits, one_each
-from refmamba.spec.ops import state_matrix
 from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.scheme import LINEAR_LAYERS
 from refmamba.spec.trace import Hook
@@ -96,7 +95,7 @@ class CpuRunner:
             at = f"layers.{i}"
             conv = self._strips(self.model.value(f"{at}.conv1d.weight").T)
             conv_bias = self._strips(self.model.value(f"{at}.conv1d.bias")) if c.use_conv_bias else 0
-            A = state_matrix(self.model.value(f"{at}.A_log")).T  # (n, e) -> (strips, n, 16)
+            A = self.model.state_matrix(i).T  # (n, e) -> (strips, n, 16)
             A = np.pad(A, ((0, 0), (0, -e % LANES))).reshape(n, -1, LANES).swapaxes(0, 1)
             self._table[i, : int(Layer.IN_PROJ)] = (
                 self._strips(self.model.value(f"{at}.norm.weight")), conv, conv_bias, self._keep(A),
@@ -301,6 +300,10 @@ class CpuRunner:
         state.conv.fill(0)
         state.ssm.fill(0)
         return state.take([0] * batch)
+
+    def restore_state(self, conv: F32Array, ssm: F32Array) -> State:
+        """The state whose `arrays` were these."""
+        return State.of(self.config, self._pool, conv, ssm)
 
     def prefill(
         self,

@@ -41,6 +41,15 @@ class State:
         ssm_in = start + 4 * size + rows * (4 * math.prod(ssm[1:]))
         return cls(config, memory[:size].reshape(conv), memory[size:].reshape(ssm), rows, conv_in, ssm_in)
 
+    @classmethod
+    def of(cls, config: MambaConfig, pool: Pool, conv: F32Array, ssm: F32Array) -> "State":
+        """A state of values in the specification's layout."""
+        state, pad = cls.empty(config, pool, len(ssm)), ((0, 0), (0, 0), (0, -config.d_inner % LANES), (0, 0))
+        state.conv[...] = np.pad(conv, pad).swapaxes(2, 3)
+        strips = np.pad(ssm, pad).reshape(*ssm.shape[:2], -1, LANES, config.d_state)
+        state.ssm[...] = strips.swapaxes(3, 4)
+        return state
+
     def __reduce__(self) -> tuple[Any, ...]:
         """A deep or pickled copy has memory, and so addresses, of its own."""
         return restored, (self.config, self.conv[self.rows], self.ssm[self.rows])

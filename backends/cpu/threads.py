@@ -39,13 +39,14 @@ class Threads:
 
     def _work(self, rank: int, jobs: "queue.SimpleQueue[Any]") -> None:
         while True:
-            job, table, done = jobs.get()
+            job, table, ends, woken = jobs.get()
             try:
                 check_subnormals()
                 job(rank, address(table))
-                done.put(None)
+                ends.append(None)
             except BaseException as error:  # the caller's to see, and the next job's turn
-                done.put(error)
+                ends.append(error)
+            woken.put(None)
 
     def _start(self) -> None:
         self._process, self._jobs = os.getpid(), [queue.SimpleQueue() for _ in range(self.count - 1)]
@@ -55,19 +56,31 @@ class Threads:
     def run(self, job: Job, table: NDArray[np.int64]) -> None:
         """job(rank, address of table) on every thread.
 
-        Raises what a job raises, when all have ended, and BackendError where a thread flushes subnormal numbers to zero.
+        Raises, when all have ended, what a job raises or an interrupt; BackendError where a thread flushes subnormal numbers
+        to zero.
         """
         check_subnormals()
         if self._process != os.getpid():  # the first call, or a forked child, which has none of its parent's threads
             self._lock = threading.Lock()
             self._start()
         with self._lock:
-            done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+            ends, woken = list[BaseException | None](), queue.SimpleQueue[None]()
             for jobs in self._jobs:
-                jobs.put((job, table, done))
+                jobs.put((job, table, ends, woken))
             try:
                 job(0, address(table))
-            finally:  # an interrupt too waits for the others, who still write
-                errors = [error for _ in self._jobs if (error := done.get())]
-            if errors:
+            finally:
+                self._wait(ends, woken)
+            if errors := [error for error in ends if error]:
                 raise errors[0]
+
+    def _wait(self, ends: list[BaseException | None], woken: "queue.SimpleQueue[None]") -> None:
+        """Until the other threads have ended, through every interrupt: they write into memory that the caller would free."""
+        interrupt = None
+        while len(ends) < len(self._jobs):
+            try:
+                woken.get()
+            except BaseException as error:
+                interrupt = error
+        if interrupt:
+            raise interrupt

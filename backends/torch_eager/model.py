@@ -6,9 +6,11 @@ from typing import Protocol, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from refmamba.backends.adapter import Codes, FixedPoint, tensor
+from refmamba.backend import Targets
+from refmamba.backends.adapter import Codes, FixedPoint, State, right_padded, scores_of, tensor
 from refmamba.backends.torch_eager.arithmetic import (
     Failures,
     code,
@@ -21,6 +23,7 @@ from refmamba.backends.torch_eager.arithmetic import (
     fixed_point,
     int8_product_is_exact,
     integer_product,
+    log_softmax,
     raise_first,
     rescale,
     rms_norm,
@@ -37,27 +40,6 @@ from refmamba.spec.linear import numbered
 from refmamba.spec.mamba1 import Positions, check_call, check_logits, one_each
 from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.trace import Hook
-
-
-@dataclass(frozen=True, eq=False)
-class State:
-    """The recurrent state of a batch, a value: mamba1.State as tensors on the device."""
-
-    conv: Tensor
-    ssm: Tensor
-
-    @property
-    def batch(self) -> int:
-        """Number of sequences."""
-        return len(self.ssm)
-
-    def take(self, indices: Sequence[int]) -> "State":
-        """The state of the named sequences, in that order; an index may come more than once."""
-        return State(self.conv[list(indices)], self.ssm[list(indices)])
-
-    def arrays(self) -> tuple[F32Array, F32Array]:
-        """(conv, ssm) as NumPy arrays."""
-        return self.conv.cpu().numpy(), self.ssm.cpu().numpy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +169,7 @@ class Mamba:
                 param = model.params[name]
                 assert not isinstance(param, spec.FixedPoint)
                 self.params[name] = self._moved(param)
-        self.A = [-exp(self.value(f"layers.{i}.A_log")) for i in range(self.config.n_layer)]
+        self.A = [self._state_matrix(f"layers.{i}.A") for i in range(self.config.n_layer)]
         longest = max(layer.weight.q.shape[1] for layer in self.layers.values())
         self.int8 = bool(self.scheme.inputs) and int8_product_is_exact(longest, device)
 
@@ -207,6 +189,10 @@ class Mamba:
     def linear(self, site: str, x: Tensor, batch: Batch) -> Tensor:
         """One linear layer. (B, T, K) -> (B, T, rows)."""
         return self.layers[site](x, batch, self.int8)
+
+    def _state_matrix(self, name: str) -> Tensor:
+        """A as the checkpoint states it, else eq. (19)."""
+        return self._moved(self.model.value(name)) if name in self.model.params else -exp(self.value(f"{name}_log"))
 
     def value(self, name: str) -> Tensor:
         """A parameter that is not a matrix of a product, as float32."""
@@ -246,6 +232,10 @@ class Mamba:
         conv = torch.zeros((*shape, self.config.d_conv - 1), device=self.device)
         return State(conv, torch.zeros((*shape, self.config.d_state), device=self.device))
 
+    def restore_state(self, conv: F32Array, ssm: F32Array) -> State:
+        """The state whose `arrays` were these."""
+        return State(tensor(conv, self.device), tensor(ssm, self.device))
+
     @torch.inference_mode()
     def prefill(
         self,
@@ -256,14 +246,20 @@ class Mamba:
         hook: Hook | None = None,
     ) -> tuple[list[F32Array], State]:
         """Run each sequence from its state on; see `refmamba.backend.Runner.prefill`."""
-        arrays = check_call(sequences, state, logits, hook, self.config)
+        parts, state = self.run(check_call(sequences, state, logits, hook, self.config), state, logits, hook)
+        rows = [part.cpu().numpy() for part in parts]
+        for row in rows:
+            check_logits(row)
+        return rows, state
+
+    def run(
+        self, arrays: Sequence[IntArray], state: State | None, logits: Positions, hook: Hook | None = None
+    ) -> tuple[list[Tensor], State]:
+        """Logits on the device for each sequence, and the new state. Raises NonFiniteError for a code of a NaN."""
         state = state or self.initial_state(len(arrays))
-        n = [len(a) for a in arrays]
-        padded = np.stack([np.pad(a, (0, max(n) - len(a))) for a in arrays])
-        lengths = torch.tensor(n, device=self.device)
-        real = torch.arange(max(n), device=self.device)[None, :, None] < lengths[:, None, None]
-        batch = Batch(lengths, None if min(n) == max(n) else real, hook)
-        x = embed(tensor(padded, self.device), self.params["embedding.weight"])
+        tokens, lengths, real = right_padded(arrays, self.device)
+        n, batch = [len(a) for a in arrays], Batch(lengths, real, hook)
+        x = embed(tokens, self.params["embedding.weight"])
         batch.see("embedding", x)
         conv, ssm = [], []
         for i in range(self.config.n_layer):
@@ -273,18 +269,24 @@ class Mamba:
         state = State(torch.stack(conv, 1), torch.stack(ssm, 1))
         if logits == "none":
             raise_first(batch.failures)
-            return [np.empty((0, self.config.vocab_size), np.float32) for _ in arrays], state
+            return [torch.empty(0, self.config.vocab_size, device=self.device) for _ in arrays], state
         if logits == "last":
             x, n = x[torch.arange(len(n), device=self.device), lengths - 1][:, None], [1] * len(n)
             batch = replace(batch, real=None)
         x = rms_norm(x, self.value("norm_f.weight"), self.config.norm_eps)
         batch.see("norm_f", x)
-        y = self.linear("lm_head", x, batch).cpu().numpy()
+        y = self.linear("lm_head", x, batch)
         raise_first(batch.failures)
-        rows = [row[:length] for row, length in zip(y, n, strict=True)]
-        for row in rows:
-            check_logits(row)
-        return rows, state
+        return [rows[:length] for rows, length in zip(y, n, strict=True)], state
+
+    @torch.inference_mode()
+    def scores(
+        self, sequences: Sequence[IntArray], state: State | None, logits: Positions, targets: Targets
+    ) -> tuple[F32Array, NDArray[np.bool_], State]:
+        """See `refmamba.backend.Scores`."""
+        parts, state = self.run(check_call(sequences, state, logits, None, self.config), state, logits)
+        values, greedy = scores_of(torch.cat(parts), [len(part) for part in parts], targets, log_softmax)
+        return values, greedy, state
 
     def step(self, tokens: IntArray, state: State, *, hook: Hook | None = None) -> tuple[F32Array, State]:
         """One token for each sequence; see `refmamba.backend.Runner.step`."""

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+from numpy.typing import NDArray
 from torch import Tensor
 
-from refmamba.backends.adapter import tensor
-from refmamba.backends.triton.kernels import layers
+from refmamba.backend import Targets
+from refmamba.backends.adapter import scores_of, tensor
+from refmamba.backends.triton.kernels import alone, layers
 from refmamba.backends.triton.table import (
     FEW,
     power_of_two,
@@ -30,7 +32,6 @@ from refmamba.spec import coders, linear, transforms
 from refmamba.spec import codes as spec
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.mamba1 import Positions, check_call, check_logits, one_each
-from refmamba.spec.ops import state_matrix
 from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.trace import Hook
 
@@ -47,6 +48,14 @@ def launch(kernel: Any, grid: tuple[int, ...], warps: int, stages: int = 2, /, *
     """Start a kernel. Without enable_fp_fusion=False Triton may fuse a multiplication and an addition: other bits."""
     with np.errstate(all="ignore"):  # the interpreter computes in NumPy
         kernel[grid](**arguments, num_warps=warps, num_stages=stages, enable_fp_fusion=False)
+
+
+def log_softmax(logits: Tensor, launch: Launch) -> Tensor:
+    """Eq. (25), (..., vocabulary)."""
+    rows = logits.reshape(-1, logits.shape[-1]).contiguous()
+    y, (n, k) = torch.empty_like(rows), rows.shape
+    launch(alone.log_softmax_kernel, (n,), 16 if k > 8192 else 4, x_ptr=rows, y_ptr=y, N=k, WIDTH=power_of_two(k))
+    return y.reshape(logits.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +268,7 @@ class Mamba:
             if name.removesuffix(".weight") not in (*self.layers, "embedding") and not name.endswith("A_log")
         }
         self.table = self.layers["lm_head"].weight if model.shares_codes else table_of(model.params["embedding.weight"], device)
-        A = [state_matrix(model.value(f"layers.{i}.A_log")) for i in range(self.config.n_layer)]
+        A = [model.state_matrix(i) for i in range(self.config.n_layer)]
         # exp_of_decay needs exponents that are no NaN: A is finite, and so is delta, or its call fails.
         self.A, self.decays = [tensor(x, device) for x in A], all(np.isfinite(x).all() for x in A)
         self.graphs: dict[int, Graph] = {}
@@ -331,14 +340,14 @@ class Mamba:
         arguments: dict[str, Any] = {
             "failure_ptr": batch.failure, "site": layer.number, "w_ptr": weight.digits, "steps_ptr": weight.steps,
             "w_scale_ptr": weight.scale, "sum_ptr": before, "y_ptr": y, "rows": rows, "N": n, "K": k,
-            "largest": coding.largest, "threshold": coding.threshold, "static_ptr": coding.static, "DIGITS": coding.digits,
-            "PLANES": weight.planes, "PACKED": weight.packed, "GROUP": weight.group, "PART": coding.part,
+            "DIGITS": coding.digits, "PLANES": weight.planes, "PACKED": weight.packed, "GROUP": weight.group,
         } | after  # fmt: skip
         if batch.stepwise:
             blocks = step_blocks(rows, n)
             grid = (1, triton.cdiv(n, blocks.columns))
             self.launch(layers.linear_kernel, grid, blocks.warps, blocks.stages, **source.arguments(batch),
                         **source.results(batch), **arguments, power_ptr=power, peak_ptr=None, q_ptr=None, scale_ptr=None,
+                        largest=coding.largest, threshold=coding.threshold, static_ptr=coding.static, PART=coding.part,
                         WIDTH=power_of_two(k) if source.kind == "norm" else 1, CODER=coding.of_a_step,
                         PLACES=max(coding.digits, 16 // blocks.rows), M=blocks.rows, BN=blocks.columns,
                         BK=min(blocks.depth, max(power_of_two(k), 32)))  # fmt: skip
@@ -346,11 +355,12 @@ class Mamba:
         q, scale = self.codes(layer, coding, source, power, batch)
         blocks = product_blocks(rows, n, coding.digits, weight.planes)
         grid = (triton.cdiv(rows, blocks.rows), triton.cdiv(n, blocks.columns))
-        stored = Source("codes", q, 0)
+        stored = Source("codes", q, 0)  # of codes that are there only this counts: whether an exponent goes with them
         self.launch(layers.linear_kernel, grid, blocks.warps, blocks.stages, **stored.arguments(batch),
-                    **stored.results(batch), **arguments, power_ptr=None, peak_ptr=None, q_ptr=q, scale_ptr=scale, WIDTH=1,
-                    CODER=coding.coder, PLACES=coding.digits, M=blocks.rows, BN=blocks.columns,
-                    BK=min(blocks.depth, max(power_of_two(k), 32)))  # fmt: skip
+                    **stored.results(batch), **arguments, power_ptr=None, peak_ptr=None, q_ptr=q, scale_ptr=scale,
+                    largest=0.0, threshold=0.0, static_ptr=None, PART="all", WIDTH=1,
+                    CODER="fixed_point" if coding.coder == "fixed_point" else "per_token", PLACES=coding.digits,
+                    M=blocks.rows, BN=blocks.columns, BK=min(blocks.depth, max(power_of_two(k), 32)))  # fmt: skip
         return y
 
     def codes(self, layer: Linear, coding: Coding, source: Source, power: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -425,6 +435,10 @@ class Mamba:
         conv = torch.zeros((*shape, self.config.d_conv - 1), device=self.device)
         return State(conv, torch.zeros((*shape, self.config.d_state), device=self.device))
 
+    def restore_state(self, conv: F32Array, ssm: F32Array) -> State:
+        """The state whose `arrays` were these."""
+        return State(tensor(conv, self.device), tensor(ssm, self.device))
+
     def forward(self, batch: Batch, state: State, new: State) -> Tensor:
         """The residual stream after the last layer, (rows, d_model); the state is written into `new`."""
         d = self.config.d_model
@@ -455,13 +469,15 @@ class Mamba:
         tokens, of, at, start, length, failure = (x[: len(part)] for x, part in zip(moved, parts, strict=True))
         return Batch(tokens, of, at, start, length, len(position), len(lengths), failure, hook)
 
-    def last_rows(self, x: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
-        """The last row of each sequence, as a call of one token each."""
+    def last_batch(self, batch: Batch) -> Batch:
+        """The last row of each sequence as a call of one token each. A transfer waits for kernels, so it comes before them."""
         if batch.rows == batch.sequences:
-            return x, batch
-        one = self.batch_of([np.zeros(1, np.int64)] * batch.sequences, batch.hook)
-        last = x.index_select(0, batch.start + batch.length - 1)
-        return last, replace(one, failure=batch.failure)
+            return batch
+        return replace(self.batch_of([np.zeros(1, np.int64)] * batch.sequences, batch.hook), failure=batch.failure)
+
+    def last_rows(self, x: Tensor, batch: Batch) -> Tensor:
+        """The last row of each sequence."""
+        return x if batch.rows == batch.sequences else x.index_select(0, batch.start + batch.length - 1)
 
     def check(self, failure: int) -> None:
         """Raise NonFiniteError where a site was to make a code of a NaN or an infinity."""
@@ -482,22 +498,36 @@ class Mamba:
         hook: Hook | None = None,
     ) -> tuple[list[F32Array], State]:
         """Run each sequence from its state on; see `refmamba.backend.Runner.prefill`."""
-        arrays = check_call(sequences, state, logits, hook, self.config)
+        y, rows, new = self.run(check_call(sequences, state, logits, hook, self.config), state, logits, hook)
+        arrays = y.cpu().numpy()
+        check_logits(arrays)
+        return np.split(arrays, np.cumsum(rows)[:-1]), new
+
+    def run(
+        self, arrays: Sequence[IntArray], state: State | None, logits: Positions, hook: Hook | None = None
+    ) -> tuple[Tensor, list[int], State]:
+        """Logits on the device, their rows for each sequence, and the new state. Raises NonFiniteError for a code of a NaN."""
         state = state or self.initial_state(len(arrays))
         batch = self.batch_of(arrays, hook)
         new = State(torch.empty_like(state.conv), torch.empty_like(state.ssm))
+        scored = self.last_batch(batch) if logits == "last" else batch
         x = self.forward(batch, state, new)
+        rows = {"all": [len(a) for a in arrays], "last": [1] * len(arrays), "none": [0] * len(arrays)}[logits]
         if logits == "none":
-            self.check(int(batch.failure))
-            return [np.empty((0, self.config.vocab_size), np.float32) for _ in arrays], new
-        rows = [len(a) for a in arrays]
-        if logits == "last":
-            x, batch = self.last_rows(x, batch)
-            rows = [1] * len(arrays)
-        y = self.head(x, batch).cpu().numpy()
+            y = self.empty(0, self.config.vocab_size)
+        else:
+            y = self.head(self.last_rows(x, batch) if logits == "last" else x, scored)
         self.check(int(batch.failure))
-        check_logits(y)
-        return np.split(y, np.cumsum(rows)[:-1]), new
+        return y, rows, new
+
+    @torch.inference_mode()
+    def scores(
+        self, sequences: Sequence[IntArray], state: State | None, logits: Positions, targets: Targets
+    ) -> tuple[F32Array, NDArray[np.bool_], State]:
+        """See `refmamba.backend.Scores`."""
+        y, rows, new = self.run(check_call(sequences, state, logits, None, self.config), state, logits)
+        values, greedy = scores_of(y, rows, targets, lambda part: log_softmax(part, self.launch))
+        return values, greedy, new
 
     def step(self, tokens: IntArray, state: State, *, hook: Hook | None = None) -> tuple[F32Array, State]:
         """One token for each sequence; see `refmamba.backend.Runner.step`."""

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from refmamba.backends.adapter import Codes, FixedPoint
+from refmamba.backends.triton import model
 from refmamba.backends.triton.kernels import alone, layers
 from refmamba.backends.triton.model import launch
 from refmamba.backends.triton.table import power_of_two, product_blocks, row_blocks, scan_blocks
@@ -224,10 +225,7 @@ def selective_scan(
 
 def log_softmax(logits: Tensor) -> Tensor:
     """Eq. (25)."""
-    rows = rows_of(logits)
-    y, (n, k) = torch.empty_like(rows), rows.shape
-    launch(alone.log_softmax_kernel, (n,), 16 if k > 8192 else 4, x_ptr=rows, y_ptr=y, N=k, WIDTH=power_of_two(k))
-    return y.reshape(logits.shape)
+    return model.log_softmax(logits, launch)
 
 
 UNARY = ("exp", "log", "log1p", "softplus", "silu", "state_matrix")

@@ -1,6 +1,5 @@
 """`refmamba ablate`: what the outlier channels carry, table 2."""
 
-import json
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import click
 
 from refmamba.commands.options import (
     SEEDS,
+    Command,
     InputFile,
     Number,
     TextFile,
@@ -17,6 +17,7 @@ from refmamba.commands.options import (
     json_option,
     limit_option,
     model_options,
+    print_json,
     results_option,
     tasks_option,
     text_option,
@@ -33,7 +34,7 @@ from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec.scheme import LINEAR_LAYERS
 
 
-@click.command("ablate")
+@click.command("ablate", cls=Command, examples=["refmamba ablate --text book.txt --site in_proj --draws 3"])
 @model_options()
 @click.option("--site", "sites", multiple=True, type=click.Choice([*LINEAR_LAYERS, "all"]),
               help="Where to zero; repeatable.  [default: each, and all]")  # fmt: skip
@@ -67,6 +68,6 @@ def command(
                 rows.append(row)
                 done.update()
     if as_json:
-        click.echo(json.dumps(described | {"sigma": sigma, "over": over, "rows": [asdict(row) for row in rows]}))
+        print_json(described | {"sigma": sigma, "over": over, "rows": [asdict(row) for row in rows]})
     else:
         click.echo(table(rows))

@@ -1,7 +1,6 @@
 """`refmamba verify --against`: numbers from elsewhere."""
 
 import functools
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from typing import Any
 import click
 import numpy as np
 
-from refmamba.commands.options import calibrate_option, parse_tokens, scheme_option
+from refmamba.commands.options import calibrate_option, parse_tokens, percentile_option, print_json, scheme_option
 from refmamba.conformance.against import Verdict, compare_model, compare_operation
 from refmamba.conformance.comparison import Tolerance, parse_tolerance
 from refmamba.conformance.dumps import Dump, read_dump
@@ -23,25 +22,31 @@ DEFAULT_SCHEME = "fp32"  # of numbers from elsewhere
 
 
 def against_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give `verify` --against, --scheme and --calibrate: it then looks at a file of numbers, and runs no backend. The command
-    has --tokens, --tolerance, --model and --json."""
+    """Give `verify` --against, --scheme, --calibrate and --percentile: it then looks at a file of numbers, and runs no backend.
+    The command has --tokens, --tolerance, --model and --json."""
 
     @click.option(
         "--against", type=click.Path(path_type=Path), help="Numbers from elsewhere instead: a .npy, .npz or .safetensors."
     )
     @scheme_option
     @calibrate_option
+    @percentile_option
     @functools.wraps(command)
     def with_against(
-        *args: Any, against: Path | None, scheme: str | None, tokens: str | None, calibrate: Path | None, **rest: Any
+        *args: Any, against: Path | None, scheme: str | None, tokens: str | None, calibrate: Path | None, percentile: float,
+        **rest: Any,
     ) -> Any:  # fmt: skip
         if against is not None:
             tolerance = rest.get("tolerance_name")
             tolerance = None if tolerance is None else parse_tolerance(tolerance)
-            verdict = _verdict(read_dump(against), rest["model"], scheme, tokens, calibrate, tolerance)
+            dump = read_dump(against)
+            name, under = rest["model"] or dump.text("model") or DEFAULT_MODEL, scheme or dump.text("scheme")
+            choice = ModelChoice(name, under, calibrate=calibrate, percentile=percentile)
+            verdict = _verdict(dump, choice, tokens, tolerance)
             show(against, verdict, tolerance, as_json=rest["as_json"])
             sys.exit(verdict.first is not None)
-        for name, value in (("--scheme", scheme), ("--tokens", tokens), ("--calibrate", calibrate)):
+        for name, value in (("--scheme", scheme), ("--tokens", tokens), ("--calibrate", calibrate),
+                            ("--percentile", None if percentile == 1 else percentile)):  # fmt: skip
             if value is not None:
                 raise DataError(f"{name} goes with --against; a backend is checked under --schemes")
         return command(*args, **rest)
@@ -49,12 +54,9 @@ def against_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_against
 
 
-def _verdict(
-    dump: Dump, model: str | None, scheme: str | None, tokens: str | None, calibrate: Path | None, tolerance: Tolerance | None
-) -> Verdict:  # fmt: skip
+def _verdict(dump: Dump, choice: ModelChoice, tokens: str | None, tolerance: Tolerance | None) -> Verdict:
     if "operation" in dump.about:
         return compare_operation(dump, tolerance)
-    choice = ModelChoice(model or dump.text("model") or DEFAULT_MODEL, scheme or dump.text("scheme"), calibrate=calibrate)
     sequence = None if tokens is None else np.array(parse_tokens(tokens))
     return compare_model(dump, open_model(choice, DEFAULT_SCHEME), sequence, tolerance)
 
@@ -64,7 +66,7 @@ def show(file: Path, verdict: Verdict, tolerance: Tolerance | None, *, as_json: 
     same = verdict.first is None
     if as_json:
         result = {"file": str(file), "specification": SPEC_VERSION, "tolerance": tolerance and tolerance.name, "ok": same}
-        click.echo(json.dumps(result | asdict(verdict)))
+        print_json(result | asdict(verdict))
         return
     click.echo(f"{file}: {verdict.title}, specification {SPEC_VERSION}")
     for line in verdict.lines:

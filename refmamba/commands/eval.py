@@ -1,7 +1,6 @@
-"""`refmamba eval`: the six tasks, on any model, schemes and backend; see refmamba.eval_tasks."""
+"""`refmamba eval`: the tasks, on any model, schemes and backend; see refmamba.eval_tasks."""
 
 import itertools
-import json
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +9,14 @@ import click
 
 from refmamba.commands.options import (
     MOST,
+    Command,
     OutputFile,
     data_option,
     json_option,
     limit_option,
     model_options,
     names_option,
+    print_json,
     results_option,
     tasks_option,
     workers_option,
@@ -24,7 +25,11 @@ from refmamba.errors import DataError, RefmambaError
 from refmamba.run.session import ModelChoice
 
 
-@click.command("eval")
+@click.command(
+    "eval",
+    cls=Command,
+    examples=["refmamba eval --tasks piqa,copa --schemes fp32,int8", "refmamba eval --data hub --samples samples.jsonl --json"],
+)
 @model_options()
 @names_option("--schemes", help="Several schemes, with commas between.")
 @tasks_option(default="all")
@@ -42,7 +47,7 @@ def command(
     choice: ModelChoice, schemes: tuple[str, ...] | None, tasks: tuple[str, ...], data: tuple[str, ...], limit: int | None,
     results: Path, samples: Path | None, max_length: int, workers: int | None, dask: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Score the six tasks as lm-evaluation-harness does, and print their metrics; --json as it lays them out."""
+    """Score tasks as lm-evaluation-harness does, and print their metrics; --json as it lays them out."""
     from refmamba.eval_tasks import report
     from refmamba.eval_tasks.cluster import cluster
     from refmamba.eval_tasks.evaluate import evaluate_all, finished_results, score_here, subject
@@ -67,7 +72,10 @@ def command(
             report.Outcome(who, one, count, finished_results(store, who.key(one), one))
             for who, (one, count) in itertools.product(subjects, zip(datasets, counts, strict=True))
         ]
-        click.echo(json.dumps(report.as_json(outcomes), ensure_ascii=False) if as_json else report.text(outcomes))
+        if as_json:
+            print_json(report.as_json(outcomes))
+        else:
+            click.echo(report.text(outcomes))
         if samples:
             write_text(samples, report.samples(outcomes))
 

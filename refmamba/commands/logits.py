@@ -5,14 +5,21 @@ from pathlib import Path
 import click
 import numpy as np
 
-from refmamba.commands.options import OutputFile, model_options, receipt_option, text_or_tokens
+from refmamba.commands.options import Command, OutputFile, model_options, receipt_option, text_or_tokens
 from refmamba.formats.writing import write_file
 from refmamba.run.model import Model
 from refmamba.run.receipt import Recorder
 from refmamba.run.session import ModelChoice, open_session
 
 
-@click.command("logits")
+@click.command(
+    "logits",
+    cls=Command,
+    examples=[
+        'refmamba logits --text "The old man" --scheme int8 --out logits.npy',
+        "refmamba logits --tokens 1,2,3 --out logits.npy",
+    ],
+)
 @model_options()
 @click.option("--text", help="A text, or")
 @click.option("--tokens", help="its tokens, 1,2,3.")

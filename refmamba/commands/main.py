@@ -9,8 +9,8 @@ import click
 from refmamba import __version__
 
 COMMANDS = (
-    "ablate", "bench", "eval", "generate", "logits", "outliers", "perplexity", "quantize", "replay", "reproduce",
-    "smooth-search", "step", "trace", "verify",
+    "ablate", "bench", "eval", "export", "generate", "info", "logits", "outliers", "perplexity", "push", "quantize",
+    "replay", "reproduce", "scheme", "smooth-search", "step", "trace", "verify",
 )  # fmt: skip
 
 

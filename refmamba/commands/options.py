@@ -3,7 +3,7 @@
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from refmamba.errors import DataError
 
 SEEDS = 2**63 - 1  # the largest seed
 MOST = 2**31 - 1  # of what is counted; no machine holds more
+GROUPS = ("Model", "", "Data", "Output")  # in every --help; where "" stands, a command's own ones, and its own groups
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -34,9 +35,50 @@ def _tasks(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     return () if names == ("all",) else names
 
 
-def names_option(name: str, *, default: str | None = None, help: str) -> Decorator:
+class Option(click.Option):
+    """An option that stands under the name of a group in --help."""
+
+    def __init__(self, *args: Any, group: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+def option(group: str, *names: str, **kwargs: Any) -> Decorator:
+    """click.option in a group."""
+    return click.option(*names, cls=Option, group=group, **kwargs)
+
+
+class Command(click.Command):
+    """A command whose --help has its options in GROUPS, with their defaults; then examples, which are whole command lines."""
+
+    def __init__(self, name: str, *, examples: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(name, **kwargs)
+        self.context_settings = {"show_default": True}
+        self.examples = examples
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The groups, and then what is in none."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        *params, its_help = (param for param in self.get_params(ctx) if isinstance(param, click.Option))
+        for param in params:
+            if record := param.get_help_record(ctx):
+                groups.setdefault(getattr(param, "group", ""), []).append(record)
+        titles = sorted(groups, key=lambda title: GROUPS.index(title) if title in GROUPS else GROUPS.index(""))
+        for title in titles:
+            last = [its_help.get_help_record(ctx) or ("", "")] if title == titles[-1] else []
+            with formatter.section(f"{title} options" if title else "Options"):
+                formatter.write_dl(groups[title] + last)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The examples, each in a line of its own that can be copied."""
+        with formatter.section("Examples"):
+            for example in self.examples:
+                formatter.write(f"{'':>{formatter.current_indent}}{example}\n")
+
+
+def names_option(name: str, *, default: str | None = None, help: str, group: str = "") -> Decorator:
     """An option that takes names with commas between: a tuple. Raises DataError where it is given none."""
-    return click.option(name, default=default, show_default=True, callback=_names, help=help)
+    return option(group, name, default=default, callback=_names, help=help)
 
 
 @dataclass(frozen=True)
@@ -90,8 +132,8 @@ def claim(ctx: click.Context | None, option: str, file: Path | None, *, written:
         return
     try:
         place, device = os.path.realpath(file), file.exists() and not file.is_file()
-    except (OSError, ValueError) as error:  # a name that is too long, or with a zero byte
-        raise DataError(f"{option} {file}: cannot be the name of a file: {reason(error)}") from None
+    except (OSError, ValueError) as error:  # a folder that is closed to us; a name that is too long, or with a zero byte
+        raise DataError(f"{option} {file}: cannot be used: {reason(error)}") from None
     if device:  # into which several may write
         return
     others: dict[str, tuple[str, bool]] = ctx.meta.setdefault("refmamba.files", {})
@@ -123,28 +165,41 @@ class Number(click.FloatRange):
 
 def json_file_option(name: str, *parameter: str, help: str) -> Decorator:
     """An option for a .json to write. Raises DataError for another ending, by which it would not be known again."""
-    return click.option(name, *parameter, type=OutputFile(".json"), help=help)
+    return option("Output", name, *parameter, type=OutputFile(".json"), help=help)
 
 
-model_option = click.option("--model", default="small", show_default=True, help="`small`, a folder, or OWNER/NAME on the hub.")
-revision_option = click.option("--revision", help="Branch, tag or commit of a model on the hub.")
-scheme_option = click.option(
-    "--scheme", help="fp32, int8, int4, wN-all, wNaM-all, ..., FILE.json: docs/SPEC.md, section 4, has them all."
+model_option = option(
+    "Model", "--model", default="small", show_default=True, help="`small`, a folder, or OWNER/NAME on the hub."
 )
-bits_option = click.option("--bits", type=int, help="N: the scheme wN-all.")
-act_bits_option = click.option("--act-bits", type=int, help="M, with --bits N: the scheme wNaM-all.")
-calibrate_option = click.option("--calibrate", type=InputFile(), help="Text or .json for static scales.")
+revision_option = option("Model", "--revision", help="Branch, tag or commit of a model on the hub.")
+scheme_option = option(
+    "Model", "--scheme", help="fp32, int8, int4, wN-all, wNaM-all, ..., FILE.json: docs/SPEC.md, section 4, has them all."
+)
+bits_option = option("Model", "--bits", type=int, help="N: the scheme wN-all.")
+act_bits_option = option("Model", "--act-bits", type=int, help="M, with --bits N: the scheme wNaM-all.")
+calibrate_option = option("Model", "--calibrate", type=InputFile(), help="Text or .json for static scales.")
+percentile_option = option(
+    "Model", "--percentile", type=float, default=1.0, show_default=True,
+    help="Cut the maxima of --calibrate's text at this share of all magnitudes, as 0.99999.",
+)  # fmt: skip
 save_calibration_option = json_file_option(
     "--save-calibration", "calibration_file", help="Write the maxima of every channel to this .json, for --calibrate."
 )
 receipt_option = json_file_option("--receipt", help="Write what was computed to this .json, for `refmamba replay`.")
-backend_option = click.option(
-    "--backend", default=DEFAULT_BACKEND, show_default=True, help="reference, cpu, torch, or module:Class."
+backend_option = option(
+    "Model",
+    "--backend",
+    default=DEFAULT_BACKEND,
+    show_default=True,
+    help="reference, cpu, torch, triton, mamba-ssm, or module:Class.",
 )
-add_bos_option = click.option(
-    "--add-bos/--no-add-bos", default=None, help="Begin texts with the begin token, or not.  [default: as the tokenizer says]"
+add_bos_option = option(
+    "Model",
+    "--add-bos/--no-add-bos",
+    default=None,
+    help="Begin texts with the begin token, or not.  [default: as the tokenizer says]",
 )
-device_option = click.option("--device", help="cpu, cuda, cuda:1: where the backend offers it.")
+device_option = option("Model", "--device", help="cpu, cuda, cuda:1: where the backend offers it.")
 
 
 def parse_tokens(text: str) -> list[int]:
@@ -174,24 +229,33 @@ def text_option(help: str, *, required: bool = False) -> Decorator:
 
 def tasks_option(default: str | None) -> Decorator:
     """--tasks, as names: () for all that have data, None where it is left out without a default."""
-    words = f"lambada,hellaswag,piqa,winogrande,rte,copa, or `all` that have data.  [default: {default or 'none'}]"
-    return click.option("--tasks", default=default, callback=_tasks, help=words)
+    names = "lambada,hellaswag,piqa,winogrande,rte,copa,arc_easy,arc_challenge"
+    words = f"{names}, or `all` that have data.  [default: {default or 'none'}]"
+    return option("Data", "--tasks", default=default, callback=_tasks, help=words)
 
 
-data_option = click.option("--data", multiple=True, help="A folder, TASK=FILE, `hub` or `sample` (default); repeatable.")
-limit_option = click.option("--limit", type=click.IntRange(1, MOST), help="Only the first N documents of each task.")
-results_option = click.option(
-    "--results", type=OutputFile(database=True), default="refmamba-results.sqlite", show_default=True,
+data_option = option("Data", "--data", multiple=True, help="A folder, TASK=FILE, `hub` or `sample` (default); repeatable.")
+limit_option = option("Data", "--limit", type=click.IntRange(1, MOST), help="Only the first N documents of each task.")
+results_option = option(
+    "Data", "--results", type=OutputFile(database=True), default="refmamba-results.sqlite", show_default=True,
     help="Keeps every document's result; a run goes on where the last one stopped.",
 )  # fmt: skip
-workers_option = click.option(
-    "--workers", type=click.IntRange(1, 1024), help="Score in N processes of this machine (extra `cluster`)."
+workers_option = option(
+    "Data", "--workers", type=click.IntRange(1, 1024), help="Score in N processes of this machine (extra `cluster`)."
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+json_option = option("Output", "--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+
+
+def print_json(values: Any) -> None:
+    """Print what --json asks for, in one line."""
+    from refmamba.formats.writing import json_text
+
+    click.echo(json_text(values))
+
 
 MODEL_OPTIONS = (
-    model_option, revision_option, scheme_option, bits_option, act_bits_option, calibrate_option, backend_option,
-    device_option, add_bos_option,
+    model_option, revision_option, scheme_option, bits_option, act_bits_option, calibrate_option, percentile_option,
+    backend_option, device_option, add_bos_option,
 )  # fmt: skip
 
 

@@ -1,27 +1,32 @@
 """`refmamba outliers`: outlier channels, figure 1."""
 
-import json
 from pathlib import Path
 from typing import get_args
 
 import click
 
 from refmamba.commands.options import (
+    Command,
     Number,
     OutputFile,
     TextFile,
     json_option,
     model_options,
+    print_json,
     save_calibration_option,
     text_option,
 )  # fmt: skip
-from refmamba.formats.calibration import save_calibration
+from refmamba.formats.calibration import Calibration, save_calibration
 from refmamba.paper.outliers import HEAD, SIGMA, Over, Report, observe
 from refmamba.paper.plots import check_plot, plot
 from refmamba.run.session import ModelChoice, open_session
 
 
-@click.command("outliers")
+@click.command(
+    "outliers",
+    cls=Command,
+    examples=["refmamba outliers --plot figure1.png", "refmamba outliers --text book.txt --save-calibration maxima.json"],
+)
 @model_options()
 @text_option("A UTF-8 text file.")
 @click.option("--sigma", default=SIGMA, show_default=True, type=Number(0), help="Standard deviations.")
@@ -40,12 +45,12 @@ def command(
     session = open_session(choice, "fp32")
     sites = observe(session.runner, session.tokenizer.encode_array(text.text), head=calibration_file is not None)
     if calibration_file is not None:
-        save_calibration({name: site.maxima for name, site in sites.items()}, calibration_file)
+        save_calibration(Calibration({name: site.maxima for name, site in sites.items()}), calibration_file)
     sites.pop(HEAD, None)
     report = Report(sites, sigma, over)
     if plot_file is not None:
         plot(report, f"{choice.model}, {session.scheme.name}", plot_file)
     if as_json:
-        click.echo(json.dumps(session.describe() | {"text": str(text)} | report.to_json()))
+        print_json(session.describe() | {"text": str(text)} | report.to_json())
     else:
         click.echo(report.table())

@@ -1,6 +1,5 @@
 """`refmamba replay`: a receipt's run, computed again."""
 
-import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,26 +7,33 @@ from pathlib import Path
 import click
 
 from refmamba.commands.options import (
+    Command,
     InputFile,
     backend_option,
     calibrate_option,
     device_option,
     json_option,
     model_options,
+    option,
+    percentile_option,
+    print_json,
     revision_option,
 )  # fmt: skip
 from refmamba.errors import DataError
 from refmamba.run.receipt import read_receipt, replay
 from refmamba.run.session import DEFAULT_MODEL, ModelChoice, open_session
 
-its_model_option = click.option(
-    "--model", default="", help="The receipt's model: `small`, a folder, or OWNER/NAME.  [default: as the receipt says]"
+its_model_option = option(
+    "Model",
+    "--model",
+    default="",
+    help="The receipt's model: `small`, a folder, or OWNER/NAME.  [default: as the receipt says]",
 )
 
 
-@click.command("replay")
+@click.command("replay", cls=Command, examples=["refmamba replay receipt.json --backend torch"])
 @click.argument("receipt", type=InputFile())
-@model_options(its_model_option, revision_option, calibrate_option, backend_option, device_option)
+@model_options(its_model_option, revision_option, calibrate_option, percentile_option, backend_option, device_option)
 @json_option
 def command(receipt: Path, choice: ModelChoice, as_json: bool) -> None:
     """Compute a RECEIPT of `generate` or `logits` again, and name the first token that differs.
@@ -41,12 +47,14 @@ def command(receipt: Path, choice: ModelChoice, as_json: bool) -> None:
     calibrate = choice.calibrate or (Path(words["calibrate"]) if words["calibrate"] else None)
     revision = choice.revision or (None if choice.model else words["revision"])
     name = choice.model or words["model"] or DEFAULT_MODEL
-    session = open_session(replace(choice, model=name, scheme=scheme, revision=revision, calibrate=calibrate))
+    percentile = choice.percentile if choice.calibrate or choice.percentile != 1 else made.about.get("percentile", 1.0)
+    chosen = replace(choice, model=name, scheme=scheme, revision=revision, calibrate=calibrate, percentile=percentile)
+    session = open_session(chosen)
     wrong, count = replay(made, session), len(made.hashed_tokens)
     if as_json:
-        click.echo(json.dumps({"same": wrong is None, "tokens": count, "first_difference": asdict(wrong) if wrong else None,
-                               "model": name, "scheme": scheme.name, "backend": session.backend.name,
-                               "device": session.backend.device}))  # fmt: skip
+        print_json({"same": wrong is None, "tokens": count, "first_difference": asdict(wrong) if wrong else None,
+                    "model": name, "scheme": scheme.name, "backend": session.backend.name,
+                    "device": session.backend.device})  # fmt: skip
     elif wrong is None:
         click.echo(f"the same: {count} tokens, {name} under {scheme.name} on {session.backend.name}, chain {made.chain[-1]}")
     else:

@@ -1,13 +1,22 @@
 """`refmamba step`: one forward, number by number."""
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
 from refmamba.commands.generate import DEFAULT_PROMPT
-from refmamba.commands.options import OutputFile, calibrate_option, json_option, model_option, names_option, revision_option
+from refmamba.commands.options import (
+    Command,
+    OutputFile,
+    calibrate_option,
+    json_option,
+    model_option,
+    names_option,
+    percentile_option,
+    print_json,
+    revision_option,
+)  # fmt: skip
 from refmamba.errors import DataError, SchemeError
 from refmamba.formats.scheme import open_scheme
 from refmamba.run.session import ModelChoice, open_model
@@ -18,14 +27,17 @@ from refmamba.teach.pages import write_page
 DEFAULT_SCHEME = "int8"
 
 
-@click.command("step")
+@click.command(
+    "step", cls=Command, examples=['refmamba step "The old man" --op in_proj --channel 239', "refmamba step --html page.html"]
+)
 @click.argument("prompt", default=DEFAULT_PROMPT)
 @model_option
 @revision_option
 @names_option(
-    "--scheme", default=None, help=f"{DEFAULT_SCHEME} by default; with --html several, by default every built-in one."
+    "--scheme", group="Model", help=f"{DEFAULT_SCHEME} by default; with --html several, by default every built-in one."
 )
 @calibrate_option
+@percentile_option
 @click.option("--layer", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--op", help="in_proj, in_proj.acc, conv1d, scan, ...; embedding, norm_f, lm_head.  [default: all of the layer]")
 @click.option("--token", type=click.IntRange(0), help="Place in the prompt.  [default: the last]")
@@ -33,11 +45,11 @@ DEFAULT_SCHEME = "int8"
 @click.option("--html", type=OutputFile(), help="Write a page that runs the model in a browser.")
 @json_option
 def command(
-    prompt: str, model: str, revision: str | None, scheme: tuple[str, ...] | None, calibrate: Path | None, layer: int,
-    op: str | None, token: int | None, channel: int, html: Path | None, as_json: bool,
+    prompt: str, model: str, revision: str | None, scheme: tuple[str, ...] | None, calibrate: Path | None,
+    percentile: float, layer: int, op: str | None, token: int | None, channel: int, html: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Show how the numbers of one forward come about: each operation with its formula, rounding and error."""
-    opened = open_model(ModelChoice(model, revision=revision, calibrate=calibrate))
+    opened = open_model(ModelChoice(model, revision=revision, calibrate=calibrate, percentile=percentile))
     if html is not None:
         if op is not None or as_json:
             raise DataError("--html writes the whole page; leave out --op and --json")
@@ -60,7 +72,7 @@ def command(
             return
     elements = [follower.at(site, token, channel) for site in sites]
     if as_json:
-        click.echo(json.dumps({"prompt": prompt, "elements": [as_values(element) for element in elements]}, ensure_ascii=False))
+        print_json({"prompt": prompt, "elements": [as_values(element) for element in elements]})
         return
     places = [follower.sites.index(site) + 1 for site in sites]
     count = len(follower.sites)

@@ -5,14 +5,22 @@ from pathlib import Path
 import click
 import numpy as np
 
-from refmamba.commands.options import MODEL_OPTIONS, OutputFile, backend_option, device_option, model_options, text_or_tokens
+from refmamba.commands.options import (
+    MODEL_OPTIONS,
+    Command,
+    OutputFile,
+    backend_option,
+    device_option,
+    model_options,
+    text_or_tokens,
+)
 from refmamba.conformance.dumps import reference_values, write_dump
 from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec import SPEC_VERSION
 from refmamba.spec.mamba1 import Mamba
 
 
-@click.command("trace")
+@click.command("trace", cls=Command, examples=['refmamba trace --text "The old man" --scheme int8 --out ours.safetensors'])
 @model_options(*(option for option in MODEL_OPTIONS if option not in (backend_option, device_option)))
 @click.option("--text", help="A text, or")
 @click.option("--tokens", help="its tokens, 1,2,3.")

@@ -1,15 +1,14 @@
 """`refmamba verify`: a backend, or single operations, beside the specification."""
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 import click
 
-from refmamba.backend import load_backend
+from refmamba.backend import load_backend, numerics
 from refmamba.commands.against import against_option
-from refmamba.commands.options import backend_option, device_option, json_option, names_option
+from refmamba.commands.options import Command, backend_option, device_option, json_option, names_option, option, print_json
 from refmamba.conformance.comparison import Difference, Tolerance, parse_tolerance
 from refmamba.conformance.models import SCHEMES
 from refmamba.conformance.operations import Row
@@ -69,8 +68,16 @@ def summary(rows: Sequence[Row], tolerance: Tolerance | None) -> str:
     )
 
 
-@click.command("verify")
-@click.option("--model", help="Check this model too: `small`, a folder, or OWNER/NAME on the hub.")
+@click.command(
+    "verify",
+    cls=Command,
+    examples=[
+        "refmamba verify --backend cpu --schemes int8,w4-all",
+        "refmamba verify --operations mykernels:Mine",
+        "refmamba verify --against theirs.npz --model small --tolerance float32",
+    ],
+)
+@option("Model", "--model", help="Check this model too: `small`, a folder, or OWNER/NAME on the hub.")
 @against_option
 @backend_option
 @click.option("--operations", help="Single operations instead of a backend: module:Class, or NAME=module:function.")
@@ -96,19 +103,22 @@ def command(
     if operations is not None:
         if context.get_parameter_source("backend") != click.core.ParameterSource.DEFAULT:
             raise DataError("--operations run on the reference: leave out --backend")
-        subject, place = operations, device or "cpu"
+        subject, place, numbers = operations, device or "cpu", dict[str, str]()
         results = run_operations(load_operations(operations, device), schemes, model, quick=quick, tolerance=tolerance)
     else:
         implementation = load_backend(backend, device)
         if not implementation.exact and tolerance is None:
+            dtype = numerics(implementation).get("dtype", "float32")
             raise DataError(
-                f"backend '{backend}' does not claim the specification's bits (exact = False): add --tolerance float32"
+                f"backend '{backend}' does not claim the specification's bits (exact = False): add --tolerance {dtype}"
             )
-        subject, place = backend, implementation.device
+        subject, place, numbers = backend, implementation.device, numerics(implementation)
         results = run_checks(implementation, schemes, model, quick=quick, tolerance=tolerance)
     rows, first = list[Row](), None
     if not as_json:
-        click.echo(f"{subject} on {place}, specification {SPEC_VERSION}\n{heading(tolerance)}")
+        click.echo(
+            f"{', '.join([f'{subject} on {place}', *numbers.values()])}, specification {SPEC_VERSION}\n{heading(tolerance)}"
+        )
     with bar(count_checks(schemes, model), "verifying", "check") as checked:
         for row, wrong in results:
             rows.append(row)
@@ -118,10 +128,10 @@ def command(
                 say(table_line(row, tolerance))
     status = status_of(rows)
     if as_json:
-        result = {"backend": subject, "device": place, "specification": SPEC_VERSION, "tolerance": tolerance_name,
+        result = {"backend": subject, "device": place, "specification": SPEC_VERSION, "tolerance": tolerance_name, **numbers,
                   "ok": status == SAME, "rows": [asdict(row) | {"verdict": row.verdict} for row in rows],
                   "first_difference": asdict(first) if first else None}  # fmt: skip
-        click.echo(json.dumps(result))
+        print_json(result)
     elif first:
         click.echo(f"{'could not run' if first.raised else 'first difference'}: {first}")
     else:

@@ -13,6 +13,7 @@ from refmamba.conformance.causes import distance, explain
 from refmamba.conformance.comparison import Difference, Rule, Tolerance, difference, parse_tolerance, parts
 from refmamba.conformance.dumps import Arrays, Dump, reference_values
 from refmamba.errors import DataError, RefmambaError, TokenizerError
+from refmamba.run.perplexity import divergence
 from refmamba.run.session import Opened
 from refmamba.spec.arith import IntArray
 from refmamba.spec.codes import Codes, FixedPoint
@@ -47,13 +48,6 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """`; the nearest is NAME`, where one is near."""
     close = difflib.get_close_matches(name, list(names), 1)
     return f"; the nearest is {close[0]}" if close else ""
-
-
-def divergence(expected: NDArray[Any], logits: NDArray[Any]) -> NDArray[Any]:
-    """Kullback-Leibler divergence of the next token's probabilities at each position, in float64: (L, vocabulary) -> (L,)."""
-    p, q = (x.astype(np.float64) - np.logaddexp.reduce(x.astype(np.float64), -1)[..., None] for x in (expected, logits))
-    kl: NDArray[Any] = np.maximum(0.0, (np.exp(p) * (p - q)).sum(-1))
-    return kl
 
 
 def widened(name: str, array: NDArray[Any]) -> NDArray[Any]:

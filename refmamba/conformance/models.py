@@ -130,6 +130,8 @@ class ModelChecks:
         for positions in ("all", "last"):
             yield from self.call("states", f'a batch that goes on, logits="{positions}"', turned, positions, state, kept)
         yield from self.call("states", "a sequence that goes on", turned[:1], "all", state.take([1]), kept.take([1]))
+        restored, saved = self.runner.restore_state(*kept.arrays()), self.reference.restore_state(*kept.arrays())
+        yield from self.call("states", "a batch that goes on from a restored state", turned, "last", restored, saved)
 
     def step(self) -> Iterator[Difference | None]:
         """One token at a time, every sequence at once; the state that goes in stays as it was."""

@@ -10,13 +10,8 @@ from refmamba.backend import Backend
 from refmamba.conformance.comparison import Difference, Errors, Tolerance, difference, errors, largest
 from refmamba.conformance.models import ModelChecks, Results
 from refmamba.conformance.operations import Row
+from refmamba.run.perplexity import divergence
 from refmamba.spec.parameters import QuantizedModel
-
-
-def divergence(expected: Any, logits: Any) -> Any:
-    """Kullback-Leibler divergence of the next token's probabilities at each position, in float64: (L, vocabulary) -> (L,)."""
-    p, q = (x.astype(np.float64) - np.logaddexp.reduce(x.astype(np.float64), -1)[..., None] for x in (expected, logits))
-    return np.maximum(0.0, (np.exp(p) * (p - q)).sum(-1))
 
 
 @dataclass

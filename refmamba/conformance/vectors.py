@@ -98,4 +98,4 @@ def generated_model(name: str) -> GeneratedModel:
     files = {file.stem: file for file in sorted((folder / "schemes").glob("*.json"))}
     names = [*expected["logits_sha256"]["schemes"], *expected.get("raises", {})]
     schemes = {name: open_scheme(str(files.get(name, name))) for name in names}
-    return GeneratedModel(source, load_calibration(folder / "calibration.json", source.config), expected, schemes)
+    return GeneratedModel(source, load_calibration(folder / "calibration.json", source.config).absmax, expected, schemes)

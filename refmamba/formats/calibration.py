@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,24 @@ PERCENTILE = "percentile"  # at which the maxima were cut
 LARGEST = float(np.finfo(np.float32).max)
 
 
-def save_calibration(absmax: Mapping[str, F32Array], file: Path) -> None:
-    """Write the maxima as JSON, a list of numbers a site; float32 values survive exactly."""
-    write_text(file, json.dumps({site: m.astype(float).tolist() for site, m in absmax.items()}))
+@dataclass(frozen=True)
+class Calibration:
+    """The absolute maxima of each site's input channels, (K,) float32, and the share of all magnitudes at which they are cut.
+
+    percentile: above 0, at most 1; 1: not cut.
+    """
+
+    absmax: Mapping[str, F32Array]
+    percentile: float = 1.0
 
 
-def load_calibration(file: Path, config: MambaConfig) -> dict[str, F32Array]:
+def save_calibration(calibration: Calibration, file: Path) -> None:
+    """Write the maxima as JSON, a list of numbers a site, and the percentile if they are cut; float32 survives exactly."""
+    cut = {} if calibration.percentile == 1 else {PERCENTILE: calibration.percentile}
+    write_text(file, json.dumps(cut | {site: m.astype(float).tolist() for site, m in calibration.absmax.items()}))
+
+
+def load_calibration(file: Path, config: MambaConfig) -> Calibration:
     """Read what `save_calibration` wrote for a model of these sizes. Raises FileError, and DataError for anything else."""
     values, shapes = read_json(file, TABLE_BYTES), config.shapes() | {"lm_head.weight": (config.vocab_size, config.d_model)}
     absmax = dict[str, F32Array]()
@@ -40,4 +53,4 @@ def load_calibration(file: Path, config: MambaConfig) -> dict[str, F32Array]:
         if not all(type(value) in (int, float) and 0 <= value <= LARGEST for value in maxima):
             raise DataError(f"{file}: site {site} needs finite numbers that are not negative; calibrate on this model")
         absmax[site] = np.array(maxima, np.float32)
-    return absmax
+    return Calibration(absmax, float(percentile))

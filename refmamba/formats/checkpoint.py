@@ -13,7 +13,7 @@ import numpy as np
 
 from refmamba.errors import CheckpointError, ConfigError, ForeignModelError, printable
 from refmamba.formats.foreign import ONLY, refuse_foreign
-from refmamba.formats.weights import BFLOAT16, FLOATS, checked, file_shape, open_weights, refuse_others
+from refmamba.formats.weights import FLOATS, checked, file_shape, open_weights, refuse_others, widened
 from refmamba.spec.arith import F32Array
 from refmamba.spec.config import MambaConfig
 
@@ -84,11 +84,7 @@ class Checkpoint:
 
         float64 is rounded to float32, to nearest.
         """
-        array = self._tensors[name].array
-        if array.dtype == BFLOAT16:  # the upper half of a float32
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        with np.errstate(over="ignore"):  # of a float64: an infinity, which is refused where a code is made of it
-            x = np.require(array, np.float32, ["C", "A"]).reshape(self.config.shapes()[name])
+        x = widened(self._tensors[name].array).reshape(self.config.shapes()[name])
         x.flags.writeable = False
         return x
 

@@ -1,4 +1,4 @@
-"""A model folder of any kind: a float checkpoint in either layout, or a quantized one."""
+"""A model of any kind: a float checkpoint in either layout, a quantized folder, or a GGUF file."""
 
 import hashlib
 from collections.abc import Iterator
@@ -7,24 +7,28 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from refmamba.errors import CheckpointError, ForeignModelError
+from refmamba.errors import CheckpointError, ForeignModelError, TokenizerError
 from refmamba.formats.checkpoint import Checkpoint, read_config
 from refmamba.formats.foreign import what_is_there
+from refmamba.formats.gguf import is_gguf, open_gguf
 from refmamba.formats.hub import ModelFiles
 from refmamba.formats.quantized import arrays, open_quantized
 from refmamba.formats.reading import read_json, there
+from refmamba.formats.tokenizer import read_parts
 from refmamba.formats.weights import weight_files
 from refmamba.spec.config import ParameterSource
 from refmamba.spec.parameters import QuantizedModel
 
 
 def open_checkpoint(folder: Path) -> ParameterSource | QuantizedModel:
-    """The model in a folder: a QuantizedModel where `save_quantized` wrote it, else a float checkpoint.
+    """The model in a folder or a GGUF file: a QuantizedModel where `save_quantized` wrote it, else a float checkpoint.
 
     Raises FileError or CheckpointError, which names the file and says what to do, for a file that is missing, truncated or not
     what it should be, for a model that is not a Mamba-1, and for a tensor that is missing, superfluous, or of another shape or
     type.
     """
+    if is_gguf(folder):
+        return open_gguf(folder)
     file = folder / "config.json"
     if not there(file):
         foreign = what_is_there(folder)
@@ -39,11 +43,22 @@ def open_checkpoint(folder: Path) -> ParameterSource | QuantizedModel:
 
 def opened_files(files: ModelFiles) -> list[Path]:
     """Every file that is read of a model: what it is, and so its results, depend on these alone. Raises FileError."""
-    beside = [files.tokenizer.with_name("tokenizer_config.json"), files.folder / "generation_config.json"]
-    return [
-        files.folder / "config.json", *weight_files(files.folder).names(), files.tokenizer,
-        *(file for file in beside if there(file)),
-    ]  # fmt: skip
+    return [*_weights(files), *read_parts(files).files]
+
+
+def model_files(files: ModelFiles) -> list[Path]:
+    """The files that are there of those that are read of a model. Raises FileError."""
+    try:
+        return opened_files(files)
+    except TokenizerError:
+        return _weights(files)
+
+
+def _weights(files: ModelFiles) -> list[Path]:
+    """The files that hold a model's sizes and weights."""
+    if is_gguf(files.folder):
+        return [files.folder]
+    return [files.folder / "config.json", *weight_files(files.folder).names()]
 
 
 def content_hash(model: ParameterSource | QuantizedModel) -> str:
@@ -54,7 +69,7 @@ def content_hash(model: ParameterSource | QuantizedModel) -> str:
     if isinstance(model, QuantizedModel):
         tensors: Iterator[tuple[str, NDArray[Any]]] = arrays(model)
     else:
-        tensors = ((name, model.read(name)) for name in model.config.shapes())
+        tensors = ((name, model.read(name)) for name in (*model.config.shapes(), *model.config.state_matrices()))
     digest = hashlib.sha256(f"norm_eps {model.config.norm_eps!r}\n".encode())
     for name, array in tensors:
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())

@@ -1,16 +1,17 @@
-"""Finding a model's files: inside the package, in a folder, or on the Hugging Face hub.
+"""Finding a model's files: inside the package, in a folder, or on the Hugging Face hub; and putting them there.
 
 The hub is reached through huggingface-hub alone, so its cache, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT mean what they
 mean there, and its progress bars go to stderr.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from refmamba.errors import FileError, HubError
+from refmamba.formats.gguf import is_gguf
 from refmamba.formats.reading import folder_there, read_json, there
 
 SMALL = "small"  # the model inside the package; ./small is a folder of that name
@@ -22,31 +23,44 @@ TORCH = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.b
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """Where a model's files are. tokenizer: the path of its tokenizer.json, which a broken folder may lack."""
+    """Where a model's files are.
+
+    folder: the model's folder, or its GGUF file. tokenizer: the path of its tokenizer.json, which a broken folder may lack;
+    beside a GGUF file it stands in where the file's own is not known.
+    """
 
     folder: Path
     tokenizer: Path
 
 
 def resolve_model(name: str, revision: str | None = None) -> ModelFiles:
-    """The files of `small`, of a local folder, or of OWNER/NAME on the hub, where what is not cached is downloaded.
+    """The files of `small`, of a folder, of a GGUF file, or of OWNER/NAME on the hub, where what is not cached is downloaded.
 
     A folder wins over the hub. revision: a branch, tag or commit on the hub. A model in the original layout without a
     tokenizer gets GPT-NeoX's from the hub. Raises HubError.
     """
     folder = Path(str(resources.files("refmamba") / "small_model")) if name == SMALL else Path(name)
     if not (name and folder_there(folder)):
+        if name and there(folder) and is_gguf(folder):
+            _no_revision(name, revision)
+            return ModelFiles(folder, folder.with_name("tokenizer.json"))
         if name and there(folder):
             raise HubError(f"model {name}: is a file; name the folder that it lies in")
-        if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise HubError(f"model {name}: no such folder; give `small`, a folder, or OWNER/NAME on the hub")
+        if name.count("/") != 1 or name.startswith((".", "/", "~")) or is_gguf(folder):
+            raise HubError(f"model {name}: no such folder; give `small`, a folder, a GGUF file, or OWNER/NAME on the hub")
         folder = _download(name, revision)
-    elif revision is not None:
-        raise HubError(f"model {name} is a folder and has no revision {revision}; revisions are of models on the hub")
+    else:
+        _no_revision(name, revision)
     tokenizer = folder / "tokenizer.json"
     if not there(tokenizer) and _original_layout(folder):
         tokenizer = _download_neox_tokenizer()
     return ModelFiles(folder, tokenizer)
+
+
+def _no_revision(name: str, revision: str | None) -> None:
+    if revision is not None:
+        kind = "file" if is_gguf(Path(name)) else "folder"
+        raise HubError(f"model {name} is a {kind} and has no revision {revision}; revisions are of models on the hub")
 
 
 def _original_layout(folder: Path) -> bool:
@@ -75,6 +89,27 @@ def _download_neox_tokenizer() -> Path:
 
     with _hub_errors(f"the model has no tokenizer.json, and that of {NEOX}", None):
         return Path(hf_hub_download(NEOX, "tokenizer.json"))
+
+
+def push_files(repository: str, files: Mapping[str, Path | bytes], message: str, *, private: bool) -> str:
+    """Put files into OWNER/NAME on the hub, which is made where it is not there, in one commit. Gives its address.
+
+    files: by the name there; a path, or the content. private: of a repository that is made. Raises HubError.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, errors
+
+    try:
+        api = HfApi()
+        address = str(api.create_repo(repository, private=private, exist_ok=True))
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        api.create_commit(repository, operations, commit_message=message)
+    except errors.HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise HubError(f"{repository}: the hub does not let you write there; set HF_TOKEN to a token that may") from error
+        raise HubError(f"{repository}: the upload failed: {_line(error)}") from error
+    except (errors.HFValidationError, errors.HTTPError, OSError, ValueError) as error:  # type: ignore[attr-defined]
+        raise HubError(f"{repository}: the upload failed: {_line(error)}") from error
+    return address
 
 
 @contextmanager

@@ -7,23 +7,20 @@ is the embedding's codes, or follows from the embedding.
 """
 
 import json
-import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from refmamba.errors import CheckpointError, SchemeError, TensorError
 from refmamba.formats.checkpoint import HUGGING_FACE
 from refmamba.formats.hub import ModelFiles
-from refmamba.formats.reading import TABLE_BYTES, read_json, there
-from refmamba.formats.tokenizer import as_it_works
+from refmamba.formats.tokenizer import read_parts, save_parts
 from refmamba.formats.weights import FLOAT32, INT8, INT32, UINT8, checked, open_safetensors, refuse_others
-from refmamba.formats.writing import new_folder
+from refmamba.formats.writing import new_folder, save_tensors
 from refmamba.spec import SPEC_VERSION
 from refmamba.spec.coders import ParameterGrouped, UnquantizedMatrix
 from refmamba.spec.codes import STEPPED, WEIGHT_BITS, Codes, FixedPoint, Param, pack4, unpack4
@@ -40,26 +37,17 @@ FARTHEST = 150
 def save_quantized(model: QuantizedModel, folder: Path, files: ModelFiles, rounding: str = "search") -> None:
     """Save a model, with the tokenizer and the end tokens of its files, in a new folder: whole or not at all.
 
-    rounding: how the codes were chosen, for whoever reads the folder. The tokenizer is saved as it works here, without
-    truncation and padding. Raises CheckpointError for a folder that exists and is not empty, or that cannot be written.
+    rounding: how the codes were chosen, for whoever reads the folder. Raises CheckpointError for a
+    folder that exists and is not empty, or that cannot be written.
     """
     config = {key: getattr(model.config, field) for field, (key, _, _) in HUGGING_FACE.items()}
-    source = read_json(files.folder / "config.json")  # it names the end token where tokenizer_config.json does not
-    config |= {key: source[key] for key in ("bos_token_id", "eos_token_id") if key in source}
+    parts = read_parts(files)
     saved = {"spec_version": SPEC_VERSION, "scheme": model.scheme.to_json(), "rounding": rounding}
     with new_folder(folder) as aside:
-        tokenizer = as_it_works(read_json(files.tokenizer, TABLE_BYTES))
-        (aside / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
-        for file in (files.tokenizer.with_name("tokenizer_config.json"), files.folder / "generation_config.json"):
-            if there(file):
-                shutil.copyfile(file, aside / file.name)
+        config |= save_parts(parts, aside)
         text = json.dumps({"model_type": "refmamba", **config, "refmamba": saved}, indent=2)
         (aside / "config.json").write_text(text + "\n", "utf-8")
-        try:
-            save_file(dict(arrays(model)), aside / "model.safetensors")
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-        shutil.copymode(aside / "config.json", aside / "model.safetensors")  # the library makes it readable by its owner only
+        save_tensors(dict(arrays(model)), aside / "model.safetensors")
 
 
 def arrays(model: QuantizedModel) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -103,6 +91,10 @@ def open_quantized(folder: Path, config: MambaConfig, saved: Any) -> QuantizedMo
             )
         return array
 
+    config = replace(config, states_A="layers.0.A" in tensors and "A_log" not in scheme.weights)
+    for name, shape in config.state_matrices().items():
+        taken.add(name)
+        params[name] = checked(folder, tensors, name, shape, FLOAT32)
     for name, shape in shapes.items():
         coder = parameter_coder(kind_of(name), scheme)
         if coder is None:

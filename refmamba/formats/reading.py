@@ -5,6 +5,7 @@ JSON no deeper and with no longer numbers than what reads it can bear.
 import json
 import os
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,14 @@ def folder_there(folder: Path) -> bool:
     return there(folder) and stat.S_ISDIR(folder.stat().st_mode)
 
 
+def listed(folder: Path) -> list[Path]:
+    """What is in a folder. Raises UnreadableFileError."""
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise UnreadableFileError(f"{folder}: cannot be read: {_reason(error)}") from None
+
+
 def read_start(file: Path, count: int) -> bytes:
     """The first bytes of a file, fewer where it has fewer. Raises FileError."""
     try:
@@ -83,13 +92,43 @@ def read_bytes(file: Path, largest: int) -> bytes:
 
 def read_utf8(file: Path, largest: int) -> str:
     """The text of a file as it is, but for a byte order mark at its start, which is left out. Raises FileError."""
-    content = read_bytes(file, largest).removeprefix(MARK)
+    return _utf8(read_bytes(file, largest), str(file))
+
+
+def read_standard_input(largest: int) -> str:
+    """The text that comes on standard input until it ends, as `read_utf8` gives that of a file. Raises FileError."""
+    where, content = "standard input", b""
+    if sys.stdin is None:
+        raise UnreadableFileError(f"{where}: is closed")
+    try:
+        content = sys.stdin.buffer.read(largest + 1)
+    except OSError as error:
+        raise UnreadableFileError(f"{where}: cannot be read: {_reason(error)}") from None
+    if len(content) > largest:
+        raise FileTooLargeError(f"{where}: has more than {largest // MEGABYTE} MB, too many for what it should hold")
+    return _utf8(content, where)
+
+
+def unread_standard_input() -> str | None:
+    """What standard input is where a command that does not read it was given something: `a pipe`, or `a file`.
+
+    Nothing is read, so that nothing is waited for.
+    """
+    try:
+        mode = os.fstat(0).st_mode
+    except OSError:  # it is closed
+        return None
+    return "a pipe" if stat.S_ISFIFO(mode) else "a file" if stat.S_ISREG(mode) else None
+
+
+def _utf8(content: bytes, where: str) -> str:
+    content = content.removeprefix(MARK)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         byte = f"byte 0x{content[error.start]:02x} in line {line}"
-        raise EncodingError(f"{file}: {byte} is not UTF-8; save the file as UTF-8") from None
+        raise EncodingError(f"{where}: {byte} is not UTF-8; save the file as UTF-8") from None
 
 
 def read_json(file: Path, largest: int = CONFIG_BYTES) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as HubTokenizer
 
 from refmamba.errors import TokenizerError, printable
+from refmamba.formats.gguf import is_gguf, read_gguf
+from refmamba.formats.gguf_tokenizer import token_ids, tokenizer_json
 from refmamba.formats.hub import ModelFiles
 from refmamba.formats.reading import TABLE_BYTES, read_json, there
 from refmamba.spec.config import MambaConfig
@@ -128,6 +131,58 @@ class Tokenizer:
         return Stream(self._tokenizer, frozenset(i for name, i in named.items() if i is not None and self.decode([i]) != name))
 
 
+class TokenizerParts(NamedTuple):
+    """What the files of a model say of its tokenizer.
+
+    tokenizer: as tokenizer.json; names: as tokenizer_config.json; ids: config.json's, in the file `ids_file`; generation: as
+    generation_config.json, in the file `generation_file`. files: those that were read for it alone, tokenizer.json first.
+    """
+
+    tokenizer: dict[str, Any]
+    names: dict[str, Any]
+    ids: dict[str, Any]
+    ids_file: Path
+    generation: dict[str, Any]
+    generation_file: Path
+    files: list[Path]
+
+
+def read_parts(files: ModelFiles) -> TokenizerParts:
+    """What a model's files say of its tokenizer: a GGUF file's own where it is known, else tokenizer.json.
+
+    Raises FileError, and TokenizerError where there is none.
+    """
+    config, ids = files.folder / "config.json", dict[str, Any]()
+    if is_gguf(files.folder):
+        gguf = read_gguf(files.folder)
+        config, ids = files.folder, token_ids(gguf)
+        try:
+            return TokenizerParts(tokenizer_json(gguf), {}, ids, config, {}, config, [])
+        except TokenizerError:
+            if not there(files.tokenizer):
+                raise
+    elif not there(files.tokenizer):
+        raise TokenizerError(f"{files.tokenizer}: no such file; put the model's tokenizer.json there")
+    else:
+        ids = _object(config)
+    beside, generation = files.tokenizer.with_name("tokenizer_config.json"), config.with_name("generation_config.json")
+    return TokenizerParts(
+        as_it_works(read_json(files.tokenizer, TABLE_BYTES)), _object(beside), ids, config, _object(generation), generation,
+        [file for file in (files.tokenizer, beside, generation) if there(file)],
+    )  # fmt: skip
+
+
+def save_parts(parts: TokenizerParts, folder: Path) -> dict[str, Any]:
+    """Write a tokenizer's files into a folder, and give what config.json has to say of it: its begin and end tokens.
+
+    The tokenizer is saved as it works here, without truncation and padding.
+    """
+    (folder / "tokenizer.json").write_text(json.dumps(parts.tokenizer, ensure_ascii=False), "utf-8")
+    for file in parts.files[1:]:
+        shutil.copyfile(file, folder / file.name)
+    return {key: parts.ids[key] for key in ("bos_token_id", "eos_token_id") if key in parts.ids}
+
+
 def load_tokenizer(files: ModelFiles, config: MambaConfig, add_bos: bool | None = None) -> Tokenizer:
     """The tokenizer of a model, without what training left in its file: no text is cut, padded or split at random.
 
@@ -135,35 +190,31 @@ def load_tokenizer(files: ModelFiles, config: MambaConfig, add_bos: bool | None 
     generated ends with those of generation_config.json, else with the end tokens of the other two. Raises FileError, and
     TokenizerError where it is missing or broken, or has tokens for which the model has no row.
     """
-    file = files.tokenizer
-    if not there(file):
-        raise TokenizerError(f"{file}: no such file; put the model's tokenizer.json there")
-    text = json.dumps(as_it_works(read_json(file, TABLE_BYTES)), ensure_ascii=False)
+    parts = read_parts(files)
+    file, names = next(iter(parts.files), files.folder), parts.names
     with _library_errors(f"{file}: cannot be read as a tokenizer", quiet=True):
-        inner = HubTokenizer.from_str(text)
+        inner = HubTokenizer.from_str(json.dumps(parts.tokenizer, ensure_ascii=False))
         inner.decode(inner.encode("a").ids)  # what is broken in it may be seen only when it works
-    names, ids = _object(file.with_name("tokenizer_config.json")), _object(files.folder / "config.json")
-    generation = _object(files.folder / "generation_config.json")
 
-    def by_id(where: str, values: dict[str, Any], key: str) -> list[int]:
+    def by_id(where: Path, values: dict[str, Any], key: str) -> list[int]:
         value = values.get(key)
         found = value if isinstance(value, list) else [] if value is None else [value]
         for index in found:
             if type(index) is not int or not 0 <= index < config.vocab_size:
                 name = printable(repr(index), 40)
-                raise TokenizerError(f"{files.folder / where}: {key} has {name}, which is no token of the model; correct it")
+                raise TokenizerError(f"{where}: {key} has {name}, which is no token of the model; correct it")
         return found
 
     def special(kind: str) -> list[int]:
         token = names.get(f"{kind}_token")
         content = token.get("content") if isinstance(token, dict) else token
         index = inner.token_to_id(content) if isinstance(content, str) else None
-        ids_there = [index] if index is not None else by_id("config.json", ids, f"{kind}_token_id")
+        ids_there = [index] if index is not None else by_id(parts.ids_file, parts.ids, f"{kind}_token_id")
         default = inner.token_to_id(END)
         return ids_there or ([] if default is None else [default])
 
     eos, bos = special("eos"), special("bos")
-    ends = by_id("generation_config.json", generation, "eos_token_id") or eos
+    ends = by_id(parts.generation_file, parts.generation, "eos_token_id") or eos
     tokenizer = Tokenizer(inner, next(iter(eos), None), next(iter(bos), None), frozenset(ends), add_bos)
     if tokenizer.n_ids == 0:
         raise TokenizerError(f"{file}: has no tokens; download it again")

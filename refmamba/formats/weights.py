@@ -92,6 +92,14 @@ def file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0], 1, shape[1]) if name.endswith("conv1d.weight") else shape
 
 
+def widened(array: NDArray[Any]) -> NDArray[np.float32]:
+    """Floats of a file's type as float32 in C order, and a view where they are: float64 is rounded, to nearest."""
+    if array.dtype == BFLOAT16:  # the upper half of a float32
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore"):  # of a float64: an infinity, which is refused where a code is made of it
+        return np.require(array, np.float32, ["C", "A"])
+
+
 def open_safetensors(file: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file as views of a private memory map. Raises FileError, WeightFileError, TensorError."""
     length = int.from_bytes(read_start(file, 8), "little")

@@ -4,18 +4,23 @@ The content goes to .NAME.PID.tmp beside the target, reaches the disk, and is th
 removed by the next one that writes the same target.
 """
 
+import json
+import math
 import os
 import re
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import psutil
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from refmamba.errors import CheckpointError, DataError
 
@@ -57,6 +62,20 @@ def write_text(file: Path, text: str) -> None:
     write_file(file, lambda stream: stream.write(text.encode("utf-8")))
 
 
+def json_text(values: Any, indent: int | None = None) -> str:
+    """Values as JSON, where null stands for NaN and the infinities. What is no character, in a file's name, is escaped."""
+    text = json.dumps(_finite(values), ensure_ascii=False, allow_nan=False, indent=indent)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `folder`, new or empty before, when the block ends without an exception.
@@ -84,6 +103,32 @@ def new_folder(folder: Path) -> Iterator[Path]:
             for parent in missing:
                 if parent.exists():
                     parent.rmdir()
+
+
+@contextmanager
+def make_folder(folder: Path) -> Iterator[None]:
+    """Make a folder where there is none, and remove it again where the block raises. Raises DataError."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: cannot be written: {reason(error)}") from error
+    try:
+        yield
+    except BaseException:
+        for path in made:
+            with suppress(OSError):  # it holds something
+                path.rmdir()
+        raise
+
+
+def save_tensors(tensors: dict[str, NDArray[Any]], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file as one of a new folder's. Raises OSError."""
+    try:
+        save_file(tensors, file, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    shutil.copymode(file.parent / "config.json", file)  # the library makes it readable by its owner only
 
 
 def check_file(file: Path) -> None:

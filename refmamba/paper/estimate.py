@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,11 @@ from refmamba.spec.parameters import quantize_model
 from refmamba.spec.scheme import LINEAR_LAYERS
 
 # For the estimate only. Characters a document of the published data: contexts, each once; contexts, once a choice;
-# continuations. Means of the first 40 to 500 documents of each task.
+# continuations. Means of the first 40 to 500 documents of each task, for ARC of all.
 HUB_CHARACTERS = {
     "lambada": (316.7, 316.7, 6.7), "hellaswag": (134.7, 538.8, 292.5), "piqa": (55.0, 110.0, 204.2),
     "winogrande": (160.4, 160.4, 50.1), "rte": (361.2, 722.4, 11.0), "copa": (41.5, 83.0, 60.9),
+    "arc_easy": (131.6, 526.2, 94.3), "arc_challenge": (149.6, 598.3, 120.3),
 }  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def speed(scheme: str, backend: Backend) -> tuple[float, float]:
     """Parameter-tokens a second of the blocks and of the head, here and now: (both) parameters x tokens / seconds."""
     shapes = BLOCK.shapes()
     ones = {f"layers.0.{layer}": np.ones(shapes[f"layers.0.{layer}.weight"][1], np.float32) for layer in LINEAR_LAYERS}
-    calibration = ones | {"lm_head": np.ones(BLOCK.d_model, np.float32)}
+    calibration = ones | {f"{site}.rotated": m for site, m in ones.items()} | {"lm_head": np.ones(BLOCK.d_model, np.float32)}
     runner = backend.load(quantize_model(_Random(), open_scheme(scheme), calibration))
     sequences = [np.arange(64)] * (1 if open_scheme(scheme).whole_sequence else 8)
 
@@ -122,12 +123,16 @@ def duration(hours: float) -> str:
 
 
 def plan(
-    models: Sequence[str], schemes: Sequence[str], work: Work, ablations: int, fetched: bool, backend: Backend
+    models: Sequence[str], names: Mapping[str, str], work: Work, ablated: Work, ablations: int, fetched: bool, backend: Backend
 ) -> str:  # fmt: skip
-    """Size, memory and time of each model, as tables; the speed is measured on one block, here and now."""
-    configs, speeds = {model: config_of(model) for model in models}, {s: speed(s, backend) for s in {*schemes, "fp32"}}
+    """Size, memory and time of each model, as tables; the speed is measured on one block, here and now.
 
-    def hours(config: MambaConfig, scheme: str) -> float:
+    names: of the rows, each with its scheme. work: of each row. ablated: of each ablation.
+    """
+    configs = {model: config_of(model) for model in models}
+    speeds = {scheme: speed(scheme, backend) for scheme in {*names.values(), "fp32"}}
+
+    def hours(config: MambaConfig, scheme: str, work: Work) -> float:
         (run, scored), (blocks, head) = work.tokens(scheme), speeds[scheme]
         of_head = config.vocab_size * config.d_model
         return (run * (parameters(config) - of_head) / blocks + scored * of_head / head) / 3600
@@ -139,8 +144,8 @@ def plan(
         lines.append(f"| {model} | {count / 1e6:.0f} M | {download} | {(BYTES_A_PARAMETER * count + MEMORY) / 1e9:.1f} GB |")
     lines += ["", f"Time for {work.documents} documents:", "", "| scheme | " + " | ".join(models) + " |"]
     lines.append("|---|" + "---|" * len(models))
-    rows = {scheme: [hours(config, scheme) for config in configs.values()] for scheme in schemes}
-    rows[f"{ablations} ablations, fp32"] = [ablations * hours(config, "fp32") for config in configs.values()]
+    rows = {name: [hours(config, scheme, work) for config in configs.values()] for name, scheme in names.items()}
+    rows[f"{ablations} ablations, fp32"] = [ablations * hours(config, "fp32", ablated) for config in configs.values()]
     rows["all"] = [sum(column) for column in zip(*rows.values(), strict=True)]
     for name, row in rows.items():
         lines.append(f"| {name} | " + " | ".join(map(duration, row)) + " |")

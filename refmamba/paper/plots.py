@@ -95,7 +95,7 @@ def figure_2(models: Sequence[ModelTables], guess: float, file: Path) -> None:
         shift = (i + 0.5) / len(models) - 0.5
         x = np.arange(len(schemes)) + 0.6 * shift
         color = colormaps["viridis"](0.15 + 0.7 * (i + 0.5) / len(models))
-        rows, bits = model.table_1, model.bits_per_byte
+        rows, bits = model.table_1, {scheme: row.bits_per_byte for scheme, row in model.text.items()}
         average = rows[baseline]["average"].value
         label = f"{model.model}; under {baseline} {average:.1f} % are right, {bits[baseline]:.4f} bits per byte"
         style = {"marker": "osD^vP*X"[i % 8], "ms": 5, "ls": "", "color": color, "label": label}

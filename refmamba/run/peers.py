@@ -12,16 +12,13 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
+from refmamba.formats.dequantized import hugging_face_name
+from refmamba.formats.gguf_writing import TYPES, write_gguf
+from refmamba.formats.weights import file_shape
 from refmamba.spec.arith import IntArray
 from refmamba.spec.config import ParameterSource
-from refmamba.spec.ops import state_matrix
 
 LLAMA_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # llama.cpp's file types
-GGUF_NAMES = {
-    "norm.weight": "attn_norm.weight", "in_proj.weight": "ssm_in.weight", "conv1d.weight": "ssm_conv1d.weight",
-    "conv1d.bias": "ssm_conv1d.bias", "x_proj.weight": "ssm_x.weight", "dt_proj.weight": "ssm_dt.weight",
-    "dt_proj.bias": "ssm_dt.bias", "A_log": "ssm_a", "D": "ssm_d", "out_proj.weight": "ssm_out.weight",
-}  # fmt: skip
 
 
 class Peer(Protocol):
@@ -94,19 +91,8 @@ class Transformers:
         )  # fmt: skip
         self._torch: Any = torch
         self._model = cast(Any, MambaForCausalLM(config))
-        state = {}
-        for name in c.shapes():
-            x = torch.tensor(source.read(name))
-            if name == "lm_head.weight":
-                state[name] = x
-            elif name == "embedding.weight":
-                state["backbone.embeddings.weight"] = x
-            elif name == "norm_f.weight":
-                state["backbone.norm_f.weight"] = x
-            else:
-                layer, rest = name.removeprefix("layers.").split(".", 1)
-                mixer = "" if rest.startswith("norm.") else "mixer."
-                state[f"backbone.layers.{layer}.{mixer}{rest}"] = x[:, None] if rest == "conv1d.weight" else x
+        shapes = {name: file_shape(name, shape) for name, shape in c.shapes().items()}
+        state = {hugging_face_name(name): torch.tensor(source.read(name)).reshape(shape) for name, shape in shapes.items()}
         self._model.load_state_dict(state, strict=not c.tie_embeddings)
         self._model.eval()
         self._cache: Any = None
@@ -125,50 +111,21 @@ class Transformers:
                 self._cache = self._model(ids, cache_params=self._cache, use_cache=True, logits_to_keep=1).cache_params
 
 
-def write_gguf(source: ParameterSource, file: Path, kind: str) -> None:
+def write_for_llama_cpp(source: ParameterSource, file: Path, kind: str) -> None:
     """The model as llama.cpp reads it, without a tokenizer, in one of LLAMA_TYPES."""
-    import gguf
+    if kind in TYPES:
+        write_gguf(source, file, kind, file.stem)
+        return
+    import llama_cpp
 
-    c = source.config
-    plain = file if kind == "F32" else file.with_suffix(".f32.gguf")
-    if not plain.exists():
-        writer = gguf.GGUFWriter(plain, "mamba")
-        writer.add_context_length(1 << 20)
-        writer.add_embedding_length(c.d_model)
-        writer.add_feed_forward_length(0)
-        writer.add_head_count(0)
-        writer.add_block_count(c.n_layer)
-        writer.add_ssm_conv_kernel(c.d_conv)
-        writer.add_ssm_inner_size(c.d_inner)
-        writer.add_ssm_state_size(c.d_state)
-        writer.add_ssm_time_step_rank(c.dt_rank)
-        writer.add_layer_norm_rms_eps(c.norm_eps)
-        writer.add_vocab_size(c.vocab_size)
-        writer.add_tokenizer_model("none")
-        writer.add_file_type(LLAMA_TYPES["F32"])
-        for name in c.shapes():
-            x = source.read(name)
-            if name.startswith("layers."):
-                _, layer, rest = name.split(".", 2)
-                x = state_matrix(x) if rest == "A_log" else x
-                target = f"blk.{layer}.{GGUF_NAMES[rest]}"
-            else:
-                target = {"embedding.weight": "token_embd.weight", "norm_f.weight": "output_norm.weight",
-                          "lm_head.weight": "output.weight"}[name]  # fmt: skip
-            writer.add_tensor(target, x)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-    if kind != "F32":
-        import llama_cpp
-
-        parameters = llama_cpp.llama_model_quantize_default_params()
-        parameters.ftype = LLAMA_TYPES[kind]
-        with quiet():
-            failed = llama_cpp.llama_model_quantize(bytes(plain), bytes(file), parameters)
-        if failed:
-            raise OSError(f"{file}: llama.cpp could not write it")
+    plain = file.with_suffix(".f32.gguf")
+    write_gguf(source, plain, "F32", file.stem)
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = LLAMA_TYPES[kind]
+    with quiet():
+        failed = llama_cpp.llama_model_quantize(bytes(plain), bytes(file), parameters)
+    if failed:
+        raise OSError(f"{file}: llama.cpp could not write it")
 
 
 @contextlib.contextmanager
@@ -185,7 +142,7 @@ def quiet() -> Iterator[None]:
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python, from a file of `write_gguf`."""
+    """llama.cpp through llama-cpp-python, from a GGUF file."""
 
     def __init__(self, file: Path, kind: str, threads: int) -> None:
         import llama_cpp

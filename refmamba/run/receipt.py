@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refmamba.errors import DataError
-from refmamba.formats.folder import content_hash
 from refmamba.formats.reading import TABLE_BYTES, read_utf8
 from refmamba.formats.writing import write_text
-from refmamba.run.generate import Sampler, choose_tokens
+from refmamba.run.generate import Chooser, Sampler, choose_tokens
 from refmamba.run.session import Session
 from refmamba.spec import SPEC_VERSION
 from refmamba.spec.arith import F32Array
@@ -73,22 +72,31 @@ class Receipt:
         write_text(file, "{\n" + ",\n".join(f'  "{key}": {json.dumps(value)}' for key, value in values.items()) + "\n}\n")
 
 
+def check_exact(session: Session) -> None:
+    """Raise DataError for a backend whose bits nobody else has."""
+    if not session.backend.exact:
+        raise DataError(f"backend '{session.backend.name}' is not exact, and a receipt is of the specification's bits: use "
+                        "--backend cpu")  # fmt: skip
+
+
 class Recorder:
     """Makes the receipt of one run while it happens: `look` is shown the logits (vocabulary,) of each token, and the token.
 
-    sampler: of `generate`; None for `logits`. Raises what `Session.runner` raises.
+    sampler: of `generate`; None for `logits`. Raises DataError for a backend that is not exact, and what the runner raises.
     """
 
     def __init__(self, session: Session, prompt_tokens: NDArray[np.integer[Any]], sampler: Sampler | None = None) -> None:
+        check_exact(session)
         if sampler is not None:  # as the file has them, whatever kind of number they were
             sampler = Sampler(float(sampler.temperature), int(sampler.top_k), float(sampler.top_p), int(sampler.seed))
         choice = session.opened.choice
         about = {"model": choice.model, "revision": choice.revision,
                  "calibrate": None if choice.calibrate is None else str(choice.calibrate),
+                 "percentile": None if choice.percentile == 1 else choice.percentile,
                  "backend": choice.backend, "device": session.backend.device}  # fmt: skip
         self._receipt = Receipt(
             COMMANDS[sampler is None],
-            content_hash(session.opened.quantized(session.scheme)),
+            session.model_sha256,
             session.scheme.to_json(),
             sampler,
             None if sampler is None else session.tokenizer.n_ids,
@@ -179,10 +187,13 @@ class Mismatch:
 def replay(receipt: Receipt, session: Session) -> Mismatch | None:
     """Compute a receipt's run again: the first token that differs, or None.
 
-    Raises DataError where the model is another one, and whatever the runner raises.
+    Raises DataError where the model is another one or the backend is not exact, and whatever the runner raises.
     """
-    if content_hash(session.opened.quantized(session.scheme)) != receipt.model_sha256:
-        cause = ", or calibrated on another text: name it with --calibrate" if session.scheme.needs_calibration else ""
+    check_exact(session)
+    if session.model_sha256 != receipt.model_sha256:
+        cause = (
+            ", or calibrated otherwise: name how with --calibrate and --percentile" if session.scheme.needs_calibration else ""
+        )
         raise DataError(f"{session.opened.choice.model} under {session.scheme.name} is not the receipt's model: its content "
                         f"differs; name that with --model{cause}")  # fmt: skip
     link = receipt.chain[0]
@@ -197,7 +208,9 @@ def replay(receipt: Receipt, session: Session) -> Mismatch | None:
 def _computed(receipt: Receipt, session: Session) -> Iterator[tuple[int, F32Array]]:
     prompt = np.array(receipt.prompt_tokens)
     if receipt.sampler is not None and receipt.n_ids is not None:
-        yield from islice(choose_tokens(session.runner, prompt, receipt.sampler, receipt.n_ids), len(receipt.tokens))
+        (rows,), state = session.runner.prefill([prompt])
+        written = choose_tokens(session.runner, [rows[-1]], state, [Chooser(receipt.sampler, receipt.n_ids)])
+        yield from ((token, logits) for ((_, token, logits, _),) in islice(written, len(receipt.tokens)))
         return
     (rows,), _ = session.runner.prefill([prompt], logits="all")
     yield from zip(receipt.prompt_tokens, rows, strict=True)

@@ -14,11 +14,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from refmamba.backend import Backend, Runner, check_support, load_backend
+from refmamba.backend import Backend, Runner, check_support, load_backend, numerics
 from refmamba.backends import DEFAULT_BACKEND
 from refmamba.errors import DataError, SchemeError
-from refmamba.formats.calibration import SUFFIX, load_calibration, save_calibration
-from refmamba.formats.folder import open_checkpoint
+from refmamba.formats.calibration import SUFFIX, Calibration, load_calibration, save_calibration
+from refmamba.formats.folder import content_hash, open_checkpoint
 from refmamba.formats.hub import ModelFiles, resolve_model
 from refmamba.formats.quantized import save_quantized
 from refmamba.formats.scheme import open_scheme
@@ -43,7 +43,8 @@ class ModelChoice:
 
     scheme: a name, a file or a Scheme; None: the one that the model was saved under, or else the caller's default.
     calibrate: a text, or maxima in a .json; None: the passage inside the package. add_bos: whether a text's tokens begin with
-    the begin token; None: as the tokenizer says.
+    the begin token; None: as the tokenizer says. percentile: at which share of a site's magnitudes on a text the maxima are
+    cut, above 0 and at most 1; 1: not at all. Raises DataError for another, and for one beside maxima, whose file has its own.
     """
 
     model: str = DEFAULT_MODEL
@@ -53,6 +54,19 @@ class ModelChoice:
     revision: str | None = None
     calibrate: Path | None = None
     add_bos: bool | None = None
+    percentile: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a percentile that makes no sense."""
+        if not (isinstance(self.percentile, int | float) and 0 < self.percentile <= 1):
+            raise DataError(f"--percentile {self.percentile}: give a share above 0 and at most 1, such as 0.99999")
+        if self.percentile != 1 and self.holds_maxima:
+            raise DataError(f"--percentile goes with a text; the maxima in {self.calibrate} are cut already, or not at all")
+
+    @property
+    def holds_maxima(self) -> bool:
+        """Whether `calibrate` is a file of maxima, and not a text."""
+        return self.calibrate is not None and self.calibrate.suffix == SUFFIX
 
 
 def choose_scheme(scheme: str | Scheme | None, bits: int | None, act_bits: int | None) -> str | Scheme | None:
@@ -66,6 +80,8 @@ def choose_scheme(scheme: str | Scheme | None, bits: int | None, act_bits: int |
     if act_bits is not None and act_bits not in range(2, 17):
         raise SchemeError(f"--act-bits {act_bits}: activations have 2 to 16 bits")
     if bits is not None:
+        if bits < 8:
+            print(f"--bits {bits}: one scale a tensor ruins large models; for use there is --scheme int4", file=sys.stderr)
         return f"w{bits}-all" if act_bits is None else f"w{bits}a{act_bits}-all"
     return scheme
 
@@ -92,23 +108,29 @@ class Opened:
         return self.checkpoint
 
     @cached_property
-    def calibration(self) -> Mapping[str, F32Array]:
-        """Absolute maxima of each linear layer's input channels, (K,) float32 a site. Raises RefmambaError."""
-        file = self.choice.calibrate
-        if file is not None and file.suffix == SUFFIX:
+    def calibrated(self) -> Calibration:
+        """What static scales are made of. Raises RefmambaError."""
+        file, percentile = self.choice.calibrate, self.choice.percentile
+        if file is not None and self.choice.holds_maxima:
             return load_calibration(file, self.checkpoint.config)
         text = passage() if file is None else read_text(file)
         print(f"calibrating on {file or 'the passage inside the package'}", file=sys.stderr)
         source = self.float_checkpoint()
         with bar(len(source.config.shapes()), "calibrating", "tensor") as used:
-            return calibrate(_Watched(source, used), self.tokenizer.encode_array(text))
+            maxima = calibrate(_Watched(source, used), self.tokenizer.encode_array(text), percentile)
+        return Calibration(maxima, percentile)
+
+    @property
+    def calibration(self) -> Mapping[str, F32Array]:
+        """Absolute maxima of each linear layer's input channels, (K,) float32 a site. Raises RefmambaError."""
+        return self.calibrated.absmax
 
     def rounded_by_gptq(self) -> QuantizedModel:
         """The model under its scheme, its linear layers' weights rounded by GPTQ on the text that is calibrated on."""
         from refmamba.run.rounding import round_by_gptq
 
         file = self.choice.calibrate
-        if file is not None and file.suffix == SUFFIX:
+        if self.choice.holds_maxima:
             raise DataError(f"{file}: GPTQ needs a text, not the maxima of one; give a text file")
         tokens = self.tokenizer.encode_array(passage() if file is None else read_text(file))
         calibration = self.calibration if self.scheme.needs_calibration else None
@@ -152,16 +174,29 @@ class Session:
         """The model's tokenizer. Raises TokenizerError."""
         return self.opened.tokenizer
 
+    @property
+    def percentile(self) -> float | None:
+        """At which the maxima behind static scales are cut; None where nothing is calibrated here. Raises RefmambaError."""
+        if not self.scheme.needs_calibration or isinstance(self.opened.checkpoint, QuantizedModel):
+            return None
+        return self.opened.calibrated.percentile if self.opened.choice.holds_maxima else self.opened.choice.percentile
+
     @cached_property
     def runner(self) -> Runner:
         """The model, quantized and loaded, with a bar on stderr meanwhile. Raises RefmambaError."""
         with progress(self.opened.quantized(self.scheme)) as model:
             return self.backend.load(model)
 
+    @cached_property
+    def model_sha256(self) -> str:
+        """The content hash of the model under the scheme (docs/FORMAT.md, section 7). Raises RefmambaError."""
+        return content_hash(self.opened.quantized(self.scheme))
+
     def describe(self) -> dict[str, Any]:
         """What every result names."""
         return {"model": self.opened.choice.model, "scheme": self.scheme.name, "backend": self.backend.name,
-                "device": self.backend.device, "added_tokens": self.tokenizer.added}  # fmt: skip
+                "device": self.backend.device, "added_tokens": self.tokenizer.added,
+                "percentile": self.percentile} | numerics(self.backend)  # fmt: skip
 
 
 def open_session(choice: ModelChoice, default_scheme: str = DEFAULT_SCHEME) -> Session:
@@ -184,7 +219,7 @@ def quantize_folder(
     check_folder(folder)
     opened = open_model(choice)
     if calibration_file is not None:
-        save_calibration(opened.calibration, calibration_file)
+        save_calibration(opened.calibrated, calibration_file)
     quantized = opened.rounded_by_gptq() if rounding == "gptq" else opened.quantized(opened.scheme)
     with progress(quantized) as model:
         save_quantized(model, folder, opened.files, rounding)

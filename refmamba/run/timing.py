@@ -12,7 +12,7 @@ import psutil
 
 from refmamba.backend import Runner, load_backend
 from refmamba.backends import DEFAULT_BACKEND
-from refmamba.run.peers import LLAMA_TYPES, Apart, LlamaCpp, Peer, Transformers, installed, write_gguf
+from refmamba.run.peers import LLAMA_TYPES, Apart, LlamaCpp, Peer, Transformers, installed, write_for_llama_cpp
 from refmamba.run.progress import bar, say
 from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec.arith import IntArray
@@ -130,7 +130,7 @@ def transformers_of(folder: Path, threads: int) -> Peer:
 
 def llama_cpp_of(folder: Path, file: Path, kind: str, threads: int) -> Peer:
     """llama.cpp with a folder's weights, through a file that is written first."""
-    write_gguf(float_weights(folder), file, kind)
+    write_for_llama_cpp(float_weights(folder), file, kind)
     return LlamaCpp(file, kind, threads)
 
 

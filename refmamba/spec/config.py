@@ -25,6 +25,7 @@ class MambaConfig:
     use_bias: bool = False  # in_proj and out_proj have a bias
     use_conv_bias: bool = True
     tie_embeddings: bool = True  # the head is the embedding
+    states_A: bool = False  # the checkpoint holds the state matrix itself too: `state_matrices`
 
     def __post_init__(self) -> None:
         if self.dt_rank == 0:
@@ -57,9 +58,13 @@ class MambaConfig:
             shapes["lm_head.weight"] = (self.vocab_size, d)
         return shapes
 
+    def state_matrices(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every A that the checkpoint holds beside A_log, which is then log(-A): eq. (19)."""
+        return {f"layers.{i}.A": (self.d_inner, self.d_state) for i in range(self.n_layer) if self.states_A}
+
 
 class ParameterSource(Protocol):
-    """A checkpoint that is read tensor by tensor: the names and shapes are `MambaConfig.shapes`."""
+    """A checkpoint that is read tensor by tensor: the names and shapes are `MambaConfig.shapes` and `state_matrices`."""
 
     @property
     def config(self) -> MambaConfig:

@@ -10,7 +10,7 @@ from refmamba.errors import DataError, NonFiniteError
 from refmamba.spec.arith import F32Array, IntArray, f32, silu
 from refmamba.spec.codes import FixedPoint
 from refmamba.spec.config import MambaConfig
-from refmamba.spec.ops import add, conv1d, embed, gate, rms_norm, selective_scan, state_matrix, step_size
+from refmamba.spec.ops import add, conv1d, embed, gate, rms_norm, selective_scan, step_size
 from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.trace import Hook, Step, Trace, Tracer
 
@@ -53,8 +53,7 @@ class Mamba:
 
     def __init__(self, model: QuantizedModel) -> None:
         self.model, self.config, self.scheme = model.held(), model.config, model.scheme
-        A_log = [f"layers.{i}.A_log" for i in range(self.config.n_layer)]
-        self.A = [state_matrix(self.model.value(name)) for name in A_log]
+        self.A = [self.model.state_matrix(i) for i in range(self.config.n_layer)]
         embedding = self.model.params["embedding.weight"]
         assert not isinstance(embedding, FixedPoint)
         self.embedding = embedding
@@ -119,6 +118,10 @@ class Mamba:
     def initial_state(self, batch: int) -> State:
         """The state of `batch` sequences before their first token."""
         return State.zeros(self.config, batch)
+
+    def restore_state(self, conv: F32Array, ssm: F32Array) -> State:
+        """The state whose `arrays` were these."""
+        return State(conv.copy(), ssm.copy())
 
     def prefill(
         self,

@@ -20,6 +20,7 @@ from refmamba.spec.coders import (
 from refmamba.spec.codes import LONGEST_ROW, Codes, FixedPoint, Param, dequantize
 from refmamba.spec.config import MambaConfig, ParameterSource, kind_of
 from refmamba.spec.linear import Linear
+from refmamba.spec.ops import state_matrix
 from refmamba.spec.scheme import LINEAR_LAYERS, LINEAR_WEIGHTS, Scheme
 from refmamba.spec.transforms import FOLDED, Hadamard, Smooth, Transform, rotated, smoothed
 
@@ -31,7 +32,8 @@ class QuantizedModel:
     params, by name: Codes where the scheme quantizes the parameter; FixedPoint for any other matrix of a product; else
     float32. `lm_head.weight` is always there (the embedding's Codes where `shares_codes`). A static input has
     `{site}.absmax` (float32, shape ()), a smoothed one `{site}.smooth` (int32 exponents, one an input channel), where
-    site is `layers.{i}.in_proj` and so on. The mapping may make a parameter each time it is asked for: see `held`.
+    site is `layers.{i}.in_proj` and so on. `layers.{i}.A` is there where the checkpoint states it and A_log is not in
+    codes. The mapping may make a parameter each time it is asked for: see `held`.
     """
 
     config: MambaConfig
@@ -55,6 +57,11 @@ class QuantizedModel:
         param = self.params[name]
         assert not isinstance(param, FixedPoint)
         return dequantize(param) if isinstance(param, Codes) else param
+
+    def state_matrix(self, layer: int) -> F32Array:
+        """A of a layer, (d_inner, d_state): as the checkpoint states it, else eq. (19)."""
+        name = f"layers.{layer}.A"
+        return self.value(name) if name in self.params else state_matrix(self.value(f"{name}_log"))
 
     def linear(self, site: str) -> Linear:
         """A linear layer by its site, `layers.{i}.in_proj` and so on, or `lm_head`."""
@@ -158,7 +165,9 @@ def quantize_model(
     it; needed where `scheme.needs_calibration`. Raises DataError where calibration lacks a site, or has other channels for it;
     reading a parameter raises NonFiniteError.
     """
-    sites: dict[str, Param] = {}
+    sites: dict[str, Param] = (
+        {} if "A_log" in scheme.weights else {name: source.read(name) for name in source.config.state_matrices()}
+    )
     if scheme.needs_calibration:
         absmax = _site_absmax(source.config, scheme, calibration or {})
         if scheme.smooth:

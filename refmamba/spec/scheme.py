@@ -6,18 +6,20 @@ where its scales come from: the readings below are ours. `Scheme.table` prints t
 entries changes them (`--scheme FILE`).
 """
 
-import math
 import re
+import textwrap
 from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from refmamba.errors import SchemeError
+from refmamba.errors import SchemeError, printable
 from refmamba.spec.coders import CODERS, INPUT_CODERS, options_of
 from refmamba.spec.transforms import Hadamard, Smooth
 
 LINEAR_LAYERS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 LONGEST_NAME = 100  # characters
+LARGEST = 2.0**127 * (2 - 2.0**-23)  # float32
+WIDTH = 80  # columns of a table
 ALPHA = 0.5  # SmoothQuant's migration strength where a scheme does not say another
 LINEAR_WEIGHTS = tuple(f"{layer}.weight" for layer in LINEAR_LAYERS)
 HEAD_WEIGHTS = ("embedding.weight", "lm_head.weight")  # one tensor where the head is tied
@@ -28,7 +30,7 @@ OTHER_PARAMETERS = (
 PRODUCTS = (*LINEAR_LAYERS, "lm_head")
 OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {  # a coder's options: what they may be
     "group": (lambda x: type(x) is int and x in (16, 32, 64, 128, 256), "a power of two from 16 to 256"),
-    "threshold": (lambda x: type(x) in (int, float) and 0 < x < math.inf, "a number above zero"),
+    "threshold": (lambda x: type(x) in (int, float) and 0 < x <= LARGEST, "a number above zero that float32 holds"),
     "quantile": (lambda x: type(x) in (int, float) and 0 < x <= 1, "a number above zero, at most 1"),
 }
 BITS = {"weights": (2, 8), "inputs": (2, 8), "outputs": (2, 16)}
@@ -114,7 +116,7 @@ class Scheme:
         coder = CODERS[part][quantizer.scale]
         low, high = getattr(coder, "bits_range", BITS[part])
         if type(quantizer.bits) is not int or not low <= quantizer.bits <= high:
-            raise SchemeError(f"scheme {self.name}: {site} has {quantizer.bits} bits; {part} take {low} to {high}")
+            raise SchemeError(f"scheme {self.name}: {site} has {quantizer.bits!r} bits; {part} take {low} to {high}")
         if getattr(coder, "matrices_only", False) and site not in (*HEAD_WEIGHTS, *LINEAR_WEIGHTS):
             raise SchemeError(f"scheme {self.name}: {site} is no matrix of a product; {quantizer.scale} is for those")
         if getattr(coder, "coded_weight", False) and f"{site}.weight" not in self.weights:
@@ -169,7 +171,8 @@ class Scheme:
             chosen: Mapping[str, Quantizer] = getattr(self, part)
             lines += [f"  {title + ' ' + site:<28} {quantizer}" for site, quantizer in chosen.items()]
             rest = [site for site in SITES[part] if site not in chosen]
-            lines += [f"  not quantized, {part}: {', '.join(rest)}"] if rest else []
+            line = f"  not quantized, {part}: {', '.join(rest)}"
+            lines += textwrap.wrap(line, WIDTH, subsequent_indent="    ", break_on_hyphens=False) if rest else []
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -227,14 +230,38 @@ def parse_scheme(name: str) -> Scheme:
 
 
 def scheme_from_json(values: Any) -> Scheme:
-    """The scheme that `Scheme.to_json` gave. Raises SchemeError."""
-    try:
-        parts = {part: {k: Quantizer(**q) for k, q in values.get(part, {}).items()} for part in SITES}
-        if unknown := sorted(set(values) - {"name", "smooth", "rotate", *SITES}):
-            raise SchemeError(f"scheme: unknown entry {unknown[0]!r}; there are name, smooth, rotate, {', '.join(SITES)}")
-        name = values["name"]
-        if not (isinstance(name, str) and name.isprintable() and 0 < len(name) <= LONGEST_NAME):
-            raise SchemeError(f"scheme: the name is a text of 1 to {LONGEST_NAME} printable characters")
-        return Scheme(name, smooth=dict(values.get("smooth", {})), rotate=tuple(values.get("rotate", ())), **parts)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise SchemeError(f"scheme: not in the form of Scheme.to_json ({error!r})") from error
+    """The scheme that `Scheme.to_json` gave. Raises SchemeError, which names the entry that is wrong and what it may be."""
+    values = _object(values, "the scheme", ("name", *SITES, "smooth", "rotate"), required=("name",))
+    name = values["name"]
+    if not (isinstance(name, str) and name.isprintable() and 0 < len(name) <= LONGEST_NAME):
+        raise SchemeError(f"scheme: name is a text of 1 to {LONGEST_NAME} printable characters")
+    parts = {}
+    for part, sites in SITES.items():
+        entries = _object(values.get(part, {}), part, sites)
+        parts[part] = {site: _quantizer(entry, f"{part}.{site}", part) for site, entry in entries.items()}
+    rotate = values.get("rotate", [])
+    if not isinstance(rotate, list) or not all(isinstance(site, str) for site in rotate):
+        raise SchemeError(f"scheme: rotate is a list of {', '.join(LINEAR_LAYERS)}")
+    smooth = _object(values.get("smooth", {}), "smooth", LINEAR_LAYERS)
+    return Scheme(name, smooth=smooth, rotate=tuple(rotate), **parts)
+
+
+def _object(values: Any, what: str, keys: Collection[str], required: Collection[str] = ()) -> dict[str, Any]:
+    """A JSON object of these keys. Raises SchemeError for anything else."""
+    if not isinstance(values, dict):
+        raise SchemeError(f"scheme: {what} is no JSON object; its entries may be {', '.join(keys)}")
+    if unknown := sorted(set(values) - set(keys)):
+        raise SchemeError(
+            f"scheme: {what} has the unknown entry {printable(repr(unknown[0]), 60)}; there are {', '.join(keys)}"
+        )
+    if missing := [key for key in required if key not in values]:
+        raise SchemeError(f"scheme: {what} has no {missing[0]}; it must have {', '.join(required)}")
+    return values
+
+
+def _quantizer(values: Any, what: str, part: str) -> Quantizer:
+    """One entry of a part. Raises SchemeError."""
+    entry = _object(values, what, ("bits", "scale", *OPTIONS), required=("bits", "scale"))
+    if not isinstance(entry["scale"], str):
+        raise SchemeError(f"scheme: {what} has a scale that is no text; it may be {', '.join(CODERS[part])}")
+    return Quantizer(**entry)

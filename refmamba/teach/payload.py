@@ -98,7 +98,7 @@ def tiny_data() -> dict[str, Any]:
     source, expected = open_checkpoint(folder), json.loads((folder / "expected.json").read_text("utf-8"))
     assert not isinstance(source, QuantizedModel)
     schemes = [parse_scheme(name) for name in expected["logits_sha256"]["schemes"]]
-    data = model_data(source, load_calibration(folder / "calibration.json", source.config), schemes, expected)
+    data = model_data(source, load_calibration(folder / "calibration.json", source.config).absmax, schemes, expected)
     return data | {"weights": base64.b64encode(planes(source)).decode("ascii")}
 
 

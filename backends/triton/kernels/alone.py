@@ -40,7 +40,7 @@ def elementwise_kernel(x_ptr, z_ptr, y_ptr, n, largest, OP: tl.constexpr, BLOCK:
     elif OP == "silu":
         y = silu(x)
     elif OP == "state_matrix":
-        y = -exp(x)
+        y = exp(x) * -1.0  # some versions of Triton make -x of 0.0 - x
     elif OP == "scale_of":
         y = scale_of(magnitude_bits(x), largest)
     elif OP == "activation_exponent":
@@ -101,8 +101,9 @@ def conv1d_kernel(
 
 @triton.jit
 def product_kernel(
-    q_ptr, w_ptr, y_ptr, rows, N, K,
-    CODER: tl.constexpr, DIGITS: tl.constexpr, PLANES: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    q_ptr, w_ptr, y_ptr, rows, N,
+    K: tl.constexpr, CODER: tl.constexpr, DIGITS: tl.constexpr, PLANES: tl.constexpr, M: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
     """Eq. (11, 12) of stored digits: q (rows, DIGITS, K), w (PLANES, N, K) -> y (rows, N) float64."""
     row = tl.program_id(0) * M + tl.arange(0, M)

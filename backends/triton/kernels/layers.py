@@ -179,8 +179,9 @@ def encode(x, factor, largest, CODER: tl.constexpr):
 @triton.jit(do_not_specialize=["rows"])
 def peak_kernel(
     x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, state_stride, sequence_ptr, position_ptr, power_ptr, threshold,
-    peak_ptr, rows, K,
-    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
+    peak_ptr, rows,
+    K: tl.constexpr, SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, M: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
     """The bits of the largest magnitude of each sequence, peak (sequences,) int32, zeros before."""
     row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
@@ -198,8 +199,8 @@ def peak_kernel(
 @triton.jit(do_not_specialize=["rows", "site"])
 def code_kernel(
     x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, new_state_ptr, state_stride, sequence_ptr, position_ptr,
-    length_ptr, power_ptr, threshold, u_ptr, peak_ptr, static_ptr, failure_ptr, site, q_ptr, scale_ptr, rows, K, largest,
-    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, CODER: tl.constexpr,
+    length_ptr, power_ptr, threshold, u_ptr, peak_ptr, static_ptr, failure_ptr, site, q_ptr, scale_ptr, rows, largest,
+    K: tl.constexpr, SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, CODER: tl.constexpr,
     DIGITS: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The codes of what a linear layer reads: digits q (rows, DIGITS, K) int8, scale or exponent (rows,). Prefill only."""
@@ -246,8 +247,8 @@ def butterfly(q, ROWS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "site"])
 def rotate_kernel(
     x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, new_state_ptr, state_stride, sequence_ptr, position_ptr,
-    length_ptr, power_ptr, u_ptr, failure_ptr, site, y_ptr, rows, K,
-    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+    length_ptr, power_ptr, u_ptr, failure_ptr, site, y_ptr, rows,
+    K: tl.constexpr, SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Eq. (31) of what a linear layer reads: y (rows, K) float32, K a multiple of BLOCK."""
     row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
@@ -356,7 +357,7 @@ def product(
             low, high = tl.zeros([M, BN], tl.int64), tl.zeros([M, BN], tl.int64)
             for plane in tl.static_range(PLANES):
                 acc = tl.zeros([M * PLACES, BN], tl.int32)
-                for start in range(block, tl.minimum(block + EXACT_ROW, K), BK):
+                for start in range(block, block + EXACT_ROW if block + EXACT_ROW < K else K, BK):
                     k = start + tl.arange(0, BK)
                     digits = digit_tile(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, threshold,
                                         q_ptr, root, factor, row, row_ok, sequence, position, k, K, largest, SOURCE, TAPS,
@@ -414,8 +415,8 @@ def finished(y, sum_ptr, bias_ptr, residual_ptr, row, c, ok, N, SOFTPLUS: tl.con
 def linear_kernel(
     x_ptr, x_stride, weight_ptr, bias_ptr, eps, state_ptr, new_state_ptr, state_stride, sequence_ptr, position_ptr,
     length_ptr, power_ptr, threshold, u_ptr, peak_ptr, static_ptr, failure_ptr, site, q_ptr, scale_ptr,
-    w_ptr, steps_ptr, w_scale_ptr, sum_ptr, y_bias_ptr, residual_ptr, y_ptr, rows, N, K, largest,
-    SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, CODER: tl.constexpr,
+    w_ptr, steps_ptr, w_scale_ptr, sum_ptr, y_bias_ptr, residual_ptr, y_ptr, rows, N, largest,
+    K: tl.constexpr, SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, CODER: tl.constexpr,
     DIGITS: tl.constexpr, PLACES: tl.constexpr, PLANES: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr,
     SOFTPLUS: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -450,8 +451,8 @@ def linear_kernel(
 
 @triton.jit(do_not_specialize=["rows", "site"])
 def read_back_kernel(
-    y_ptr, sequence_ptr, peak_ptr, failure_ptr, site, bias_ptr, residual_ptr, out_ptr, rows, N, largest,
-    CODER: tl.constexpr, SOFTPLUS: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
+    y_ptr, sequence_ptr, peak_ptr, failure_ptr, site, bias_ptr, residual_ptr, out_ptr, rows, largest,
+    N: tl.constexpr, CODER: tl.constexpr, SOFTPLUS: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The `out` side, eq. (7, 8, 9), and what follows it: y (rows, N) -> (rows, N)."""
     row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
@@ -537,7 +538,8 @@ def scan_kernel(
     A = states(A_ptr, c * STATES, ok, STATES, N, LANES)
     D = tl.load(D_ptr + c, mask=ok, other=0.0)
     h = states(h_ptr + sequence * h_stride, c * STATES, ok, STATES, N, LANES)
-    for t in range(length):
+    t = 0
+    while t < length:
         row = start + t
         u = tl.load(u_ptr + row * channels + c, mask=ok, other=0.0)
         delta = tl.load(delta_ptr + row * channels + c, mask=ok, other=0.0)
@@ -546,14 +548,15 @@ def scan_kernel(
         if z_ptr is not None:
             y = y * silu(tl.load(z_ptr + row * z_stride + c, mask=ok, other=0.0))
         tl.store(y_ptr + row * channels + c, y, mask=ok)
+        t += 1
     store_states(new_h_ptr + sequence * h_stride, c * STATES, ok, h, STATES, N, LANES)
 
 
 @triton.jit(do_not_specialize=["rows", "site"])
 def scan_step_kernel(
     x_ptr, x_stride, static_ptr, failure_ptr, site, w_ptr, steps_ptr, w_scale_ptr, y_bias_ptr,
-    u_ptr, B_ptr, C_ptr, z_ptr, z_stride, A_ptr, D_ptr, h_ptr, new_h_ptr, h_stride, y_ptr, rows, channels, K, largest,
-    CODER: tl.constexpr, DIGITS: tl.constexpr, PLACES: tl.constexpr, PLANES: tl.constexpr,
+    u_ptr, B_ptr, C_ptr, z_ptr, z_stride, A_ptr, D_ptr, h_ptr, new_h_ptr, h_stride, y_ptr, rows, channels, largest,
+    K: tl.constexpr, CODER: tl.constexpr, DIGITS: tl.constexpr, PLACES: tl.constexpr, PLANES: tl.constexpr,
     PACKED: tl.constexpr, GROUP: tl.constexpr, DECAYS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr,
     LANES: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -582,7 +585,8 @@ def scan_step_kernel(
 
 @triton.jit
 def embed_kernel(
-    token_ptr, table_ptr, steps_ptr, scale_ptr, y_ptr, K, PACKED: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr
+    token_ptr, table_ptr, steps_ptr, scale_ptr, y_ptr,
+    K: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Eq. (15): row `token` of a float32 table, or of codes with a scale for each row -> y (rows, K)."""
     row = tl.program_id(0).to(tl.int64)

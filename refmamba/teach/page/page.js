@@ -608,6 +608,7 @@ async function play() {
 }
 
 async function start() {
+  const asked = location.hash.slice(1); // what is shown rewrites the address
   worker = new Worker(URL.createObjectURL(new Blob([$("worker").textContent], { type: "text/javascript" })));
   worker.onmessage = answered;
   const ready = ask("open", { data: $("data").textContent, weights: Array.from(document.querySelectorAll(".weights"), (piece) => piece.textContent).join("") });
@@ -635,5 +636,6 @@ async function start() {
     await write();
   } else say(`Recorded: ${opened.recorded} tokens of this prompt.`);
   await record();
+  document.getElementById(asked.includes("op=") ? "follow" : asked)?.scrollIntoView(); // now: what is drawn above it moves it
   document.body.dataset.ready = "yes";
 }

@@ -1,0 +1,64 @@
+"""Models for other programs: GGUF for llama.cpp, and floats in Hugging Face's layout for transformers."""
+
+import sys
+from pathlib import Path
+
+from refmamba.errors import TokenizerError
+from refmamba.formats.dequantized import Dequantized, save_hugging_face
+from refmamba.formats.gguf import SUFFIX
+from refmamba.formats.gguf_tokenizer import why_not
+from refmamba.formats.gguf_writing import Vocabulary, check_gguf, write_gguf
+from refmamba.formats.tokenizer import TokenizerParts, read_parts, save_parts
+from refmamba.formats.writing import check_folder, make_folder
+from refmamba.run.session import ModelChoice, Opened, open_model
+from refmamba.spec.config import ParameterSource
+from refmamba.spec.parameters import QuantizedModel
+
+
+def floats(opened: Opened) -> ParameterSource:
+    """A model's parameters as floats; of one that was saved quantized, the values of its codes."""
+    model = opened.checkpoint
+    return Dequantized(model) if isinstance(model, QuantizedModel) else model
+
+
+def export_hugging_face(choice: ModelChoice, folder: Path) -> Path:
+    """Save a model for transformers in a new folder, float32, with its tokenizer. Raises RefmambaError."""
+    check_folder(folder)
+    opened = open_model(choice)
+    save_hugging_face(floats(opened), folder, _parts(opened))
+    return folder
+
+
+def export_gguf(choice: ModelChoice, folder: Path, kind: str = "F32") -> Path:
+    """Write a model for llama.cpp into a folder, which may be there, as NAME-KIND.gguf. Gives the file.
+
+    kind: one of `gguf_writing.TYPES`. Where llama.cpp lacks the tokenizer a line on stderr says so, the file holds none, and
+    the tokenizer's files lie beside it. Raises RefmambaError.
+    """
+    opened = open_model(choice)
+    name = Path(choice.model.rstrip("/")).name.removesuffix(SUFFIX)
+    file = folder / f"{name}-{kind}{SUFFIX}"
+    source, parts = floats(opened), _parts(opened)
+    check_gguf(source.config, file)
+    vocabulary, reason = None, "the model has none"
+    if parts is not None:
+        tokenizer = opened.tokenizer
+        why = why_not(parts.tokenizer, tokenizer.added, tokenizer.bos_token_id)
+        reason = why or ""
+        if why is None:
+            vocabulary = Vocabulary(parts.tokenizer, tokenizer.bos_token_id, tokenizer.eos_token_id, bool(tokenizer.added))
+    with make_folder(folder):
+        write_gguf(source, file, kind, name, vocabulary)
+        if vocabulary is None:
+            print(f"{file}: without a tokenizer: {reason}; llama.cpp takes it with tokens as numbers", file=sys.stderr)
+            if parts is not None:
+                save_parts(parts, folder)
+    return file
+
+
+def _parts(opened: Opened) -> TokenizerParts | None:
+    """What the model's files say of its tokenizer; None where there is none."""
+    try:
+        return read_parts(opened.files)
+    except TokenizerError:
+        return None

@@ -1,0 +1,1 @@
+"""Stands in for the compiled part of causal_conv1d."""

@@ -1,0 +1,1 @@
+"""Stands in for mamba_ssm (tests/stand_ins/README.md)."""
