@@ -8,10 +8,12 @@ types:
 # All tests but those of `make ci`, or those whose names match: make test T=rms_norm
 test:
 	python -m pytest -q -m "not ci" -k "$(T)"
-# What takes minutes, after `make check`: the page in a browser, the Triton kernels without a GPU, every planted fault.
+# What takes minutes, after `make check`: the page in a browser, the Triton kernels without a GPU, every planted fault; changed
+# files; the oldest packages.
 ci:
 	python -m pytest -q -m ci
 	python tests/fuzz/fuzz.py --cases 8000
+	$(MAKE) lowest
 # Under a minute once the kernels are compiled: the specification, every backend on its vectors, files, scoring.
 QUICK = arith spec_document docs vectors imports linear conformance verify planted_faults \
 	checkpoint tokenizer perplexity smooth eval_data eval_score eval_golden eval_results
