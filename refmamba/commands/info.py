@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from refmamba.commands.options import (
+    Command,
     act_bits_option,
     bits_option,
     json_option,
@@ -23,7 +24,7 @@ from refmamba.spec.scheme import WIDTH, scheme_from_json
 LABEL = 15  # columns
 
 
-@click.command("info")
+@click.command("info", cls=Command, examples=["refmamba info small --scheme int8", "refmamba info model-Q4_0.gguf --json"])
 @click.argument("model")
 @model_options(revision_option, scheme_option, bits_option, act_bits_option)
 @json_option

@@ -169,7 +169,7 @@ def json_file_option(name: str, *parameter: str, help: str) -> Decorator:
 
 
 model_option = option(
-    "Model", "--model", default="small", show_default=True, help="`small`, a folder, or OWNER/NAME on the hub."
+    "Model", "--model", default="small", show_default=True, help="`small`, a folder, a GGUF file, or OWNER/NAME on the hub."
 )
 revision_option = option("Model", "--revision", help="Branch, tag or commit of a model on the hub.")
 scheme_option = option(
@@ -230,8 +230,7 @@ def text_option(help: str, *, required: bool = False) -> Decorator:
 def tasks_option(default: str | None) -> Decorator:
     """--tasks, as names: () for all that have data, None where it is left out without a default."""
     names = "lambada,hellaswag,piqa,winogrande,rte,copa,arc_easy,arc_challenge"
-    words = f"{names}, or `all` that have data.  [default: {default or 'none'}]"
-    return option("Data", "--tasks", default=default, callback=_tasks, help=words)
+    return option("Data", "--tasks", default=default, callback=_tasks, help=f"{names}, or `all` that have data.")
 
 
 data_option = option("Data", "--data", multiple=True, help="A folder, TASK=FILE, `hub` or `sample` (default); repeatable.")

@@ -217,6 +217,14 @@ def read_tokenizer(folder: Path) -> object:
     return text.encode()
 
 
+def read_gguf_file(folder: Path) -> object:
+    """The same of a GGUF file, its tokenizer too."""
+    file = folder / "model.gguf"
+    model = open_checkpoint(file)
+    tokenizer = load_tokenizer(ModelFiles(file, file.with_name("tokenizer.json")), model.config)
+    return tokenizer.decode(tokenizer.encode("The old man,\nnaïve.")), content_hash(model)
+
+
 def read_calibration(folder: Path) -> object:
     """Load maxima, and quantize with them."""
     source = open_checkpoint(SEEDS / "hf")
@@ -302,6 +310,7 @@ TARGETS = {
        for name in ("bpe", "bytes", "wordpiece", "unigram")},
     "tokenizer_config": Target("hf", "tokenizer_config.json", (JSON, ANY), read_tokenizer),
     "generation_config": Target("hf", "generation_config.json", (JSON, ANY), read_tokenizer),
+    "gguf": Target("gguf", "model.gguf", (ANY,), read_gguf_file),
     "calibration": Target("", "calibration.json", (JSON, JSON, ANY), read_calibration),
     **{f"scheme {name}": Target("", f"{name}.json", (JSON, JSON, ANY), read_scheme) for name in SCHEMES},
     **{f"task {name}": Target("", name, (ANY,), read_task) for name in TASKS},

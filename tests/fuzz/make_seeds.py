@@ -1,4 +1,7 @@
-"""Writes tests/fuzz/seeds: small files of every kind that refmamba reads, which the fuzzer changes. Needs torch and pyarrow."""
+"""Writes tests/fuzz/seeds: small files of every kind that refmamba reads, which the fuzzer changes.
+
+Needs torch, pyarrow and gguf.
+"""
 
 import json
 import shutil
@@ -20,6 +23,7 @@ from refmamba.eval_tasks.results import Result, Results
 from refmamba.eval_tasks.score import Score
 from refmamba.formats.calibration import Calibration, save_calibration
 from refmamba.formats.checkpoint import HUGGING_FACE
+from refmamba.formats.gguf_writing import Vocabulary, write_gguf
 from refmamba.formats.hub import ModelFiles
 from refmamba.formats.quantized import save_quantized
 from refmamba.formats.weights import file_shape
@@ -124,6 +128,10 @@ def main() -> None:
         save_file({name: files[name] for name in part}, SEEDS / "shards" / shard)
     index = {"metadata": {}, "weight_map": {name: shard for shard, part in shards.items() for name in part}}
     (SEEDS / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (SEEDS / "gguf").mkdir()
+    write_gguf(
+        source, SEEDS / "gguf" / "model.gguf", "Q8_0", "seed", Vocabulary(json.loads(tokenizers["bpe"].to_str()), 0, 0, True)
+    )
     maxima = calibrate(source, np.arange(40))
     save_calibration(Calibration(maxima), SEEDS / "calibration.json")
     for scheme in ("w8-all", "w4-all", "int8-smooth", "int4-all", "int8-hadamard", "llm-int8", "flatten-int8"):
