@@ -1,8 +1,8 @@
 """Models for other programs: GGUF for llama.cpp, and floats in Hugging Face's layout for transformers."""
 
 import json
-import shutil
 import sys
+from operator import methodcaller
 from pathlib import Path
 
 from refmamba.errors import TokenizerError
@@ -11,7 +11,7 @@ from refmamba.formats.gguf import SUFFIX
 from refmamba.formats.gguf_tokenizer import why_not
 from refmamba.formats.gguf_writing import Vocabulary, check_gguf, write_gguf
 from refmamba.formats.tokenizer import TokenizerParts, read_parts
-from refmamba.formats.writing import check_folder, make_folder, write_text
+from refmamba.formats.writing import check_folder, make_folder, write_file, write_text
 from refmamba.run.session import ModelChoice, Opened, open_model
 from refmamba.spec.config import ParameterSource
 from refmamba.spec.parameters import QuantizedModel
@@ -42,7 +42,7 @@ def export_gguf(choice: ModelChoice, folder: Path, kind: str = "F32") -> Path:
     file = folder / f"{name}-{kind}{SUFFIX}"
     source, parts = floats(opened), _parts(opened)
     check_gguf(source.config, file)
-    vocabulary = None
+    vocabulary: Vocabulary | None = None
     reason: str | None = "the model has none"
     if parts is not None:
         begin, end, added = opened.tokenizer.bos_token_id, opened.tokenizer.eos_token_id, opened.tokenizer.added
@@ -53,7 +53,7 @@ def export_gguf(choice: ModelChoice, folder: Path, kind: str = "F32") -> Path:
         if parts is not None and reason:
             write_text(folder / "tokenizer.json", json.dumps(parts.tokenizer, ensure_ascii=False))
             for beside in parts.files[1:]:
-                shutil.copyfile(beside, folder / beside.name)
+                write_file(folder / beside.name, methodcaller("write", beside.read_bytes()))
     if reason:
         print(f"{file}: without a tokenizer: {reason}; llama.cpp takes it with tokens as numbers", file=sys.stderr)
     return file
