@@ -1,4 +1,4 @@
-.PHONY: check ci lint types test quick vectors bench gpu-proof fuzz lowest
+.PHONY: check ci site lint types test quick vectors bench gpu-proof fuzz lowest
 check: lint types test
 lint:
 	ruff check .
@@ -8,10 +8,16 @@ types:
 # All tests but those of `make ci`, or those whose names match: make test T=rms_norm
 test:
 	python -m pytest -q -m "not ci" -k "$(T)"
-# What takes minutes, after `make check`: the page in a browser, the Triton kernels without a GPU, every planted fault.
+# What takes minutes, after `make check`: the page in a browser, the Triton kernels without a GPU, every planted fault; changed
+# files; the oldest packages.
 ci:
 	python -m pytest -q -m ci
 	python tests/fuzz/fuzz.py --cases 8000
+	$(MAKE) lowest
+	$(MAKE) site
+# The documentation site, into build/site (extra `docs`): every warning is an error, and links are followed.
+site:
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
 # Under a minute once the kernels are compiled: the specification, every backend on its vectors, files, scoring.
 QUICK = arith spec_document docs vectors imports linear conformance verify planted_faults \
 	checkpoint tokenizer perplexity smooth eval_data eval_score eval_golden eval_results

@@ -4,14 +4,18 @@ from pathlib import Path
 
 import click
 
-from refmamba.commands.options import model_options, revision_option
+from refmamba.commands.options import Command, model_options, revision_option
 from refmamba.errors import DataError
 from refmamba.formats.gguf_writing import TYPES
 from refmamba.run.export import export_gguf, export_hugging_face
 from refmamba.run.session import ModelChoice
 
 
-@click.command("export")
+@click.command(
+    "export",
+    cls=Command,
+    examples=["refmamba export small out --format gguf --type Q8_0", "refmamba export small-int8 floats --format hf"],
+)
 @click.argument("model")
 @click.argument("folder", type=click.Path(path_type=Path))
 @model_options(revision_option)
