@@ -8,10 +8,12 @@ types:
 # All tests but those of `make ci`, or those whose names match: make test T=rms_norm
 test:
 	python -m pytest -q -m "not ci" -k "$(T)"
-# What takes minutes, after `make check`: the page in a browser, the Triton kernels without a GPU, every planted fault.
+# What takes minutes, after `make check`: the page in a browser, the Triton kernels without a GPU, every planted fault; changed
+# files; the oldest packages.
 ci:
 	python -m pytest -q -m ci
 	python tests/fuzz/fuzz.py --cases 8000
+	$(MAKE) lowest
 	$(MAKE) site
 # The documentation site, into build/site (extra `docs`): every warning is an error, and links are followed.
 site:

@@ -13,7 +13,7 @@ from refmamba.errors import DataError, HubError
 from refmamba.eval_tasks.formats import READERS, read_rows
 from refmamba.eval_tasks.task import Document, HubFile, Task
 from refmamba.eval_tasks.tasks import TASKS
-from refmamba.formats.reading import TEXT_BYTES, folder_there, read_bytes
+from refmamba.formats.reading import TEXT_BYTES, folder_there, listed, read_bytes
 
 SAMPLE, HUB = "sample", "hub"  # words that --data takes besides folders and TASK=FILE
 SAMPLE_NOTE = "20 rows written for this package: a sample, not the benchmark"
@@ -87,10 +87,10 @@ def _words(path: str) -> list[str]:
 def find(task: Task, folder: Path) -> Path | None:
     """The one file of a folder, at most two deep, that has the task's words in its path and its split in its name.
 
-    Raises DataError where several have.
+    Raises DataError where several have, and UnreadableFileError for a folder that cannot be read.
     """
     matches, own_name = [], folder.resolve().name  # resolved, since the name of `.` says nothing
-    for file in sorted([*folder.glob("*"), *folder.glob("*/*"), *folder.glob("*/*/*")]):
+    for file in sorted([*listed(folder), *folder.glob("*/*"), *folder.glob("*/*/*")]):
         path, name = (_words(text) for text in ("/".join([own_name, *file.relative_to(folder).parts]), file.name))
         split = any(word.startswith(task.split) for word in name)
         named = any(set(_words(name)) <= set(path) for name in (task.name, task.also) if name)

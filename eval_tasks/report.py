@@ -1,6 +1,5 @@
 """Results for people and programs: a Markdown table, the harness's JSON layout, and a line of JSON for each document."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from refmamba.eval_tasks.evaluate import Subject
 from refmamba.eval_tasks.load import SAMPLE, Dataset
 from refmamba.eval_tasks.metrics import HIGHER_IS_BETTER, PER_DOCUMENT, Metric, metrics
 from refmamba.eval_tasks.results import Result
+from refmamba.formats.writing import json_text
+from refmamba.run.perplexity import decimal
 from refmamba.spec import SPEC_VERSION
 
 COLUMNS = ("Scheme", "Task", "Version", "Documents", "Metric", "Value", "Stderr")
@@ -51,9 +52,9 @@ def table(outcomes: Sequence[Outcome]) -> str:
         if not outcome.finished:
             rows.append((outcome.subject.scheme.name, name, str(task.version), count, "", "", ""))
         for metric in outcome.metrics():
-            stderr = f"{metric.stderr:.4f}" if math.isfinite(metric.stderr) else ""
+            stderr = decimal(metric.stderr) if math.isfinite(metric.stderr) else ""
             rows.append(
-                (outcome.subject.scheme.name, name, str(task.version), count, metric.name, f"{metric.value:.4f}", stderr)
+                (outcome.subject.scheme.name, name, str(task.version), count, metric.name, decimal(metric.value), stderr)
             )
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
@@ -129,5 +130,5 @@ def samples(outcomes: Sequence[Outcome]) -> str:
                 "loglikelihoods": [s.loglikelihood for s in result.scores], "greedy": [s.greedy for s in result.scores],
             } | {m: PER_DOCUMENT[m](document, result) for m in outcome.data.task.metrics if m in PER_DOCUMENT}  # fmt: skip
             names = outcome.subject.describe() | {"data_sha256": outcome.data.sha256, "data_note": outcome.data.note}
-            lines.append(json.dumps(sample | names, ensure_ascii=False) + "\n")
+            lines.append(json_text(sample | names) + "\n")
     return "".join(lines)

@@ -7,6 +7,7 @@ It was a long way
 along. At last
 """
 
+import sys
 from typing import TYPE_CHECKING
 
 from refmamba.errors import (
@@ -58,3 +59,10 @@ if not TYPE_CHECKING:  # where a type checker would take it for any name
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
+
+
+if "IPython" in sys.modules:  # a notebook: it shows schemes, codes and traces as tables
+    from refmamba.teach.ipython import register
+
+    register()
+    del register

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 
 
 def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    if not env:
+        return forks.run(args)
     command = [sys.executable, "-m", "refmamba", *args]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=os.environ | env, check=False)
 
@@ -36,14 +39,29 @@ def test_generate_twice_gives_the_same_tokens_and_logits() -> None:
     assert {"prompt", "model", "scheme", "backend", "timings"} <= first.keys()
 
 
-@pytest.mark.parametrize("scheme", ["fp32", "w8-all", "w4-mlp", "w8a8-mlp", "w8a8-all", "int8", "int8-static", "int8-smooth"])
-def test_every_backend_gives_the_same_logits_with_and_without_jit(scheme: str) -> None:
-    reference = generated("--scheme", scheme, "--backend", "reference")
-    interpreted = generated("--scheme", scheme, "--backend", "reference", NUMBA_DISABLE_JIT="1")
-    others = [generated("--scheme", scheme, "--backend", name) for name in ("cpu", "torch")]
-    for other in [interpreted, *others]:
-        assert other["logits_sha256"] == reference["logits_sha256"]
-        assert other["tokens"] == reference["tokens"]
+SCHEMES = ["fp32", "w8-all", "w4-mlp", "w8a8-mlp", "w8a8-all", "int8", "int8-static", "int8-smooth"]
+EACH_SCHEME = """
+import sys
+from refmamba.commands.main import refmamba
+for scheme in sys.argv[2:]:
+    words = ["generate", "--json", "--max-new-tokens", "6", "--scheme", scheme, "--backend", sys.argv[1]]
+    refmamba.main(words, standalone_mode=False)
+"""
+
+
+def test_every_backend_gives_the_same_logits_with_and_without_jit() -> None:
+    def under_each(backend: str, **env: str) -> list[tuple[object, object]]:
+        command = [sys.executable, "-c", EACH_SCHEME, backend, *SCHEMES]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | env, check=True)
+        results = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [result["scheme"] for result in results] == SCHEMES
+        return [(result["logits_sha256"], result["tokens"]) for result in results]
+
+    reference = under_each("reference")
+    assert len({logits for logits, _ in reference}) == len(SCHEMES)
+    assert under_each("reference", NUMBA_DISABLE_JIT="1") == reference
+    for name in ("cpu", "torch"):
+        assert under_each(name) == reference
 
 
 def test_a_seed_repeats_its_sample_and_another_differs() -> None:

@@ -20,9 +20,9 @@ from refmamba.backends.cpu import runner as cpu_runner
 from refmamba.backends.cpu.backend import Cpu
 from refmamba.backends.cpu.kernels import regions
 from refmamba.backends.cpu.kernels.codes import start_units
-from refmamba.backends.cpu.kernels.digits import grouped_tiles
+from refmamba.backends.cpu.kernels.digits import grouped_tiles, spread_bytes
 from refmamba.backends.cpu.kernels.tables import Run, Site
-from refmamba.backends.cpu.memory import address, aligned
+from refmamba.backends.cpu.memory import Arena, address, aligned
 from refmamba.backends.cpu.pack import Packed, pack, packed_bytes, padded_rows
 from refmamba.backends.cpu.passes import passes
 from refmamba.backends.cpu.state import State
@@ -208,7 +208,7 @@ def test_sums_of_which_float64_keeps_too_little(rows: int, backend: Cpu) -> None
 def grouped_product(q: np.ndarray, steps: np.ndarray, group: int, x: np.ndarray) -> np.ndarray:
     """The kernels' product of weights in groups (32, K) with rows of digits, 1, 4 or 8 of them (rows, K): int32 (rows, 32)."""
     (rows, k), site, run = x.shape, np.zeros(len(Site), np.int64), np.zeros(len(Run), np.int64)
-    w = Packed.of(Codes(q, np.ones((32, 1), np.float32), 4, steps, group), padded_rows(32))
+    w = Packed.of(Codes(q, np.ones((32, 1), np.float32), 4, steps, group), padded_rows(32), Arena())
     codes, starts, out = aligned(x.shape, np.int8), aligned((rows, -(-k // min(64, group))), np.int32), aligned((rows, 2, 16))
     codes[...] = x
     assert w.steps is not None
@@ -219,6 +219,23 @@ def grouped_product(q: np.ndarray, steps: np.ndarray, group: int, x: np.ndarray)
         start_units(address(run), address(site), address(codes) + row * k, row)
     grouped_tiles(address(run), address(site), 0, 0, rows, 0, k, address(out))
     return out.view(np.int32).reshape(rows, 32)
+
+
+@pytest.mark.parametrize(("largest", "step"), [(7, 18), (3, 42), (1, 126)])
+def test_codes_in_groups_become_bytes(largest: int, step: int) -> None:
+    """Every code times every step, plus 128, as the bytes of a weight that is not in groups have it."""
+    q = np.tile(np.arange(-largest, largest + 1), 1024)[:1008]
+    q = np.stack([np.roll(q, row) for row in range(32)]).astype(np.int8)
+    steps = (np.arange(32 * 63).reshape(32, 63) % step + 1).astype(np.uint8)
+    w = Packed.of(Codes(q, np.ones((32, 1), np.float32), 4, steps, 16), padded_rows(32), Arena())
+    assert w.steps is not None
+    site, out = np.zeros(len(Site), np.int64), aligned((2, 1008 // 4, 16, 4), np.uint8)
+    site[[Site.CODES, Site.STEPS, Site.STEP_BYTES]] = address(w.digits), address(w.steps), w.steps[0].size
+    site[[Site.K, Site.GROUP_BITS]] = 1008, 4
+    for strip in range(2):
+        spread_bytes(address(site), strip, address(out[strip]))
+    integers = q * steps.repeat(16, axis=1).astype(np.int64)
+    assert_bits(out.swapaxes(1, 2).reshape(32, 1008), (integers + 128).astype(np.uint8))
 
 
 @pytest.mark.parametrize("group", [16, 32, 64, 128, 256])

@@ -13,6 +13,9 @@ import pytest
 from click.testing import CliRunner
 from conftest import TINY, RandomSource
 
+from refmamba.backends.cpu.backend import read
+from refmamba.backends.cpu.memory import aligned
+from refmamba.backends.cpu.threads import Threads
 from refmamba.commands.bench import command as bench
 from refmamba.run.peers import Apart, LlamaCpp, write_for_llama_cpp
 from refmamba.run.timing import speeds, weight_bytes
@@ -32,6 +35,15 @@ def test_bench_prints_one_json_object(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(values) > KEYS
     assert all(values[key] > 0 for key in KEYS)
     assert (values["scheme"], values["prompt_len"], values["gen_len"]) == ("w4-all", 20, 5)
+
+
+def test_the_read_kernel_reads_every_byte_once() -> None:
+    """Lane i of line n is 16 n + i: what is summed of all lines is known."""
+    lines, threads = 1001, 3
+    data, sums = aligned((lines, 16), np.int32), aligned((threads, 16), np.int32)
+    data[...] = np.arange(lines * 16).reshape(lines, 16)
+    read(Threads(threads), data.view(np.uint8), sums)
+    np.testing.assert_array_equal(sums.sum(axis=0), 16 * (lines * (lines - 1) // 2) + lines * np.arange(16))
 
 
 def test_weight_bytes_worked_out(tiny: RandomSource) -> None:

@@ -1,6 +1,7 @@
 """Numbers from elsewhere: transformers' logits, a float64 forward with planted faults, and refmamba's own traces."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from plain_mamba import forward
 from safetensors.numpy import load_file, save_file
 from test_cli import run
 
+from refmamba.conformance.dumps import read_dump
+from refmamba.errors import DataError, SpecialFileError
 from refmamba.formats.hub import resolve_model
 
 ROOT = Path(__file__).parents[1]
@@ -197,6 +200,7 @@ def test_an_operation_of_codes(tmp_path: Path) -> None:
         ({"tokens": np.array([1, 9999]), "embedding": np.zeros(3)}, {}, "9999"),
         ({"tokens": np.array([1, 2]), "logits": np.zeros((2, 4000))}, {}, "4000 rows"),
         ({"tokens": np.array(["a"])}, {}, "it is numbers"),
+        ({"tokens": np.array([1]), "logits": np.array([np.datetime64("2026")])}, {}, "it is numbers"),
         ({"result": np.zeros(1)}, {"operation": "rms_nrm"}, "the nearest is rms_norm"),
         ({"result": np.zeros(1), "arguments.1": np.zeros(1)}, {"operation": "rms_norm"}, "no arguments.0"),
         ({"result": np.zeros(1), "arguments.0": np.zeros((1, 1))}, {"operation": "rms_norm"}, "no arguments of rms_norm"),
@@ -219,6 +223,31 @@ def test_a_broken_file_is_one_line_and_status_2(tmp_path: Path, name: str) -> No
     for file in (tmp_path / name, tmp_path / f"no{name}"):
         done = against(file, "--tokens", "1")
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+
+
+def test_what_numpy_cannot_parse_is_a_data_error(tmp_path: Path) -> None:
+    """A header that Python's tokenizer gives up, a .npz called .npy, a stream that zlib refuses; a pipe is not opened."""
+    array, several, broken = tmp_path / "array.npy", tmp_path / "several.npy", tmp_path / "broken.npz"
+    np.save(array, np.zeros(3, np.float32))
+    array.write_bytes(array.read_bytes().replace(b"_order", b"[order"))
+    with several.open("wb") as stream:
+        np.savez(stream, a=np.zeros(3))
+    np.savez_compressed(broken, a=np.arange(1000.0))
+    content = bytearray(broken.read_bytes())
+    content[60:90] = b"\xff" * 30
+    broken.write_bytes(content)
+    for file in (array, several, broken):
+        with pytest.raises(DataError, match=f"{file.name}: not a whole"):
+            read_dump(file)
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(SpecialFileError, match="is a pipe"):
+        read_dump(tmp_path / "pipe.npz")
+
+
+def test_a_number_where_a_table_is_due_differs(tmp_path: Path) -> None:
+    done = against(operation_dump(tmp_path / "number.npz", {"tokens": np.array([1]), "logits": np.array(1.0)}))
+    assert done.returncode == 1, done.stderr
+    assert "first difference: logits: float32 (), not float32 (1, 4096)" in done.stdout
 
 
 def test_options_that_go_with_a_dump_are_refused_without_one() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sqlite3
 import struct
@@ -19,8 +20,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
 
+from refmamba.commands.main import refmamba
 from refmamba.errors import DataError
 from refmamba.eval_tasks.cluster import _inputs, _on_own_device, _on_worker
 from refmamba.eval_tasks.evaluate import Job
@@ -323,6 +328,26 @@ def test_a_nan_logit_names_its_row_and_keeps_the_others(words: Sequence[str], tm
     assert "Traceback" not in done.stderr
     assert "| 32 of 40 " in done.stdout
     assert count(tmp_path) == 32
+
+
+def test_a_model_without_sense_is_told_in_short_numbers_and_in_json(tmp_path: Path) -> None:
+    """Log-likelihoods of -10^2 to -10^17, as a model gives them whose last norm is far too large."""
+    small, norm = resolve_model("small").folder, "backbone.norm_f.weight"
+    folder, text = tmp_path / "model", tmp_path / "text"
+    shutil.copytree(small, folder)
+    tensors = load_file(small / "model.safetensors")
+    text.write_text("Call me Ishmael.")
+    for factor in (16.0, 1e16):
+        save_file(tensors | {norm: tensors[norm].astype(np.float32) * np.float32(factor)}, folder / "model.safetensors")
+        for words in (["eval", "--tasks", "lambada", "--limit", "2", "--results", str(tmp_path / "r.sqlite")],
+                      ["perplexity", "--text", str(text)]):  # fmt: skip
+            words += ["--model", str(folder), "--scheme", "fp32"]
+            shown = CliRunner().invoke(refmamba, words)
+            assert shown.exit_code == 0, shown.output
+            assert not re.findall("[0-9.]{20,}", shown.stdout)
+            assert "e+" in shown.stdout or "inf" in shown.stdout
+            values = CliRunner().invoke(refmamba, [*words, "--json"])
+            json.loads(values.stdout, parse_constant=pytest.fail)
 
 
 def test_the_hub_s_files_are_fetched_at_their_revision_and_checked(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from refmamba.spec.config import MambaConfig
 from refmamba.spec.ops import state_matrix
 from refmamba.spec.parameters import quantize_model
 from refmamba.spec.scheme import parse_scheme
+from refmamba.teach.payload import why_not
 
 gguf = pytest.importorskip("gguf")
 WIDE = MambaConfig(d_model=256, n_layer=1, vocab_size=64, d_state=8, dt_rank=16)  # rows of whole blocks, but dt_proj's
@@ -152,6 +153,11 @@ def test_a_quantized_folder_of_a_GGUF_file_gives_its_bits(scheme: str, tmp_path:
     assert direct.tokenizer.encode("The old man") == saved.tokenizer.encode("The old man")
 
 
+def test_the_page_which_has_no_A_does_not_run_it(folder: Path, tmp_path: Path) -> None:
+    file = export_gguf(ModelChoice(str(folder)), tmp_path / "g")
+    assert why_not(open_model(ModelChoice(str(file), "fp32"))) == "its file states A, where the page has A_log"
+
+
 def names_of_types() -> list[str]:
     """Every type that the gguf library dequantizes, and those that it takes as they are."""
     names = ["F32", "F16", "F64", "BF16"]
@@ -259,6 +265,8 @@ def test_a_tokenizer_that_llama_cpp_lacks_lies_beside_the_file(
 ) -> None:
     if change:
         byte_level(normalizer=change).save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
     file = export_gguf(ModelChoice(str(folder)), tmp_path / "out", "F16")
     message = capsys.readouterr().err
     assert message.startswith(f"{file}: without a tokenizer: ")
@@ -267,6 +275,7 @@ def test_a_tokenizer_that_llama_cpp_lacks_lies_beside_the_file(
     assert sorted(path.name for path in file.parent.iterdir()) == ["model-F16.gguf", "tokenizer.json"]
     before, after = (open_model(ModelChoice(str(model), "fp32")).tokenizer for model in (folder, file))
     assert before.encode(TEXTS[0]) == after.encode(TEXTS[0])
+    assert after.eos_token_id == before.eos_token_id == 7  # which the file says
     (tmp_path / "out" / "tokenizer.json").unlink()
     model = refmamba.load(file, scheme="fp32")
     assert model.logits([1, 2]).shape == (2, 4096)  # tokens as numbers need none

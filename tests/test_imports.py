@@ -31,7 +31,7 @@ RULES: dict[str, set[str]] = {
     "commands": {
         "refmamba", "errors", "spec", "backend", "backends", "formats", "run", "conformance", "eval_tasks", "paper", "teach",
     },
-    "refmamba": {"errors", "spec", "run"},
+    "refmamba": {"errors", "spec", "run", "teach"},
     "__main__": {"commands"},
 }  # fmt: skip
 

@@ -143,7 +143,7 @@ def test_the_plan_of_published_models_needs_no_network(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
     models = "state-spaces/mamba-130m-hf,state-spaces/mamba-2.8b-hf"
-    words = ["reproduce", str(tmp_path / "out"), "--data", "hub", "--models", models, "--schemes", "fp32,int8",
+    words = ["reproduce", str(tmp_path / "out"), "--data", "hub", "--models", models, "--schemes", "fp32,int8-hadamard",
              "--sites", "all", "--draws", "2", "--dry-run"]  # fmt: skip
     done = CliRunner().invoke(refmamba, words)
     assert done.exit_code == 0, done.output

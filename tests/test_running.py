@@ -8,10 +8,10 @@ import sqlite3
 import subprocess
 import sys
 import termios
-import threading
 import time
 from pathlib import Path
 
+import forks
 import pytest
 from click.testing import CliRunner
 
@@ -20,10 +20,12 @@ from refmamba.commands.main import COMMANDS, refmamba
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely."
 SILENT = ("logits", "step", "trace")  # which write a file, and say nothing
+LOCAL = [command for command in COMMANDS if command != "push"]  # what needs no hub; tests/test_hub.py has that
 NAN = {  # an option that takes a number, and what is said of NaN
-    "ablate": "--sigma", "bench": "--prompt-len", "eval": "--limit", "generate": "--temperature", "logits": "--tokens",
-    "outliers": "--sigma", "perplexity": "--bits", "quantize": "--bits", "replay": "--device", "reproduce": "--draws",
-    "smooth-search": "--act-bits", "step": "--scheme", "trace": "--bits", "verify": "--device",
+    "ablate": "--sigma", "bench": "--prompt-len", "eval": "--limit", "export": "--type", "generate": "--temperature",
+    "info": "--bits", "logits": "--tokens", "outliers": "--sigma", "perplexity": "--bits", "push": "--text",
+    "quantize": "--bits", "replay": "--device", "reproduce": "--draws", "scheme": "--json", "smooth-search": "--act-bits",
+    "step": "--scheme", "trace": "--bits", "verify": "--device",
 }  # fmt: skip
 
 
@@ -43,17 +45,21 @@ def words_of(command: str, folder: Path) -> list[str]:
         "ablate": ["--text", str(text), "--site", "in_proj", "--draws", "0"],
         "bench": ["--prompt-len", "2", "--gen-len", "2"],
         "eval": ["--tasks", "copa", "--limit", "1", "--results", str(folder / "r.sqlite")],
+        "export": ["small", str(folder / "exported"), "--format", "hf"],
         "generate": ["--max-new-tokens", "2"],
+        "info": ["small"],
         "logits": ["--tokens", "1,2", "--out", str(folder / "logits.npy")],
         "outliers": ["--text", str(text)],
         "perplexity": ["--text", str(text)],
+        "push": [str(folder / "q"), "owner/name"],
         "quantize": ["small", str(folder / "q"), "--bits", "8"],
         "replay": [str(folder.parent / "receipt.json")],
-        "reproduce": [str(folder / "out"), "--dry-run"],
+        "reproduce": [str(folder / "out"), "--dry-run", "--schemes", "fp32"],
+        "scheme": ["int8"],
         "smooth-search": ["--text", str(text)],
         "step": ["--scheme", "fp32", "--html", str(folder / "page.html")],
         "trace": ["--tokens", "1,2", "--out", str(folder / "trace.npz")],
-        "verify": ["--schemes", "fp32"],
+        "verify": ["--quick", "--schemes", "fp32"],
     }[command]
     return [command, *more]
 
@@ -77,27 +83,27 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in SILENT])
+@pytest.mark.parametrize("command", [command for command in LOCAL if command not in SILENT])
 def test_a_full_stdout_is_one_line(command: str, tmp_path: Path) -> None:
-    done = run(python(*words_of(command, tmp_path)), ">/dev/full")
+    done = forks.run(words_of(command, tmp_path), {1: "/dev/full"})
     assert done.returncode == 2
     assert last_line(done) == "refmamba: standard output cannot be written: No space left on device"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_closed_stdout_is_refused_before_the_work(command: str, tmp_path: Path) -> None:
-    done = run(python(*words_of(command, tmp_path)), ">&-")
+    done = forks.run(words_of(command, tmp_path), {1: None})
     assert done.returncode == 2
     assert done.stderr == "refmamba: standard output is closed; send it to a file, or to /dev/null\n"
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "2>&- <&-"])
-def test_without_stderr_the_work_is_done(command: str, redirection: str, tmp_path: Path) -> None:
-    if redirection != "2>&-" and command not in ("generate", "eval", "quantize"):
+@pytest.mark.parametrize("command", LOCAL)
+@pytest.mark.parametrize("streams", [{2: None}, {2: "/dev/full"}, {0: None, 2: None}], ids=["closed", "full", "stdin too"])
+def test_without_stderr_the_work_is_done(command: str, streams: dict[int, str | None], tmp_path: Path) -> None:
+    if streams != {2: None} and command not in ("generate", "eval", "quantize"):
         pytest.skip("one command of a kind is enough for the rarer redirections")
-    done = run(python(*words_of(command, tmp_path)), redirection)
+    done = forks.run(words_of(command, tmp_path), streams)
     assert done.returncode == 0, done.stdout
     if command not in SILENT:
         assert done.stdout
@@ -105,7 +111,7 @@ def test_without_stderr_the_work_is_done(command: str, redirection: str, tmp_pat
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_nan_is_one_line(command: str, tmp_path: Path) -> None:
-    done = run(python(*words_of(command, tmp_path), NAN[command], "nan"))
+    done = forks.run([*words_of(command, tmp_path), NAN[command], "nan"])
     assert (done.returncode, done.stdout) == (2, "")
     assert "nan" in last_line(done)
 
@@ -123,7 +129,7 @@ def test_nan_is_one_line(command: str, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_odd_values_are_one_line(words: list[str], tmp_path: Path) -> None:
     more = ["--out", str(tmp_path / "x.npy")] if words[0] == "logits" else []
-    done = run(python(*words, *more))
+    done = forks.run([*words, *more])
     assert (done.returncode, done.stdout) == (2, "")
     assert last_line(done).isprintable()
     assert sum(line.startswith("refmamba: ") for line in done.stderr.splitlines()) == 1
@@ -155,6 +161,14 @@ def test_an_interrupt_at_any_time_is_one_line(delay: float) -> None:
     assert process.returncode == 130
     assert said.splitlines()[-1] == "refmamba: interrupted"
     assert "Traceback" not in said
+
+
+def test_a_new_process_ends_as_a_forked_one(tmp_path: Path) -> None:
+    words = words_of("generate", tmp_path)
+    redirections: dict[str, dict[int, str | None]] = {">/dev/full": {1: "/dev/full"}, ">&-": {1: None}, "2>&-": {2: None}}
+    for redirection, streams in redirections.items():
+        done, forked = run(python(*words), redirection), forks.run(words, streams)
+        assert (done.returncode, done.stdout, done.stderr) == (forked.returncode, forked.stdout, forked.stderr)
 
 
 def test_an_unexpected_error_is_said_to_be_a_bug() -> None:
@@ -245,16 +259,17 @@ def test_a_read_only_installation_works(tmp_path: Path) -> None:
 
 def test_a_locked_results_file_is_told_and_waited_for(tmp_path: Path) -> None:
     words = words_of("eval", tmp_path)
-    assert run(python(*words)).returncode == 0
-    other = sqlite3.connect(tmp_path / "r.sqlite", isolation_level=None, check_same_thread=False)
+    assert forks.run(words).returncode == 0
+    other = sqlite3.connect(tmp_path / "r.sqlite", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    threading.Timer(12, lambda: other.execute("ROLLBACK")).start()
-    start = time.monotonic()
-    done = run(python(*words))
-    assert done.returncode == 0
-    assert time.monotonic() - start > 5
-    (line,) = [line for line in done.stderr.splitlines() if "locked" in line]
-    assert line == f"{tmp_path / 'r.sqlite'} is locked by another process; waiting for it, 60 seconds at most"
+    with subprocess.Popen(python(*words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = next(line for line in process.stderr if "locked" in line)
+        other.execute("ROLLBACK")
+        rest = process.stderr.read()
+    assert process.returncode == 0
+    assert said == f"{tmp_path / 'r.sqlite'} is locked by another process; waiting for it, 60 seconds at most\n"
+    assert "locked" not in rest
     other.close()
 
 

@@ -5,11 +5,13 @@ import json
 import math
 import os
 import pty
+import re
 import select
 import struct
 import sys
 import termios
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,35 +138,70 @@ def test_what_is_not_there_is_said(arguments: tuple[str, ...], words: str) -> No
     assert words in str(run(*arguments).exception)
 
 
+class Terminal:
+    """`refmamba step` on a terminal of its own, and what stands on its screen."""
+
+    def __init__(self, columns: int, lines: int, *arguments: str) -> None:
+        pytest.importorskip("prompt_toolkit", reason="pip install 'refmamba[teach]'")
+        pyte = pytest.importorskip("pyte", reason="pip install 'refmamba[test]'")
+        self._pid, self._terminal = pty.fork()
+        if self._pid == 0:
+            os.environ["TERM"] = "xterm"
+            os.execv(sys.executable, [sys.executable, "-m", "refmamba", "step", *arguments])
+        fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        self._screen = pyte.Screen(columns, lines)
+        self._stream = pyte.ByteStream(self._screen)
+
+    def press(self, keys: str) -> None:
+        os.write(self._terminal, keys.encode())
+
+    def lines(self) -> list[str]:
+        return [line.rstrip() for line in self._screen.display]
+
+    def until(self, *lines: str) -> None:
+        """Wait for lines that stand one after the other."""
+        while "\n".join(lines) not in "\n".join(self.lines()):
+            ready, _, _ = select.select([self._terminal], [], [], 60)
+            assert ready, "\n".join(self.lines())
+            self._stream.feed(os.read(self._terminal, 65536))
+
+    def quit(self) -> int:
+        """Press q. Gives the exit status."""
+        self.press("q")
+        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+
+
+RIGHT, LEFT, UP, DOWN = "\x1b[C", "\x1b[D", "\x1b[A", "\x1b[B"
+
+
 def test_keys_step_through_a_forward_in_a_terminal() -> None:
-    pytest.importorskip("prompt_toolkit", reason="pip install 'refmamba[teach]'")
-    pyte = pytest.importorskip("pyte", reason="pip install 'refmamba[test]'")
-    pid, terminal = pty.fork()
-    if pid == 0:  # the command, on a terminal of its own
-        os.environ["TERM"] = "xterm"
-        os.execv(sys.executable, [sys.executable, "-m", "refmamba", "step", PROMPT, "--layer", "3", "--channel", "7"])
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    screen = pyte.Screen(120, 40)
-    stream = pyte.ByteStream(screen)
-
-    def until(heading: str) -> None:
-        while not any(line.rstrip() == heading for line in screen.display):
-            ready, _, _ = select.select([terminal], [], [], 60)
-            assert ready, "\n".join(screen.display)
-            stream.feed(os.read(terminal, 65536))
-
-    until("layers.3.norm [token 1, channel 7]")
+    terminal = Terminal(120, 40, PROMPT, "--layer", "3", "--channel", "7")
+    terminal.until("layers.3.norm [token 1, channel 7]")
     for keys, heading in [
-        ("\x1b[C", "layers.3.in_proj.in_codes [token 1, channel 7]"),
-        ("\x1b[C", "layers.3.in_proj.acc [token 1, channel 7]"),
-        ("\x1b[B", "layers.4.in_proj.acc [token 1, channel 7]"),
-        ("\x1b[A", "layers.3.in_proj.acc [token 1, channel 7]"),
-        ("\x1b[D", "layers.3.in_proj.in_codes [token 1, channel 7]"),
+        (RIGHT, "layers.3.in_proj.in_codes [token 1, channel 7]"),
+        (RIGHT, "layers.3.in_proj.acc [token 1, channel 7]"),
+        (DOWN, "layers.4.in_proj.acc [token 1, channel 7]"),
+        (UP, "layers.3.in_proj.acc [token 1, channel 7]"),
+        (LEFT, "layers.3.in_proj.in_codes [token 1, channel 7]"),
         ("[.", "layers.3.in_proj.in_codes [token 0, channel 8]"),
         ("],", "layers.3.in_proj.in_codes [token 1, channel 7]"),
         (",,,,,,,,,", "layers.3.in_proj.in_codes [token 1, channel 0]"),
     ]:
-        os.write(terminal, keys.encode())
-        until(heading)
-    os.write(terminal, b"q")
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        terminal.press(keys)
+        terminal.until(heading)
+    assert terminal.quit() == 0
+
+
+def test_the_recording_is_what_a_terminal_shows() -> None:
+    """docs/TEACHING.md: recorded in a tmux pane; here a terminal of the same size, and the same keys."""
+    text = (Path(__file__).parents[1] / "docs" / "TEACHING.md").read_text("utf-8")
+    size = re.search(r"In a terminal of (\d+) by (\d+), after `refmamba step ([^`]*)` and → once, and again:", text)
+    assert size is not None
+    screens = re.findall(r"^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert len(screens) == 2
+    terminal = Terminal(int(size[1]), int(size[2]), *size[3].split())
+    terminal.until("layers.3.norm [token 2, channel 7]")
+    for screen in screens:
+        terminal.press(RIGHT)
+        terminal.until(*screen.splitlines(), "", "")  # and nothing below it
+    assert terminal.quit() == 0

@@ -22,6 +22,7 @@ import torch
 from triton_faults import FAULTS, SHAPE, elementwise, planted
 
 from refmamba.backend import load_backend
+from refmamba.backends.triton import backend, operations
 from refmamba.backends.triton.kernels import alone
 from refmamba.backends.triton.model import launch
 from refmamba.errors import BackendError, NonFiniteError
@@ -155,6 +156,23 @@ def test_the_interpreter_does_not_see_fusion() -> None:
     launch(alone.elementwise_kernel, (1,), 4, x_ptr=x, y_ptr=y, **elementwise("exp"))
     alone.elementwise_kernel[(1,)](x_ptr=x, y_ptr=fused, **elementwise("exp"), num_warps=4, enable_fp_fusion=True)
     assert torch.equal(y.view(torch.int32), fused.view(torch.int32))
+
+
+@interpreted
+@pytest.mark.parametrize(("operation", "message"), [("multiply", "flushes subnormal"), ("product", "other products")])
+def test_a_device_that_is_not_exact_is_refused(operation: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def elementwise(op: str, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+    def product(x: Any, w: Any) -> torch.Tensor:
+        return operations.integer_product(x, w) + 1
+
+    if operation == "multiply":
+        monkeypatch.setattr(operations, "elementwise", elementwise)
+    else:
+        monkeypatch.setitem(operations.OPERATIONS, "integer_product", product)
+    with pytest.raises(BackendError, match=message):
+        backend.check_device.__wrapped__(torch.device("cpu"))
 
 
 @interpreted

@@ -1,6 +1,8 @@
 """What is written is whole or as it was, whatever it is written to and however the writing ends."""
 
 import errno
+import json
+import math
 import os
 import shutil
 import signal
@@ -13,24 +15,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import forks
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
-from refmamba.errors import CheckpointError, DataError
-from refmamba.formats.writing import check_file, check_folder, new_folder, write_file, write_text
+from refmamba.commands.main import refmamba
+from refmamba.errors import CheckpointError, DataError, RefmambaError
+from refmamba.formats.writing import check_file, check_folder, json_text, new_folder, write_file, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 LEFT = 2**22 + 1  # larger than any process's number
 
 
-def run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "refmamba", *words]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, check=False)
-
-
 def refused(*words: str) -> str:
     """The line with which a command refuses, having written nothing to stdout."""
-    done = run(*words)
+    done = forks.run(words)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith("compiling")]
     assert line.startswith("refmamba: ")
@@ -197,7 +197,7 @@ def test_a_target_that_cannot_be_written_is_refused_before_the_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.json").write_text("a text")
-    done = run(*words)
+    done = forks.run(words)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert line in done.stderr.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["text.json"]
@@ -228,8 +228,15 @@ def test_a_killed_quantize_leaves_no_folder_and_the_next_tidies_up(tmp_path: Pat
         process.kill()
     assert left, "it ended too early to be killed"
     assert not (tmp_path / "q").exists()
-    assert run(*command[3:]).returncode == 0
+    assert forks.run(command[3:]).returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
+def test_what_json_cannot_hold_is_null_or_escaped() -> None:
+    values = {"a": math.nan, "b": (math.inf, [-math.inf, 1.5]), "c": "naïve", "d": os.fsdecode(b"\xff.txt")}
+    text = json_text(values)
+    assert text == '{"a": null, "b": [null, [null, 1.5]], "c": "naïve", "d": "\\udcff.txt"}'
+    assert json.loads(text)["d"] == values["d"]
 
 
 @pytest.fixture
@@ -246,34 +253,65 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely."
-WRITERS = {
-    "logits": ["logits", "--tokens", ",".join(["1"] * 600), "--out", "{}/logits.npy"],
-    "plot": ["outliers", "--text", "{}/text", "--plot", "{}/plot.png"],
-    "maxima": ["outliers", "--text", "{}/text", "--save-calibration", "{}/maxima.json"],
-    "quantize": ["quantize", "small", "{}/q", "--scheme", "w8-all"],
-    "smooth": ["smooth-search", "--text", "{}/text", "--out", "{}/best.json"],
-    "samples": ["eval", "--tasks", "copa", "--limit", "1", "--results", "{}/r.sqlite", "--samples", "{}/samples.jsonl"],
+WRITERS = {  # and the last word is what is written
+    "ablations": "ablate --text {}/text --site in_proj --draws 0 --tasks copa --limit 1 --results {}/r.sqlite",
+    "results": "eval --tasks copa --limit 1 --results {}/r.sqlite",
+    "samples": "eval --tasks copa --limit 1 --results {}/r.sqlite --samples {}/samples.jsonl",
+    "exported": "export small --format hf {}/exported",
+    "gguf": "export small --format gguf --type F16 {}/exported",
+    "state": "generate --max-new-tokens 1 --save-state {}/state.safetensors",
+    "receipt": "generate --max-new-tokens 64 --receipt {}/receipt.json",
+    "logits": "logits --tokens " + ",".join(["1"] * 600) + " --out {}/logits.npy",
+    "receipt of logits": "logits --tokens 1,2 --out {}/logits.npy --receipt {}/receipt.json",
+    "plot": "outliers --text {}/text --plot {}/plot.png",
+    "maxima": "outliers --text {}/text --save-calibration {}/maxima.json",
+    "quantize": "quantize small --scheme w8-all {}/q",
+    "tables": "reproduce --schemes fp32 --sites in_proj --draws 0 --tasks copa --limit 1 --text {}/text {}/out",
+    "best": "smooth-search --text {}/text --out {}/best.json",
+    "page": "step --scheme fp32 --html {}/page.html",
+    "trace": "trace --tokens 1,2,3 --out {}/trace.npz",
+    "tensors": "trace --tokens 1,2,3 --out {}/trace.safetensors",
 }
+FOLDERS, DATABASES = ("exported", "gguf", "quantize", "tables"), ("ablations", "results")
+LARGER = ("exported", "gguf", "page")  # than the disk
+FREE = (0, 4096, 40_000, 200_000)  # bytes
+BESIDE = ("r.sqlite", "r.sqlite-wal", "r.sqlite-shm", "logits.npy")  # of another option, or SQLite's own
 
 
-@pytest.mark.parametrize("free", [0, 4096, 40_000, 200_000])
+def assert_whole(file: Path) -> None:
+    """A file of a folder that is filled one by one."""
+    content = file.read_bytes()
+    ends = {".json": b"}\n", ".md": b"(figure2.png)\n", ".svg": b"</svg>\n", ".png": b"IEND\xaeB`\x82"}
+    assert content.endswith(ends[file.suffix])
+
+
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_leaves_the_old_or_the_new(name: str, free: int, small_disk: Path) -> None:
-    words = [word.format(small_disk) for word in WRITERS[name]]
-    target = Path(words[-1] if name != "quantize" else words[2])
+def test_a_full_disk_leaves_the_old_or_the_new(name: str, small_disk: Path) -> None:
+    words = WRITERS[name].replace("{}", str(small_disk)).split()
+    target, old, ends = Path(words[-1]), name not in FOLDERS + DATABASES, set[bool]()
     (small_disk / "text").write_text(TEXT)
-    if name != "quantize":
-        target.write_text("old")
-    (small_disk / "filling").write_bytes(bytes(shutil.disk_usage(small_disk).free - free))
-    done = run(*words)
-    assert "Traceback" not in done.stderr
-    whole = name != "quantize" and target.read_bytes() != b"old"
-    if done.returncode == 0:
-        assert whole
-    else:
-        assert done.returncode == 2
-        assert not whole
-        assert done.stderr.splitlines()[-1].startswith("refmamba: ")
-    there = {path.name for path in small_disk.iterdir()}
-    assert there <= {"text", "filling", "r.sqlite", "r.sqlite-wal", "r.sqlite-shm", target.name}
-    assert target.name in there or name == "quantize"
+    for free in FREE if name not in LARGER else (40_000,):
+        for left in BESIDE:
+            (small_disk / left).unlink(missing_ok=True)
+        shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        if old:
+            target.write_text("old")
+        filling = small_disk / "filling"
+        filling.unlink(missing_ok=True)
+        filling.write_bytes(bytes(shutil.disk_usage(small_disk).free - free))
+        done = CliRunner().invoke(refmamba, words)
+        assert done.exit_code == 0 or isinstance(done.exception, RefmambaError | OSError), (free, done.exception)
+        ends.add(done.exit_code == 0)
+        if old:
+            assert (target.read_bytes() != b"old") == (done.exit_code == 0)
+        elif name in ("exported", "quantize"):
+            assert target.exists() == (done.exit_code == 0)
+        elif name == "gguf":
+            assert not any(target.glob("*"))
+        elif name == "tables":
+            for file in target.glob("[!r]*"):  # not the results, of which the next run goes on
+                assert_whole(file)
+        there = {path.name for path in small_disk.rglob("*") if path.is_file()}
+        assert not [left for left in there if left.endswith(".tmp")]
+        assert {path.name for path in small_disk.iterdir()} <= {"text", "filling", *BESIDE, target.name}
+    assert False in ends

@@ -8,9 +8,12 @@ sizes, a layer each, are called under every scheme with every kind of call, and 
 import argparse
 import dataclasses
 import hashlib
+import multiprocessing
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -160,12 +163,26 @@ def configurations(widths: Sequence[int] = tuple(WIDTHS.values()), schemes: Sequ
             for lengths in CALLS:
                 batch, state = model.batch_of([np.zeros(n, np.int64) for n in lengths]), model.initial_state(len(lengths))
                 x = model.forward(batch, state, state)
-                model.head(*model.last_rows(x, batch))
+                model.head(model.last_rows(x, batch), model.last_batch(batch))
     with patch.object(operations, "launch", found):
         for operation, function in on_arrays(operations.OPERATIONS, torch.device("cpu")).items():
             for vector in read_vectors(operation):
                 check_vector(operation, function, vector)
     return list(found)
+
+
+WORK: list[Configuration] = []  # what the processes share: a kernel cannot be sent to one
+
+
+def write(out: Path, architecture: str, i: int) -> tuple[str, list[str]]:
+    """Compile WORK[i] into a file: its name, and what is wrong with it."""
+    configuration = WORK[i]
+    try:
+        ptx = compiled(configuration, architecture).asm["ptx"]
+    except Exception as error:  # Triton's have no base of their own
+        return configuration.name, [f"not compiled: {' '.join(str(error).split()) or type(error).__name__}"]
+    (out / f"{configuration.name}.ptx").write_text(ptx, "utf-8")
+    return configuration.name, faults(ptx)
 
 
 def main() -> int:
@@ -175,17 +192,16 @@ def main() -> int:
     parser.add_argument("--arch", default="sm_90", choices=ARCHITECTURES)
     parser.add_argument("--widths", default=",".join(map(str, WIDTHS.values())), help="d_model, with commas")
     parser.add_argument("--schemes", default=",".join(SCHEMES), help="with commas")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; Triton's compiler takes one core")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    WORK[:] = configurations([int(w) for w in arguments.widths.split(",")], arguments.schemes.split(","))
     wrong = 0
-    for configuration in configurations([int(w) for w in arguments.widths.split(",")], arguments.schemes.split(",")):
-        kernel = compiled(configuration, arguments.arch)
-        ptx = kernel.asm["ptx"]
-        (arguments.out / f"{configuration.name}.ptx").write_text(ptx, "utf-8")
-        found = faults(ptx)
-        wrong += bool(found)
-        print(f"{configuration.name}: {'; '.join(found) or 'exact'}", flush=True)
-    print(f"{wrong} kernels are not exact" if wrong else "every kernel is exact")
+    with multiprocessing.get_context("fork").Pool(arguments.jobs) as pool:
+        for name, found in pool.imap(partial(write, arguments.out, arguments.arch), range(len(WORK))):
+            wrong += bool(found)
+            print(f"{name}: {'; '.join(found) or 'exact'}", flush=True)
+    print(f"{len(WORK)} kernels for {arguments.arch}: " + (f"{wrong} are not exact" if wrong else "every kernel is exact"))
     return int(wrong > 0)
 
 

@@ -64,7 +64,7 @@ def launches(scheme_name: str, lengths: Sequence[int]) -> list[tuple[Launch, int
     batch, state = model.batch_of([np.zeros(n, np.int64) for n in lengths]), model.initial_state(len(lengths))
     x = model.forward(batch, state, state)
     body = len(found)  # the embedding, and a layer
-    model.head(*model.last_rows(x, batch))
+    model.head(model.last_rows(x, batch), model.last_batch(batch))
     return [(launch, CONFIG.n_layer if 0 < i < body else 1) for i, launch in enumerate(found)]
 
 

@@ -6,15 +6,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refmamba.backend import check_support
 from refmamba.backends.cpu.cache import CACHE, alone
 from refmamba.backends.cpu.kernels.instructions import LANES
+from refmamba.backends.cpu.kernels.tables import LINE
 from refmamba.backends.cpu.memory import address, aligned, strips_of
 from refmamba.backends.cpu.runner import KNOWN, CpuRunner
 from refmamba.backends.cpu.threads import Threads, check_subnormals
 from refmamba.errors import BackendError
-from refmamba.spec.arith import F32Array
+from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.codes import BLOCK
 from refmamba.spec.jit import SETTINGS
 from refmamba.spec.parameters import QuantizedModel
@@ -54,6 +56,16 @@ class Cpu:
         """Those that stand alone in the kernels; the others are fused, and the whole model is what shows their bits."""
         polynomials = {name: functools.partial(elementwise, i) for i, name in enumerate(("exp", "softplus", "silu"))}
         return polynomials | {"log_softmax": functools.partial(log_softmax, self.threads)}
+
+    def reader(self, size: int, threads: int) -> Callable[[], None]:
+        """What reads so many bytes once, on some threads, as the kernels read a weight: for `refmamba bench`."""
+        data, sums = np.ones(size + LINE, np.uint8), aligned((threads, LANES), np.int32)
+        return functools.partial(read, Threads(threads), data[-address(data) % LINE :][:size], sums)
+
+
+def read(threads: Threads, data: NDArray[np.uint8], sums: IntArray) -> None:
+    """Read some memory, whole lines of it. sums: a vector for each thread."""
+    threads.run(alone.read, np.array([address(data), data.size // LINE, threads.count, address(sums)]))
 
 
 def log_softmax(threads: Threads, logits: F32Array) -> F32Array:

@@ -12,6 +12,7 @@ from refmamba.backends.cpu.kernels.instructions import LANES
 from refmamba.backends.cpu.kernels.tables import LINE
 
 MOST_SPARE = 2**28  # bytes of memory that is kept to be used again
+CHUNK = 2**25  # bytes that an arena asks for: NumPy asks the system for huge pages from 4 MB on
 
 
 def aligned(shape: Sequence[int], dtype: Any = np.float32) -> NDArray[Any]:
@@ -21,6 +22,32 @@ def aligned(shape: Sequence[int], dtype: Any = np.float32) -> NDArray[Any]:
     start = -address(memory) % LINE
     array: NDArray[Any] = memory[start : start + size].view(dtype).reshape(shape)
     return array
+
+
+class Arena:
+    """Arrays that live as long as a model, side by side in large chunks of memory.
+
+    So they lie in huge pages, where the system has them: a small page is read in a tenth of a microsecond, and looking up where
+    the next one lies takes a good part of that.
+    """
+
+    def __init__(self) -> None:
+        self._free = np.empty(0, np.uint8)
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> NDArray[Any]:
+        """An uninitialized array on a cache line's boundary."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if size > len(self._free):
+            self._free = aligned((max(size, CHUNK),), np.uint8)
+        array: NDArray[Any] = self._free[:size].view(dtype).reshape(shape)
+        self._free = self._free[size + -size % LINE :]
+        return array
+
+    def copy(self, array: NDArray[Any]) -> NDArray[Any]:
+        """A copy of an array on a cache line's boundary."""
+        copy = self.empty(array.shape, array.dtype)
+        copy[...] = array
+        return copy
 
 
 def address(array: NDArray[Any]) -> int:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from refmamba.backends.cpu.kernels.bound import WEIGHT_NORM_ROOM
 from refmamba.backends.cpu.kernels.instructions import LANES
 from refmamba.backends.cpu.kernels.tables import BYTES_OFFSET, FIXED_OFFSET, PACKED_OFFSET, Kind
-from refmamba.backends.cpu.memory import aligned, strips_of
+from refmamba.backends.cpu.memory import Arena, strips_of
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.codes import Codes, FixedPoint, Param
 
@@ -68,9 +68,9 @@ def pack(w: Codes | FixedPoint, order: IntArray, out: NDArray[np.uint8]) -> None
         done += digits.size
 
 
-def pack_steps(steps: NDArray[np.uint8], order: IntArray) -> NDArray[np.uint8]:
+def pack_steps(steps: NDArray[np.uint8], order: IntArray, arena: Arena) -> NDArray[np.uint8]:
     """The steps (rows, groups) of a weight in groups as the kernels read them: (strips, groups, 16), 1 for a row of zeros."""
-    packed = aligned((len(order) // LANES, steps.shape[1], LANES), np.uint8)
+    packed = arena.empty((len(order) // LANES, steps.shape[1], LANES), np.uint8)
     packed.swapaxes(1, 2)[...] = np.where(order[:, None] >= 0, steps[order], 1).reshape(-1, LANES, steps.shape[1])
     return packed
 
@@ -104,9 +104,9 @@ class Packed:
     group: int = 0
 
     @classmethod
-    def of(cls, w: Codes | FixedPoint, order: IntArray) -> "Packed":
+    def of(cls, w: Codes | FixedPoint, order: IntArray, arena: Arena) -> "Packed":
         """Pack a weight."""
-        digits = aligned((packed_bytes(w, len(order)),), np.uint8)
+        digits = arena.empty((packed_bytes(w, len(order)),), np.uint8)
         pack(w, order, digits)
         places = np.flatnonzero(order >= 0)  # the order keeps the rows' own
         columns = w.q.shape[1]
@@ -114,7 +114,7 @@ class Packed:
             squares = np.einsum("ij,ij->i", w.q, w.q, dtype=np.float64)
             norms = (np.sqrt(squares) * WEIGHT_NORM_ROOM).astype(np.float32)
             return cls(digits, places, kind_of(w), columns, 0, w.exponent, norms)
-        steps, no_norms = None if w.steps is None else pack_steps(w.steps, order), np.zeros((), np.float32)
+        steps, no_norms = None if w.steps is None else pack_steps(w.steps, order, arena), np.zeros((), np.float32)
         return cls(digits, places, kind_of(w), columns, w.bits, w.scale, no_norms, steps, w.group)
 
     def rows(self, rows: IntArray) -> Codes | FixedPoint:

@@ -18,7 +18,7 @@ from refmamba.backends.cpu.kernels.scan import scan_scratch
 from refmamba.backends.cpu.kernels.tables import LINE, NO_OUTLIER, UNIT, Kind, Layer, Mode, Run, Site
 from refmamba.backends.cpu.kernels.tiles import VNNI
 from refmamba.backends.cpu.kernels.transforms import transform_scratch
-from refmamba.backends.cpu.memory import Pool, address, aligned, strips_of
+from refmamba.backends.cpu.memory import Arena, Pool, address, aligned, strips_of
 from refmamba.backends.cpu.pack import Packed, Params, padded_rows
 from refmamba.backends.cpu.passes import passes, plan
 from refmamba.backends.cpu.state import State
@@ -68,7 +68,7 @@ class CpuRunner:
     def __init__(self, model: QuantizedModel, threads: Threads) -> None:
         self.config, self.scheme = model.config, model.scheme
         self._threads, self._kept, self._lock = threads, list[NDArray[Any]](), threading.Lock()
-        self._pool, self._logits_pool = Pool(), Pool()
+        self._arena, self._pool, self._logits_pool = Arena(), Pool(), Pool()
         self._code_bytes, self._outlier_bytes, self._start_bytes = 0, 0, 0  # of a row's, at most
         self._spread = 0  # columns of a weight in groups, at most
         self._prepared = 0  # strips of rows that are rotated or have outliers, at most
@@ -86,7 +86,7 @@ class CpuRunner:
         for number, site in sorted(enumerate(sites), key=lambda item: item[1] != "lm_head"):
             linear, order = model.linear(site), orders[kind_of(site)]
             place = int(Layer.IN_PROJ) + number % 4 * len(Site)
-            packed[f"{site}.weight"] = weight = Packed.of(linear.weight, order)
+            packed[f"{site}.weight"] = weight = Packed.of(linear.weight, order, self._arena)
             self._table[number // 4, place : place + len(Site)] = self._site(number + 1, linear, order, weight)
         if model.shares_codes:
             packed["embedding.weight"] = packed["lm_head.weight"]
@@ -127,8 +127,7 @@ class CpuRunner:
 
     def _keep(self, array: NDArray[Any]) -> int:
         """Hold a copy of an array on a boundary of 64 bytes for the model's life; its address."""
-        copy = aligned(array.shape, array.dtype)
-        copy[...] = array
+        copy = self._arena.copy(array)
         self._kept.append(copy)
         return address(copy)
 
@@ -323,7 +322,7 @@ class CpuRunner:
         # A scale over a whole sequence needs the sequence in one piece, and so does a hook.
         limit = sum(map(len, sequences)) if self.scheme.whole_sequence or hook else PASS_ROWS
         after = State.empty(self.config, self._pool, len(sequences))
-        states = np.stack([state.conv_in, state.ssm_in, after.conv_in, after.ssm_in])
+        states = np.array([state.conv_in, state.ssm_in, after.conv_in, after.ssm_in])
         done = 0
         for parts in passes([len(s) for s in sequences], limit):
             members = [b for b, _, _ in parts]

@@ -16,7 +16,6 @@ from refmamba.spec import coders
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.codes import Codes, Param, dequantize
 from refmamba.spec.mamba1 import Positions, check_call, check_logits, one_each
-from refmamba.spec.ops import state_matrix
 from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.trace import Hook
 
@@ -66,7 +65,7 @@ class Mamba:
             if name.removesuffix(".weight") not in self.weights:
                 param = value(model.params[name])
                 rounded = name == "embedding.weight" or ".conv1d." in name
-                held = tensor(state_matrix(param) if name.endswith("A_log") else param, device)
+                held = tensor(model.state_matrix(int(name.split(".")[1])) if name.endswith("A_log") else param, device)
                 self.params[name] = held.to(dtype) if rounded else held
 
     def linear(self, site: str, x: Tensor) -> Tensor:

@@ -469,13 +469,15 @@ class Mamba:
         tokens, of, at, start, length, failure = (x[: len(part)] for x, part in zip(moved, parts, strict=True))
         return Batch(tokens, of, at, start, length, len(position), len(lengths), failure, hook)
 
-    def last_rows(self, x: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
-        """The last row of each sequence, as a call of one token each."""
+    def last_batch(self, batch: Batch) -> Batch:
+        """The last row of each sequence as a call of one token each. A transfer waits for kernels, so it comes before them."""
         if batch.rows == batch.sequences:
-            return x, batch
-        one = self.batch_of([np.zeros(1, np.int64)] * batch.sequences, batch.hook)
-        last = x.index_select(0, batch.start + batch.length - 1)
-        return last, replace(one, failure=batch.failure)
+            return batch
+        return replace(self.batch_of([np.zeros(1, np.int64)] * batch.sequences, batch.hook), failure=batch.failure)
+
+    def last_rows(self, x: Tensor, batch: Batch) -> Tensor:
+        """The last row of each sequence."""
+        return x if batch.rows == batch.sequences else x.index_select(0, batch.start + batch.length - 1)
 
     def check(self, failure: int) -> None:
         """Raise NonFiniteError where a site was to make a code of a NaN or an infinity."""
@@ -508,11 +510,13 @@ class Mamba:
         state = state or self.initial_state(len(arrays))
         batch = self.batch_of(arrays, hook)
         new = State(torch.empty_like(state.conv), torch.empty_like(state.ssm))
+        scored = self.last_batch(batch) if logits == "last" else batch
         x = self.forward(batch, state, new)
         rows = {"all": [len(a) for a in arrays], "last": [1] * len(arrays), "none": [0] * len(arrays)}[logits]
-        if logits == "last":
-            x, batch = self.last_rows(x, batch)
-        y = self.empty(0, self.config.vocab_size) if logits == "none" else self.head(x, batch)
+        if logits == "none":
+            y = self.empty(0, self.config.vocab_size)
+        else:
+            y = self.head(self.last_rows(x, batch) if logits == "last" else x, scored)
         self.check(int(batch.failure))
         return y, rows, new
 

@@ -1,6 +1,5 @@
 """`refmamba ablate`: what the outlier channels carry, table 2."""
 
-import json
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from refmamba.commands.options import (
     json_option,
     limit_option,
     model_options,
+    print_json,
     results_option,
     tasks_option,
     text_option,
@@ -68,6 +68,6 @@ def command(
                 rows.append(row)
                 done.update()
     if as_json:
-        click.echo(json.dumps(described | {"sigma": sigma, "over": over, "rows": [asdict(row) for row in rows]}))
+        print_json(described | {"sigma": sigma, "over": over, "rows": [asdict(row) for row in rows]})
     else:
         click.echo(table(rows))

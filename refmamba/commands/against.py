@@ -1,7 +1,6 @@
 """`refmamba verify --against`: numbers from elsewhere."""
 
 import functools
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -11,7 +10,7 @@ from typing import Any
 import click
 import numpy as np
 
-from refmamba.commands.options import calibrate_option, parse_tokens, percentile_option, scheme_option
+from refmamba.commands.options import calibrate_option, parse_tokens, percentile_option, print_json, scheme_option
 from refmamba.conformance.against import Verdict, compare_model, compare_operation
 from refmamba.conformance.comparison import Tolerance, parse_tolerance
 from refmamba.conformance.dumps import Dump, read_dump
@@ -67,7 +66,7 @@ def show(file: Path, verdict: Verdict, tolerance: Tolerance | None, *, as_json: 
     same = verdict.first is None
     if as_json:
         result = {"file": str(file), "specification": SPEC_VERSION, "tolerance": tolerance and tolerance.name, "ok": same}
-        click.echo(json.dumps(result | asdict(verdict)))
+        print_json(result | asdict(verdict))
         return
     click.echo(f"{file}: {verdict.title}, specification {SPEC_VERSION}")
     for line in verdict.lines:

@@ -1,6 +1,5 @@
 """`refmamba bench`: tokens a second."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import click
 import numpy as np
 
-from refmamba.commands.options import Command, json_option, model_options
+from refmamba.commands.options import Command, json_option, model_options, print_json
 from refmamba.run.session import ModelChoice, open_session
 from refmamba.run.timing import Ours, other_programs, peak_rss, read_bandwidth, speeds, weight_bytes
 
@@ -50,7 +49,7 @@ def command(choice: ModelChoice, prompt_len: int, gen_len: int, compare: bool, a
         "read_bandwidth_bytes_per_second": read_bandwidth(threads), "prompt_len": prompt_len, "gen_len": gen_len,
     }  # fmt: skip
     if as_json:
-        click.echo(json.dumps(result | ({"compare": others} if compare else {})))
+        print_json(result | ({"compare": others} if compare else {}))
         return
     for line in [result, *others]:
         click.echo(

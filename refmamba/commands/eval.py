@@ -1,7 +1,6 @@
 """`refmamba eval`: the tasks, on any model, schemes and backend; see refmamba.eval_tasks."""
 
 import itertools
-import json
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from refmamba.commands.options import (
     limit_option,
     model_options,
     names_option,
+    print_json,
     results_option,
     tasks_option,
     workers_option,
@@ -72,7 +72,10 @@ def command(
             report.Outcome(who, one, count, finished_results(store, who.key(one), one))
             for who, (one, count) in itertools.product(subjects, zip(datasets, counts, strict=True))
         ]
-        click.echo(json.dumps(report.as_json(outcomes), ensure_ascii=False) if as_json else report.text(outcomes))
+        if as_json:
+            print_json(report.as_json(outcomes))
+        else:
+            click.echo(report.text(outcomes))
         if samples:
             write_text(samples, report.samples(outcomes))
 

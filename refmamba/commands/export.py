@@ -14,7 +14,7 @@ from refmamba.run.session import ModelChoice
 @click.command(
     "export",
     cls=Command,
-    examples=["refmamba export small exported --format gguf --type Q8_0", "refmamba export small-int8 exported --format hf"],
+    examples=["refmamba export small out --format gguf --type Q8_0", "refmamba export small-int8 floats --format hf"],
 )
 @click.argument("model")
 @click.argument("folder", type=click.Path(path_type=Path))

@@ -1,6 +1,5 @@
 """`refmamba generate`: writes text."""
 
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from refmamba.commands.options import (
     json_option,
     model_options,
     option,
+    print_json,
     receipt_option,
 )  # fmt: skip
 from refmamba.errors import DataError
@@ -108,7 +108,7 @@ def command(
     loaded = time.perf_counter()
     for number, (text, generation) in enumerate(written):
         if as_json:
-            click.echo(_as_json(text, generation.finish(), session, loaded - started, time.perf_counter() - started))
+            print_json(_as_json(text, generation.finish(), session, loaded - started, time.perf_counter() - started))
         else:
             _print(("\n" if number else "") + ("" if no_echo else text))
             for piece in [generation.text] if several else generation:
@@ -131,7 +131,7 @@ def _print(text: str) -> None:
         sys.stdout.flush()
 
 
-def _as_json(prompt: str, generation: Generation, session: Session, load_seconds: float, seconds: float) -> str:
+def _as_json(prompt: str, generation: Generation, session: Session, load_seconds: float, seconds: float) -> dict[str, Any]:
     """The object of --json. seconds: since the start of the command."""
     count, times = len(generation.tokens), generation.times
     result = {"prompt": prompt, "text": generation.text, "tokens": generation.tokens,
@@ -141,4 +141,4 @@ def _as_json(prompt: str, generation: Generation, session: Session, load_seconds
     timings = {"load_seconds": load_seconds, "prefill_seconds": times.first - times.began if count else None,
                "seconds": seconds,
                "decode_tokens_per_second": (count - 1) / (times.last - times.first) if count > 1 else None}  # fmt: skip
-    return json.dumps(result | session.describe() | {"timings": timings}, ensure_ascii=False)
+    return result | session.describe() | {"timings": timings}

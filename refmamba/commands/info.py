@@ -13,9 +13,10 @@ from refmamba.commands.options import (
     bits_option,
     json_option,
     model_options,
+    print_json,
     revision_option,
     scheme_option,
-)
+)  # fmt: skip
 from refmamba.run.info import describe
 from refmamba.run.session import ModelChoice
 from refmamba.spec.scheme import WIDTH, scheme_from_json
@@ -23,7 +24,7 @@ from refmamba.spec.scheme import WIDTH, scheme_from_json
 LABEL = 15  # columns
 
 
-@click.command("info", cls=Command, examples=["refmamba info small", "refmamba info small --scheme int8 --json"])
+@click.command("info", cls=Command, examples=["refmamba info small --scheme int8", "refmamba info model-Q4_0.gguf --json"])
 @click.argument("model")
 @model_options(revision_option, scheme_option, bits_option, act_bits_option)
 @json_option
@@ -34,7 +35,7 @@ def command(choice: ModelChoice, as_json: bool) -> None:
     """
     values = describe(choice)
     if as_json:
-        click.echo(json.dumps(values, ensure_ascii=False))
+        print_json(values)
         return
     for label, text in _lines(values):
         indent = " " * LABEL

@@ -132,8 +132,8 @@ def claim(ctx: click.Context | None, option: str, file: Path | None, *, written:
         return
     try:
         place, device = os.path.realpath(file), file.exists() and not file.is_file()
-    except (OSError, ValueError) as error:  # a name that is too long, or with a zero byte
-        raise DataError(f"{option} {file}: cannot be the name of a file: {reason(error)}") from None
+    except (OSError, ValueError) as error:  # a folder that is closed to us; a name that is too long, or with a zero byte
+        raise DataError(f"{option} {file}: cannot be used: {reason(error)}") from None
     if device:  # into which several may write
         return
     others: dict[str, tuple[str, bool]] = ctx.meta.setdefault("refmamba.files", {})
@@ -169,7 +169,7 @@ def json_file_option(name: str, *parameter: str, help: str) -> Decorator:
 
 
 model_option = option(
-    "Model", "--model", default="small", show_default=True, help="`small`, a folder, or OWNER/NAME on the hub."
+    "Model", "--model", default="small", show_default=True, help="`small`, a folder, a GGUF file, or OWNER/NAME on the hub."
 )
 revision_option = option("Model", "--revision", help="Branch, tag or commit of a model on the hub.")
 scheme_option = option(
@@ -243,6 +243,14 @@ workers_option = option(
     "Data", "--workers", type=click.IntRange(1, 1024), help="Score in N processes of this machine (extra `cluster`)."
 )
 json_option = option("Output", "--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+
+
+def print_json(values: Any) -> None:
+    """Print what --json asks for, in one line."""
+    from refmamba.formats.writing import json_text
+
+    click.echo(json_text(values))
+
 
 MODEL_OPTIONS = (
     model_option, revision_option, scheme_option, bits_option, act_bits_option, calibrate_option, percentile_option,

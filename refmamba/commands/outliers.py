@@ -1,6 +1,5 @@
 """`refmamba outliers`: outlier channels, figure 1."""
 
-import json
 from pathlib import Path
 from typing import get_args
 
@@ -13,6 +12,7 @@ from refmamba.commands.options import (
     TextFile,
     json_option,
     model_options,
+    print_json,
     save_calibration_option,
     text_option,
 )  # fmt: skip
@@ -51,6 +51,6 @@ def command(
     if plot_file is not None:
         plot(report, f"{choice.model}, {session.scheme.name}", plot_file)
     if as_json:
-        click.echo(json.dumps(session.describe() | {"text": str(text)} | report.to_json()))
+        print_json(session.describe() | {"text": str(text)} | report.to_json())
     else:
         click.echo(report.table())

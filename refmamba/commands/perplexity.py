@@ -1,12 +1,10 @@
 """`refmamba perplexity`: bits per byte of a text."""
 
-import json
-import math
-
 import click
 
-from refmamba.commands.options import Command, TextFile, json_option, model_options, text_option
+from refmamba.commands.options import Command, TextFile, json_option, model_options, print_json, text_option
 from refmamba.run.model import Model
+from refmamba.run.perplexity import decimal
 from refmamba.run.session import ModelChoice, open_session
 
 
@@ -18,13 +16,12 @@ def command(choice: ModelChoice, text: TextFile, as_json: bool) -> None:
     """Perplexity and bits per byte of a text, the state carried through."""
     session = open_session(choice)
     result = Model(session).perplexity(text.text)
-    whole = result.per_token if math.isfinite(result.per_token) else None  # JSON has no infinity
-    values = {"tokens": result.tokens, "bytes": result.n_bytes, "perplexity": whole,
+    values = {"tokens": result.tokens, "bytes": result.n_bytes, "perplexity": result.per_token,
               "bits_per_byte": result.bits_per_byte}  # fmt: skip
     if as_json:
-        click.echo(json.dumps(session.describe() | {"text": str(text)} | values))
+        print_json(session.describe() | {"text": str(text)} | values)
     else:
         click.echo(
-            f"{session.scheme.name}: {result.bits_per_byte:.4f} bits a byte, perplexity {result.per_token:.3f} "
+            f"{session.scheme.name}: {decimal(result.bits_per_byte)} bits a byte, perplexity {decimal(result.per_token, 3)} "
             f"({result.tokens} tokens, {result.n_bytes} bytes)"
         )

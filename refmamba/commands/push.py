@@ -8,7 +8,9 @@ from refmamba.commands.options import Command, TextFile, text_option
 from refmamba.run.push import push
 
 
-@click.command("push", cls=Command, examples=["refmamba push small-int8 OWNER/NAME --source small"])
+@click.command(
+    "push", cls=Command, examples=["refmamba push small-int8 me/small-int8 --source state-spaces/mamba-130m-hf --text book.txt"]
+)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("repository", metavar="OWNER/NAME")
 @text_option("Whose bits per byte the card states.")

@@ -1,6 +1,5 @@
 """`refmamba replay`: a receipt's run, computed again."""
 
-import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from refmamba.commands.options import (
     model_options,
     option,
     percentile_option,
+    print_json,
     revision_option,
 )  # fmt: skip
 from refmamba.errors import DataError
@@ -52,9 +52,9 @@ def command(receipt: Path, choice: ModelChoice, as_json: bool) -> None:
     session = open_session(chosen)
     wrong, count = replay(made, session), len(made.hashed_tokens)
     if as_json:
-        click.echo(json.dumps({"same": wrong is None, "tokens": count, "first_difference": asdict(wrong) if wrong else None,
-                               "model": name, "scheme": scheme.name, "backend": session.backend.name,
-                               "device": session.backend.device}))  # fmt: skip
+        print_json({"same": wrong is None, "tokens": count, "first_difference": asdict(wrong) if wrong else None,
+                    "model": name, "scheme": scheme.name, "backend": session.backend.name,
+                    "device": session.backend.device})  # fmt: skip
     elif wrong is None:
         click.echo(f"the same: {count} tokens, {name} under {scheme.name} on {session.backend.name}, chain {made.chain[-1]}")
     else:

@@ -8,7 +8,7 @@ from refmamba.commands.options import Command, json_option
 from refmamba.formats.scheme import open_scheme
 
 
-@click.command("scheme", cls=Command, examples=["refmamba scheme int8", "refmamba scheme w4-all --json > mine.json"])
+@click.command("scheme", cls=Command, examples=["refmamba scheme int4", "refmamba scheme int8 --json"])
 @click.argument("scheme")
 @json_option
 def command(scheme: str, as_json: bool) -> None:

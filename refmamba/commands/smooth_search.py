@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from refmamba.commands.options import Command, TextFile, json_file_option, json_option, model_options, text_option
+from refmamba.commands.options import Command, TextFile, json_file_option, json_option, model_options, print_json, text_option
 from refmamba.formats.writing import write_text
 from refmamba.paper.smoothing import Alphas, describe, most_tries, search
-from refmamba.run.perplexity import text_perplexity
+from refmamba.run.perplexity import decimal, text_perplexity
 from refmamba.run.progress import bar, say
 from refmamba.run.session import ModelChoice, open_session
 
@@ -37,11 +37,11 @@ def command(choice: ModelChoice, text: TextFile, per_site: bool, out: Path | Non
             found.append({"alpha": alphas, "bits_per_byte": value})
             tries.update()
             if not as_json:
-                say(f"{value:.4f} bits a byte: {describe(alphas)}")
+                say(f"{decimal(value)} bits a byte: {describe(alphas)}")
     best = min(found, key=lambda one: one["bits_per_byte"])
     if out is not None:
         write_text(out, json.dumps(replace(scheme, name=out.stem, smooth=best["alpha"]).to_json(), indent=1) + "\n")
     if as_json:
-        click.echo(json.dumps(session.describe() | {"text": str(text), "tried": found, "best": best}))
+        print_json(session.describe() | {"text": str(text), "tried": found, "best": best})
     else:
-        click.echo(f"best, {best['bits_per_byte']:.4f}: {describe(best['alpha'])}")
+        click.echo(f"best, {decimal(best['bits_per_byte'])}: {describe(best['alpha'])}")

@@ -1,6 +1,5 @@
 """`refmamba step`: one forward, number by number."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from refmamba.commands.options import (
     model_option,
     names_option,
     percentile_option,
+    print_json,
     revision_option,
 )  # fmt: skip
 from refmamba.errors import DataError, SchemeError
@@ -72,7 +72,7 @@ def command(
             return
     elements = [follower.at(site, token, channel) for site in sites]
     if as_json:
-        click.echo(json.dumps({"prompt": prompt, "elements": [as_values(element) for element in elements]}, ensure_ascii=False))
+        print_json({"prompt": prompt, "elements": [as_values(element) for element in elements]})
         return
     places = [follower.sites.index(site) + 1 for site in sites]
     count = len(follower.sites)

@@ -1,6 +1,5 @@
 """`refmamba verify`: a backend, or single operations, beside the specification."""
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -9,7 +8,7 @@ import click
 
 from refmamba.backend import load_backend, numerics
 from refmamba.commands.against import against_option
-from refmamba.commands.options import Command, backend_option, device_option, json_option, names_option, option
+from refmamba.commands.options import Command, backend_option, device_option, json_option, names_option, option, print_json
 from refmamba.conformance.comparison import Difference, Tolerance, parse_tolerance
 from refmamba.conformance.models import SCHEMES
 from refmamba.conformance.operations import Row
@@ -78,7 +77,7 @@ def summary(rows: Sequence[Row], tolerance: Tolerance | None) -> str:
         "refmamba verify --against theirs.npz --model small --tolerance float32",
     ],
 )
-@option("Model", "--model", help="Check this model too: `small`, a folder, or OWNER/NAME on the hub.")
+@option("Model", "--model", help="Check this model too: `small`, a folder, a GGUF file, or OWNER/NAME on the hub.")
 @against_option
 @backend_option
 @click.option("--operations", help="Single operations instead of a backend: module:Class, or NAME=module:function.")
@@ -132,7 +131,7 @@ def command(
         result = {"backend": subject, "device": place, "specification": SPEC_VERSION, "tolerance": tolerance_name, **numbers,
                   "ok": status == SAME, "rows": [asdict(row) | {"verdict": row.verdict} for row in rows],
                   "first_difference": asdict(first) if first else None}  # fmt: skip
-        click.echo(json.dumps(result))
+        print_json(result)
     elif first:
         click.echo(f"{'could not run' if first.raised else 'first difference'}: {first}")
     else:

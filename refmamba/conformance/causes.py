@@ -243,7 +243,7 @@ def _begun_otherwise(opened: Opened, reference: Mamba, tokens: IntArray, arrays:
     except TokenizerError:
         prefix = None
     length, prefix = len(tokens), 0 if prefix is None else prefix
-    rows = len(arrays["logits"]) if "logits" in arrays else length
+    rows = len(np.atleast_1d(arrays["logits"])) if "logits" in arrays else length
     longer = reference_values(reference, np.concatenate([[prefix], tokens]))
     text = f"shifted by one token: a begin token, {prefix}, was put before the sequence"
     if rows == length + 1:

@@ -1,7 +1,6 @@
 """Dumps: numbers that were computed elsewhere, or that the reference shows, by name (docs/FORMAT.md, section 6)."""
 
 import json
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +8,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, deserialize, safe_open
+from safetensors import deserialize, safe_open
 from safetensors.numpy import save
 
-from refmamba.errors import DataError
+from refmamba.errors import DataError, RefmambaError
+from refmamba.formats.reading import regular
 from refmamba.formats.writing import write_file
 from refmamba.spec.arith import IntArray
 from refmamba.spec.mamba1 import Mamba, check_tokens
@@ -41,16 +41,18 @@ class Dump:
 
 
 def read_dump(file: Path) -> Dump:
-    """Read a dump. Raises DataError for a file that is none."""
+    """Read a dump. Raises FileError, and DataError for a file that is none."""
     readers: dict[str, Callable[[Path], tuple[Arrays, str]]] = {".npy": _npy, ".npz": _npz, ".safetensors": _safetensors}
     if file.suffix not in readers:
         raise DataError(f"{file}: a dump's name ends with {', '.join(SUFFIXES)}")
     try:
-        arrays, text = readers[file.suffix](file)
+        arrays, text = readers[file.suffix](regular(file))
         about = json.loads(text)
+    except (RefmambaError, MemoryError):
+        raise
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, EOFError, RecursionError, KeyError, NotImplementedError, SafetensorError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever NumPy, zipfile, tokenize and safetensors say of a broken file
         raise DataError(f"{file}: not a whole {file.suffix} file of numbers: {error}") from error
     if not isinstance(about, dict):
         raise DataError(f"{file}: `about` is not a JSON object")
@@ -62,7 +64,10 @@ def read_dump(file: Path) -> Dump:
 
 
 def _npy(file: Path) -> tuple[Arrays, str]:
-    return {"logits": np.load(file, allow_pickle=False)}, "{}"
+    array = np.load(file, allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        raise ValueError("it holds several arrays, as a .npz does")
+    return {"logits": array}, "{}"
 
 
 def _npz(file: Path) -> tuple[Arrays, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from refmamba.errors import CheckpointError, ForeignModelError, printable
+from refmamba.formats.reading import folder_there, listed
 
 ONLY = "only Mamba-1 with RMS norms is implemented"
 # What Hugging Face's words for other models, model_type, stand for.
@@ -39,11 +40,11 @@ def refuse_foreign(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def what_is_there(folder: Path) -> CheckpointError:
-    """The error for a folder without a config.json, or without weights of a known name: what it holds instead."""
-    try:
-        names = sorted(file.name for file in folder.iterdir())
-    except OSError:
-        names = []
+    """The error for a folder without a config.json, or without weights of a known name: what it holds instead.
+
+    Raises UnreadableFileError for a folder that cannot be read.
+    """
+    names = sorted(file.name for file in listed(folder)) if folder_there(folder) else []
     if adapters := [name for name in names if name.startswith("adapter_")]:
         return ForeignModelError(_adapter(folder / adapters[0], None))
     for ending, advice in {

@@ -259,7 +259,7 @@ def _refuse_foreign(gguf: GGUF) -> None:
 def _config(gguf: GGUF) -> MambaConfig:
     """The model's shape as the keys and the embedding state it. Raises ConfigError, TensorError."""
 
-    def entry(key: str, kind: type, largest: float) -> Any:
+    def entry(key: str, kind: type[Any], largest: float) -> Any:
         value: Any = gguf.values.get(key)
         if type(value) is not kind or not 0 < value <= largest:
             told = printable(repr(value), 60) if key in gguf.values else "missing"

@@ -26,9 +26,9 @@ LARGEST_HALF = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file has of a tokenizer.json. begin, end: tokens, where there are such."""
+    """What a GGUF file has of a tokenizer.json (None: it lies beside the file). begin, end: tokens, where there are such."""
 
-    tokenizer: dict[str, Any]
+    tokenizer: dict[str, Any] | None
     begin: int | None
     end: int | None
     add_begin: bool
@@ -114,20 +114,20 @@ def _add_tensors(gguf: Any, writer: Any, source: ParameterSource, kind: str) -> 
 
 
 def _add_vocabulary(writer: Any, vocabulary: Vocabulary | None, rows: int) -> None:
-    if vocabulary is None:
+    if vocabulary is None or vocabulary.tokenizer is None:
         writer.add_tokenizer_model(keys.NONE)
-        return
-    tokens, types, merges = keys.vocabulary(vocabulary.tokenizer, rows)
-    writer.add_tokenizer_model(keys.BPE)
-    writer.add_tokenizer_pre(keys.GPT_2[0])
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(merges)
-    if vocabulary.begin is not None:
+    else:
+        tokens, types, merges = keys.vocabulary(vocabulary.tokenizer, rows)
+        writer.add_tokenizer_model(keys.BPE)
+        writer.add_tokenizer_pre(keys.GPT_2[0])
+        writer.add_token_list(tokens)
+        writer.add_token_types(types)
+        writer.add_token_merges(merges)
+        writer.add_add_bos_token(vocabulary.add_begin)
+    if vocabulary is not None and vocabulary.begin is not None:
         writer.add_bos_token_id(vocabulary.begin)
-    if vocabulary.end is not None:
+    if vocabulary is not None and vocabulary.end is not None:
         writer.add_eos_token_id(vocabulary.end)
-    writer.add_add_bos_token(vocabulary.add_begin)
 
 
 def _type(gguf: Any, parameter: str, shape: tuple[int, ...], kind: str) -> Any:

@@ -61,6 +61,14 @@ def folder_there(folder: Path) -> bool:
     return there(folder) and stat.S_ISDIR(folder.stat().st_mode)
 
 
+def listed(folder: Path) -> list[Path]:
+    """What is in a folder. Raises UnreadableFileError."""
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise UnreadableFileError(f"{folder}: cannot be read: {_reason(error)}") from None
+
+
 def read_start(file: Path, count: int) -> bytes:
     """The first bytes of a file, fewer where it has fewer. Raises FileError."""
     try:

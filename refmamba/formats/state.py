@@ -52,18 +52,26 @@ class SavedState:
         write_file(file, lambda stream: stream.write(content))
 
 
-def open_state(file: Path, config: MambaConfig) -> SavedState:
-    """Read what `SavedState.save` wrote, of a model of these sizes; its arrays stay in a memory map.
+def read_entry(file: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """What a file says of itself, unchecked, and its arrays in a memory map.
 
-    Raises FileError, CheckpointError for a file that is no whole safetensors; SchemeError, and DataError for one that no run
-    under this specification has made.
+    Raises FileError, CheckpointError for a file that is no whole safetensors; DataError for one that is no saved state.
     """
     tensors = {name: tensor.array for name, tensor in open_safetensors(file).items()}
     with safe_open(file, framework="numpy") as opened:
         text = (opened.metadata() or {}).get(ENTRY)
     if text is None:
         raise DataError(f"{file}: is no saved state: its metadata has no {ENTRY}")
-    entry = parse_object(text.encode(), f"{file}: {ENTRY}")
+    return parse_object(text.encode(), f"{file}: {ENTRY}"), tensors
+
+
+def open_state(file: Path, config: MambaConfig) -> SavedState:
+    """Read what `SavedState.save` wrote, of a model of these sizes; its arrays stay in a memory map.
+
+    Raises FileError, CheckpointError for a file that is no whole safetensors; SchemeError, and DataError for one that no run
+    under this specification has made.
+    """
+    entry, tensors = read_entry(file)
     if entry.get("format") != FORMAT:
         raise DataError(f"{file}: a state of format {printable(repr(entry.get('format')), 60)}; this program reads {FORMAT}")
     if entry.get("spec_version") != SPEC_VERSION:

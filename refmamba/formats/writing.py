@@ -4,12 +4,14 @@ The content goes to .NAME.PID.tmp beside the target, reaches the disk, and is th
 removed by the next one that writes the same target.
 """
 
+import json
+import math
 import os
 import re
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
@@ -58,6 +60,20 @@ def write_file(file: Path, write: Callable[[BinaryIO], object]) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all. Raises DataError."""
     write_file(file, lambda stream: stream.write(text.encode("utf-8")))
+
+
+def json_text(values: Any, indent: int | None = None) -> str:
+    """Values as JSON, where null stands for NaN and the infinities. What is no character, in a file's name, is escaped."""
+    text = json.dumps(_finite(values), ensure_ascii=False, allow_nan=False, indent=indent)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

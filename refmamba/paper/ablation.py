@@ -20,7 +20,7 @@ from refmamba.eval_tasks.progress import Progress, progress
 from refmamba.eval_tasks.report import Outcome
 from refmamba.eval_tasks.results import Key, Results
 from refmamba.paper.outliers import Report
-from refmamba.run.perplexity import text_perplexity
+from refmamba.run.perplexity import decimal, text_perplexity
 from refmamba.run.session import Session
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.config import MambaConfig, ParameterSource
@@ -186,7 +186,7 @@ def table(rows: Sequence[Row]) -> str:
     head += ["average", "difference"] if tasks else []
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
-        cells = [row.site, row.which, str(row.channels), f"{row.bits_per_byte:.4f}"]
+        cells = [row.site, row.which, str(row.channels), decimal(row.bits_per_byte)]
         cells += [f"{row.bits_per_byte - rows[0].bits_per_byte:+.4f}" if row.channels else ""]
         cells += [f"{100 * row.tasks[task]['acc'][0]:.2f}" for task in tasks]
         if row.loss is not None:

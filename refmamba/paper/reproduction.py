@@ -14,7 +14,7 @@ from refmamba.eval_tasks.progress import progress
 from refmamba.eval_tasks.report import Outcome
 from refmamba.eval_tasks.results import Results
 from refmamba.eval_tasks.score import MAX_LENGTH
-from refmamba.formats.writing import check_file, reason, write_text
+from refmamba.formats.writing import check_file, json_text, reason, write_text
 from refmamba.paper import ablation as ablate
 from refmamba.paper import planted
 from refmamba.paper.estimate import parameters
@@ -152,4 +152,4 @@ def write_all(folder: Path, found: Sequence[ModelTables], run: Settings, backend
     figure = "## Figure 2\n\n![Figure 2](figure2.png)"
     write_text(folder / "tables.md", "\n\n".join([title, "\n".join(sources), *(m.markdown() for m in found), figure]) + "\n")
     values = {"specification": SPEC_VERSION, "backend": backend, "models": {one.model: one.to_json() for one in found}}
-    write_text(folder / "tables.json", json.dumps(values, indent=1) + "\n")
+    write_text(folder / "tables.json", json_text(values, indent=1) + "\n")

@@ -1,5 +1,6 @@
 """Models for other programs: GGUF for llama.cpp, and floats in Hugging Face's layout for transformers."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -8,8 +9,8 @@ from refmamba.formats.dequantized import Dequantized, save_hugging_face
 from refmamba.formats.gguf import SUFFIX
 from refmamba.formats.gguf_tokenizer import why_not
 from refmamba.formats.gguf_writing import Vocabulary, check_gguf, write_gguf
-from refmamba.formats.tokenizer import TokenizerParts, read_parts, save_parts
-from refmamba.formats.writing import check_folder, make_folder
+from refmamba.formats.tokenizer import TokenizerParts, read_parts
+from refmamba.formats.writing import check_folder, make_folder, write_file, write_text
 from refmamba.run.session import ModelChoice, Opened, open_model
 from refmamba.spec.config import ParameterSource
 from refmamba.spec.parameters import QuantizedModel
@@ -42,17 +43,17 @@ def export_gguf(choice: ModelChoice, folder: Path, kind: str = "F32") -> Path:
     check_gguf(source.config, file)
     vocabulary, reason = None, "the model has none"
     if parts is not None:
-        tokenizer = opened.tokenizer
-        why = why_not(parts.tokenizer, tokenizer.added, tokenizer.bos_token_id)
-        reason = why or ""
-        if why is None:
-            vocabulary = Vocabulary(parts.tokenizer, tokenizer.bos_token_id, tokenizer.eos_token_id, bool(tokenizer.added))
+        begin, end, added = opened.tokenizer.bos_token_id, opened.tokenizer.eos_token_id, opened.tokenizer.added
+        reason = why_not(parts.tokenizer, added, begin)
+        vocabulary = Vocabulary(None if reason else parts.tokenizer, begin, end, bool(added))
     with make_folder(folder):
         write_gguf(source, file, kind, name, vocabulary)
-        if vocabulary is None:
-            print(f"{file}: without a tokenizer: {reason}; llama.cpp takes it with tokens as numbers", file=sys.stderr)
-            if parts is not None:
-                save_parts(parts, folder)
+        if parts is not None and reason:
+            write_text(folder / "tokenizer.json", json.dumps(parts.tokenizer, ensure_ascii=False))
+            for beside in parts.files[1:]:
+                write_file(folder / beside.name, lambda stream, beside=beside: stream.write(beside.read_bytes()))
+    if reason:
+        print(f"{file}: without a tokenizer: {reason}; llama.cpp takes it with tokens as numbers", file=sys.stderr)
     return file
 
 

@@ -6,16 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from refmamba.backend import load_backend
 from refmamba.backends import BACKENDS
 from refmamba.errors import BackendError, DataError, FileError, TokenizerError, printable
 from refmamba.formats.folder import content_hash, model_files
 from refmamba.formats.gguf import GGUFCheckpoint, is_gguf
 from refmamba.formats.hub import SMALL
-from refmamba.formats.reading import parse_object, read_json, there
-from refmamba.formats.weights import TYPE_NAMES, open_safetensors, open_weights
+from refmamba.formats.reading import read_json, there
+from refmamba.formats.state import read_entry
+from refmamba.formats.weights import TYPE_NAMES, open_weights
 from refmamba.run.receipt import read_receipt
 from refmamba.run.session import ModelChoice, Opened, open_model
 from refmamba.run.timing import read_bandwidth, weight_bytes
@@ -24,7 +23,6 @@ from refmamba.spec.config import MambaConfig
 from refmamba.spec.parameters import QuantizedModel
 from refmamba.spec.scheme import Scheme
 
-STATE_ENTRY = "refmamba_state"  # of the metadata of a saved state
 FLOAT_BYTES = 4
 
 
@@ -53,13 +51,8 @@ def describe_receipt(file: Path) -> dict[str, Any]:
 
 def describe_state(file: Path) -> dict[str, Any]:
     """What a saved state says of itself, and the shapes of its arrays. Raises FileError, CheckpointError, DataError."""
-    tensors = open_safetensors(file)
-    with safe_open(file, framework="numpy") as opened:
-        text = (opened.metadata() or {}).get(STATE_ENTRY)
-    if text is None:
-        raise DataError(f"{file}: is no saved state: its metadata has no {STATE_ENTRY}; of a model name the folder")
-    entry = parse_object(text.encode(), f"{file}: {STATE_ENTRY}")
-    shapes = {name: list(tensor.array.shape) for name, tensor in tensors.items()}
+    entry, tensors = read_entry(file)
+    shapes = {name: list(array.shape) for name, array in tensors.items()}
     return {"name": str(file), "kind": "saved state", "disk_bytes": file.stat().st_size, "arrays": shapes} | entry
 
 

@@ -18,7 +18,7 @@ from refmamba.formats.weights import file_shape
 from refmamba.spec.arith import IntArray
 from refmamba.spec.config import ParameterSource
 
-LLAMA_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "Q4_0": 2}  # llama.cpp's file types
+LLAMA_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # llama.cpp's file types
 
 
 class Peer(Protocol):

@@ -19,6 +19,12 @@ from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.ops import log_softmax
 
 CALL = 512  # tokens a call; where a scheme takes a scale over a call, that is what it is taken over
+LARGEST_DECIMAL = 1e9  # that is written with all of its digits
+
+
+def decimal(x: float, digits: int = 4) -> str:
+    """A number with so many decimals; a huge one, as a model that is broken gives, in powers of ten."""
+    return f"{x:.{digits}{'f' if abs(x) < LARGEST_DECIMAL else 'e'}}"
 
 
 @dataclass(frozen=True)

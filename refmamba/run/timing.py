@@ -4,14 +4,14 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
 
-from refmamba.backend import Runner
+from refmamba.backend import Runner, load_backend
+from refmamba.backends import DEFAULT_BACKEND
 from refmamba.run.peers import LLAMA_TYPES, Apart, LlamaCpp, Peer, Transformers, installed, write_for_llama_cpp
 from refmamba.run.progress import bar, say
 from refmamba.run.session import ModelChoice, open_model
@@ -21,7 +21,7 @@ from refmamba.spec.config import ParameterSource, kind_of
 from refmamba.spec.parameters import QuantizedModel, linear_sites, parameter_coder
 
 REPEATS = 3  # the fastest counts: what else ran on the machine only ever slows
-READ_BYTES = 512 * 2**20
+READ_BYTES, READS = 512 * 2**20, 8  # the first of which may compile
 WARM_UP = 4  # tokens decoded before the clock starts
 
 
@@ -42,11 +42,9 @@ def weight_bytes(model: QuantizedModel) -> int:
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes a second of an int64 sum over 512 MB, all threads, the fastest of a few."""
-    data = np.ones(READ_BYTES // 8, np.int64)
-    parts = np.array_split(data, 4 * threads)
-    with ThreadPoolExecutor(threads) as pool:
-        return READ_BYTES / min(seconds(lambda: list(pool.map(np.sum, parts))) for _ in range(REPEATS))
+    """Bytes a second of reading 512 MB as the cpu backend's kernels read weights, all threads, the fastest of a few."""
+    read: Callable[[], None] = cast(Any, load_backend(DEFAULT_BACKEND)).reader(READ_BYTES, threads)
+    return READ_BYTES / min(seconds(read) for _ in range(READS))
 
 
 def peak_rss() -> int:

@@ -191,5 +191,5 @@ def one_each(tokens: IntArray) -> list[IntArray]:
 def check_logits(logits: F32Array) -> None:
     """Raise NonFiniteError for logits that hold a NaN or an infinity: no such call has a result (SPEC section 6)."""
     for row in logits:  # one by one: of a large vocabulary, many rows fill a cache
-        if not np.all(np.isfinite(row)):
+        if not np.isfinite(row).all():
             raise NonFiniteError("lm_head: a logit is NaN or infinite; check the weights and the input")

@@ -6,7 +6,6 @@ where its scales come from: the readings below are ours. `Scheme.table` prints t
 entries changes them (`--scheme FILE`).
 """
 
-import math
 import re
 import textwrap
 from collections.abc import Callable, Collection, Container, Mapping
@@ -19,6 +18,7 @@ from refmamba.spec.transforms import Hadamard, Smooth
 
 LINEAR_LAYERS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 LONGEST_NAME = 100  # characters
+LARGEST = 2.0**127 * (2 - 2.0**-23)  # float32
 WIDTH = 80  # columns of a table
 ALPHA = 0.5  # SmoothQuant's migration strength where a scheme does not say another
 LINEAR_WEIGHTS = tuple(f"{layer}.weight" for layer in LINEAR_LAYERS)
@@ -30,7 +30,7 @@ OTHER_PARAMETERS = (
 PRODUCTS = (*LINEAR_LAYERS, "lm_head")
 OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {  # a coder's options: what they may be
     "group": (lambda x: type(x) is int and x in (16, 32, 64, 128, 256), "a power of two from 16 to 256"),
-    "threshold": (lambda x: type(x) in (int, float) and 0 < x < math.inf, "a number above zero"),
+    "threshold": (lambda x: type(x) in (int, float) and 0 < x <= LARGEST, "a number above zero that float32 holds"),
     "quantile": (lambda x: type(x) in (int, float) and 0 < x <= 1, "a number above zero, at most 1"),
 }
 BITS = {"weights": (2, 8), "inputs": (2, 8), "outputs": (2, 16)}

@@ -107,6 +107,8 @@ def why_not(opened: Opened) -> str | None:
     size = 2 * sum(math.prod(shape) for shape in opened.float_checkpoint().config.shapes().values())
     if size > MOST_BYTES:
         return f"its weights have {size / 1e6:.0f} MB in float16, more than the {MOST_BYTES / 1e6:.0f} MB that a page may hold"
+    if opened.checkpoint.config.states_A:
+        return "its file states A, where the page has A_log"
     file = json.loads(opened.files.tokenizer.read_text("utf-8"))
     known = {"normalizer": None, "post_processor": None, "pre_tokenizer": CUT}
     if opened.tokenizer.add_bos or any(file.get(part) != value for part, value in known.items()):

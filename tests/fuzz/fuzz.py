@@ -8,6 +8,7 @@ draws the changes: the same seed, the same cases.
 import argparse
 import contextlib
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from types import FrameType
@@ -32,6 +33,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from refmamba.commands.main import COMMANDS, refmamba
+from refmamba.conformance.against import compare_model, compare_operation
+from refmamba.conformance.dumps import SUFFIXES, read_dump
 from refmamba.errors import LONGEST, RefmambaError
 from refmamba.eval_tasks.load import load_tasks
 from refmamba.eval_tasks.results import Key, Result, Results
@@ -42,7 +45,8 @@ from refmamba.formats.hub import ModelFiles
 from refmamba.formats.scheme import open_scheme
 from refmamba.formats.text import read_text
 from refmamba.formats.tokenizer import load_tokenizer
-from refmamba.run.receipt import read_receipt
+from refmamba.run.receipt import BOUND, first_link, read_receipt, replay
+from refmamba.run.session import ModelChoice, open_model, open_session
 from refmamba.spec.calibrate import calibrate
 from refmamba.spec.config import MambaConfig
 from refmamba.spec.mamba1 import Mamba
@@ -126,6 +130,51 @@ def header_changes(rng: Random, content: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
+def receipt_changes(rng: Random, content: bytes) -> bytes:
+    """A receipt that was changed by somebody who knows the chain's first link."""
+    values = json.loads(json_changes(rng, content))
+    if isinstance(values, dict) and isinstance(values.get("chain"), list) and values["chain"]:
+        with contextlib.suppress(UnicodeEncodeError):
+            values["chain"][0] = first_link({entry: values.get(entry) for entry in BOUND})
+    return json.dumps(values).encode()
+
+
+def array_changes(rng: Random, content: bytes) -> bytes:
+    """A .npz whose arrays and words are changed, and which is whole."""
+    with np.load(io.BytesIO(content)) as entries:
+        arrays: dict[str, Any] = {name: entries[name] for name in entries.files}
+    for _ in range(rng.randint(1, 3)):
+        name, what = rng.choice(list(arrays)), rng.choice(["value", "dtype", "shape", "rename", "remove", "about"])
+        array = arrays[name]
+        with np.errstate(all="ignore"):
+            if what == "value" and array.size and array.dtype.kind in "fiu":
+                arrays[name] = array.copy()
+                arrays[name].flat[rng.randrange(array.size)] = rng.choice(
+                    [0, 1, 127, *([np.nan, np.inf] if array.dtype.kind == "f" else [])]
+                )
+            elif what == "dtype" and array.dtype.kind in "fiu":
+                kinds = ["f2", "f4", "f8", "g", "i1", "i4", "i8", "u1", "u8", "?", "c8", "S3", "U2", "M8[s]", ">f4"]
+                arrays[name] = array.astype(rng.choice(kinds))
+            elif what == "shape":
+                arrays[name] = (
+                    rng.choice([array[None], array[:0], array.reshape(-1), array[:1], array.T, np.array(1.0)])
+                    if array.ndim
+                    else array[None]
+                )
+            elif what == "rename":
+                arrays[
+                    rng.choice([*arrays, "", "logits", "a" * 600, "a\nb", "arguments.0", "arguments.9", "layers.0.in_proj"])
+                ] = array
+            elif what == "remove" and len(arrays) > 1:
+                del arrays[name]
+            elif what == "about" and "about" in arrays:
+                with contextlib.suppress(ValueError):  # after another change it need not be JSON
+                    arrays["about"] = np.array(json_changes(rng, str(arrays["about"]).encode()).decode())
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
 def command_lines(rng: Random, content: bytes) -> bytes:
     """A command, its own options and odd words, one in a line."""
     name = rng.choice(COMMANDS)
@@ -168,6 +217,14 @@ def read_tokenizer(folder: Path) -> object:
     return text.encode()
 
 
+def read_gguf_file(folder: Path) -> object:
+    """The same of a GGUF file, its tokenizer too."""
+    file = folder / "model.gguf"
+    model = open_checkpoint(file)
+    tokenizer = load_tokenizer(ModelFiles(file, file.with_name("tokenizer.json")), model.config)
+    return tokenizer.decode(tokenizer.encode("The old man,\nnaïve.")), content_hash(model)
+
+
 def read_calibration(folder: Path) -> object:
     """Load maxima, and quantize with them."""
     source = open_checkpoint(SEEDS / "hf")
@@ -178,10 +235,29 @@ def read_calibration(folder: Path) -> object:
 
 def read_scheme(folder: Path) -> object:
     """Open a scheme, and run a model under it."""
-    scheme, source = open_scheme(str(folder / "int8-smooth.json")), open_checkpoint(SEEDS / "hf")
+    (file,) = (path for path in folder.iterdir() if path.suffix == ".json")
+    scheme, source = open_scheme(str(file)), open_checkpoint(SEEDS / "hf")
     assert not isinstance(source, QuantizedModel)
     maxima = calibrate(source, np.arange(5)) if scheme.needs_calibration else None
     return Mamba(quantize_model(source, scheme, maxima)).prefill([np.array([1, 2])])
+
+
+def read_receipt_file(folder: Path) -> object:
+    """Read a receipt, and compute its run again on a small model."""
+    receipt, scheme = read_receipt(folder / "receipt.json")
+    session = open_session(ModelChoice(str(SEEDS / "hf"), scheme, "reference", calibrate=SEEDS / "calibration.json"))
+    few = replace(receipt, model_sha256=content_hash(session.opened.quantized(scheme)))
+    return replay(few, session)
+
+
+def read_dump_file(folder: Path) -> object:
+    """Compare a dump with the specification."""
+    (file,) = (path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    dump = read_dump(file)
+    if "operation" in dump.about:
+        return compare_operation(dump, None)
+    tokens = None if "tokens" in dump.arrays else np.arange(3)
+    return compare_model(dump, open_model(ModelChoice(str(SEEDS / "hf"), "int8")), tokens, None)
 
 
 def read_task(folder: Path) -> object:
@@ -215,6 +291,12 @@ def read_options(folder: Path) -> object:
 
 
 JSON, ANY, HEADER = json_changes, byte_changes, header_changes
+DUMP_CHANGES: dict[str, tuple[Change, ...]] = {
+    ".npz": (array_changes, array_changes, ANY),
+    ".safetensors": (HEADER, ANY),
+    ".npy": (ANY,),
+}
+SCHEMES = ("int8-smooth", "int4-all", "int8-hadamard", "llm-int8", "flatten-int8")
 TASKS = [file.name for file in sorted(SEEDS.iterdir()) if file.suffix in (".jsonl", ".parquet", ".xml", ".tsv")]
 TARGETS = {
     "config": Target("hf", "config.json", (JSON, JSON, ANY), read_model),
@@ -222,17 +304,20 @@ TARGETS = {
     "index": Target("shards", "model.safetensors.index.json", (JSON, ANY), read_model),
     "bin": Target("bin", "pytorch_model.bin", (ANY,), read_model),
     "quantized config": Target("int8-smooth", "config.json", (JSON, JSON, ANY), read_model),
-    "quantized int8-smooth": Target("int8-smooth", "model.safetensors", (HEADER, ANY), read_model),
-    "quantized w4-all": Target("w4-all", "model.safetensors", (HEADER, ANY), read_model),
+    **{f"quantized {name}": Target(name, "model.safetensors", (HEADER, ANY), read_model)
+       for name in ("int8-smooth", "w4-all", "int4-all", "flatten-int8")},
     **{f"tokenizer {name}": Target("", f"tokenizer-{name}.json", (JSON, JSON, ANY), read_tokenizer)
        for name in ("bpe", "bytes", "wordpiece", "unigram")},
     "tokenizer_config": Target("hf", "tokenizer_config.json", (JSON, ANY), read_tokenizer),
     "generation_config": Target("hf", "generation_config.json", (JSON, ANY), read_tokenizer),
+    "gguf": Target("gguf", "model.gguf", (ANY,), read_gguf_file),
     "calibration": Target("", "calibration.json", (JSON, JSON, ANY), read_calibration),
-    "scheme": Target("", "int8-smooth.json", (JSON, JSON, ANY), read_scheme),
+    **{f"scheme {name}": Target("", f"{name}.json", (JSON, JSON, ANY), read_scheme) for name in SCHEMES},
     **{f"task {name}": Target("", name, (ANY,), read_task) for name in TASKS},
     "results": Target("", "results.sqlite", (ANY,), read_results),
-    "receipt": Target("", "receipt.json", (JSON, ANY), lambda folder: read_receipt(folder / "receipt.json")),
+    "receipt": Target("", "receipt.json", (receipt_changes, JSON, ANY), read_receipt_file),
+    **{f"dump {name}": Target("", name, DUMP_CHANGES[Path(name).suffix], read_dump_file)
+       for name in ("forward.npz", "operation.npz", "forward.safetensors", "logits.npy")},
     "text": Target("", "text.txt", (ANY,), read_text_file),
     "options": Target("", "options", (command_lines,), read_options),
 }  # fmt: skip

@@ -1,4 +1,7 @@
-"""Writes tests/fuzz/seeds: small files of every kind that refmamba reads, which the fuzzer changes. Needs torch and pyarrow."""
+"""Writes tests/fuzz/seeds: small files of every kind that refmamba reads, which the fuzzer changes.
+
+Needs torch, pyarrow and gguf.
+"""
 
 import json
 import shutil
@@ -15,15 +18,18 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from refmamba.commands.main import refmamba
+from refmamba.conformance.dumps import reference_values, write_dump
 from refmamba.eval_tasks.results import Result, Results
 from refmamba.eval_tasks.score import Score
 from refmamba.formats.calibration import Calibration, save_calibration
 from refmamba.formats.checkpoint import HUGGING_FACE
+from refmamba.formats.gguf_writing import Vocabulary, write_gguf
 from refmamba.formats.hub import ModelFiles
 from refmamba.formats.quantized import save_quantized
 from refmamba.formats.weights import file_shape
 from refmamba.spec.calibrate import calibrate
 from refmamba.spec.config import MambaConfig
+from refmamba.spec.mamba1 import Mamba
 from refmamba.spec.parameters import quantize_model
 from refmamba.spec.scheme import parse_scheme
 
@@ -80,6 +86,14 @@ def unigram() -> Tokenizer:
     return tokenizer
 
 
+def make_receipt(file: Path) -> None:
+    """Of two tokens by the model in `hf`; where that lay is left out."""
+    words = ["generate", "The old", "--model", str(SEEDS / "hf"), "--max-new-tokens", "2", "--receipt", str(file)]
+    done = CliRunner().invoke(refmamba, words)
+    assert done.exit_code == 0, done.output
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"about": {}}, indent=1))
+
+
 def main() -> None:
     """All of them anew."""
     shutil.rmtree(SEEDS, ignore_errors=True)
@@ -114,16 +128,27 @@ def main() -> None:
         save_file({name: files[name] for name in part}, SEEDS / "shards" / shard)
     index = {"metadata": {}, "weight_map": {name: shard for shard, part in shards.items() for name in part}}
     (SEEDS / "shards" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (SEEDS / "gguf").mkdir()
+    write_gguf(
+        source, SEEDS / "gguf" / "model.gguf", "Q8_0", "seed", Vocabulary(json.loads(tokenizers["bpe"].to_str()), 0, 0, True)
+    )
     maxima = calibrate(source, np.arange(40))
     save_calibration(Calibration(maxima), SEEDS / "calibration.json")
-    for scheme in ("w8-all", "w4-all", "int8-smooth"):
+    for scheme in ("w8-all", "w4-all", "int8-smooth", "int4-all", "int8-hadamard", "llm-int8", "flatten-int8"):
         (SEEDS / f"{scheme}.json").write_text(json.dumps(parse_scheme(scheme).to_json()))
         model = quantize_model(source, parse_scheme(scheme), maxima)
         save_quantized(model, SEEDS / scheme, ModelFiles(SEEDS / "hf", SEEDS / "hf" / "tokenizer.json"))
     for name, tokenizer in tokenizers.items():
         tokenizer.save(str(SEEDS / f"tokenizer-{name}.json"))
-    done = CliRunner().invoke(refmamba, ["generate", "--max-new-tokens", "2", "--receipt", str(SEEDS / "receipt.json")])
-    assert done.exit_code == 0, done.output
+    make_receipt(SEEDS / "receipt.json")
+    reference, tokens = Mamba(quantize_model(source, parse_scheme("int8"))), np.arange(3)
+    values = {"tokens": tokens, **reference_values(reference, tokens)}
+    for name in ("forward.npz", "forward.safetensors"):
+        write_dump(SEEDS / name, values, {"scheme": "int8"})
+    np.save(SEEDS / "logits.npy", values["logits"])
+    x, weight = np.ones((2, 4), np.float32), np.ones(4, np.float32)
+    about = {"operation": "rms_norm", "arguments": {"2": 1e-5}}
+    write_dump(SEEDS / "operation.npz", {"arguments.0": x, "arguments.1": weight, "result": x}, about)
     (SEEDS / "text.txt").write_text("The old man went out.\nNaïve 中文 🙂\n", "utf-8")
     with Results(SEEDS / "results.sqlite") as results:
         results.save(KEY, [Result(i, (Score(-1.5 * i, True), Score(-2.5, False))) for i in range(3)])

@@ -1,9 +1,10 @@
-"""Kernels that stand alone: the probe of exactness, log-softmax, and the polynomials for the conformance vectors."""
+"""Kernels that stand alone: the probe of exactness, log-softmax, the polynomials for the conformance vectors, and a read."""
 
 from refmamba.backends.cpu.kernels.arithmetic import INFINITY, exp, exp_negative, log_normal, silu, softplus
 from refmamba.backends.cpu.kernels.digits import COLUMNS, tiles
 from refmamba.backends.cpu.kernels.instructions import LANES
-from refmamba.backends.cpu.kernels.tables import FLOATS, inlined, kernel
+from refmamba.backends.cpu.kernels.tables import FLOATS, LINE, inlined, kernel
+from refmamba.backends.cpu.kernels.tiles import ask_ahead
 from refmamba.backends.cpu.kernels.vectors import (
     fetch_add,
     get,
@@ -12,10 +13,13 @@ from refmamba.backends.cpu.kernels.vectors import (
     load_any,
     load_f,
     load_first,
+    load_i,
     splat_f,
+    splat_i,
     store_any,
     store_f,
     store_first,
+    store_i,
     where,
 )
 
@@ -84,3 +88,15 @@ def elementwise(run):
         else:
             y = silu(x)
         store_f(target + i * FLOATS, y)
+
+
+@kernel(cache=True)
+def read(rank, run):
+    """Every thread reads its part of some memory once, as a product of one row reads a weight: (address, lines, threads, sums).
+    sums: a vector for each thread, so that reading has a result."""
+    place, lines, threads = get(run), get(run + 8), get(run + 16)
+    total = splat_i(0)
+    for line in range(rank * lines // threads, (rank + 1) * lines // threads):
+        total = total + load_i(place + line * LINE)
+        ask_ahead(place + line * LINE)
+    store_i(get(run + 24) + rank * FLOATS, total)

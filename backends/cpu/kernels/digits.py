@@ -21,7 +21,7 @@ from refmamba.backends.cpu.kernels.tables import (
     steps_of,
     vector_bytes,
 )
-from refmamba.backends.cpu.kernels.tiles import VNNI, grouped_tile, tile
+from refmamba.backends.cpu.kernels.tiles import VNNI, digits_times, grouped_tile, tile
 from refmamba.backends.cpu.kernels.vectors import (
     REGISTERS_32,
     double,
@@ -52,61 +52,62 @@ PLANE_BYTES = COLUMNS * 2 * FLOATS  # of the sums of a pair of strips
 # A thread's own: three planes of sums, and the float64 totals of one.
 DIGITS_SCRATCH = int(3 * PLANE_BYTES + COLUMNS * 2 * DOUBLE_FLOATS)
 AS_BYTES = int(Kind.BYTES)
-STRIPS = 2 if REGISTERS_32 else 1  # of a tile
-BYTES_8, BYTES_4, BYTES_1 = tile(False, STRIPS, 8, 1), tile(False, STRIPS, 4, 1), tile(False, STRIPS, 1, 4)
-PACKED_8, PACKED_4, PACKED_1 = tile(True, STRIPS, 8, 1), tile(True, STRIPS, 4, 1), tile(True, STRIPS, 1, 2)
-GROUPED_8, GROUPED_4, GROUPED_1 = grouped_tile(STRIPS, 8), grouped_tile(STRIPS, 4), grouped_tile(STRIPS, 1)
+UNROLL = 2 if REGISTERS_32 else 1  # sums that a tile of 4 columns keeps apart
+# A tile of few columns is bound by memory, which is fastest as one stream: it has one strip. One of 8 columns shares what it
+# reads of them between two strips, where there are registers for their sums.
+BYTES_8, BYTES_4, BYTES_1 = tile(False, 2, 8, 1), tile(False, 1, 4, UNROLL), tile(False, 1, 1, 4)
+PACKED_8, PACKED_4, PACKED_1 = tile(True, 2, 8, 1), tile(True, 1, 4, UNROLL), tile(True, 1, 1, 2)
+GROUPED_8, GROUPED_4, GROUPED_1 = grouped_tile(2, 8, 1), grouped_tile(1, 4, 1), grouped_tile(1, 1, 4 if VNNI else 1)
 
 
 @kernel()
 def grouped_tiles(run, site, pair, row, columns, start, k, out):
-    """`tiles` of weights in groups, from column `start` on: all slices of some rows, `columns` together."""
+    """`tiles` of weights in groups, from column `start` on: all slices of some rows, together `columns`."""
     stride, kind, units, bits = at(site, Site.K), Kind.GROUPED, at(site, Site.UNITS), at(site, Site.GROUP_BITS)
     plane_bytes, step_bytes = vector_bytes(kind) * stride, at(site, Site.STEP_BYTES)
-    codes = at(run, Run.CODES) + row * at(site, Site.SLICES) * stride + start
+    x = at(run, Run.CODES) + row * at(site, Site.SLICES) * stride + start
     starts = at(run, Run.STARTS) + 4 * (row * at(site, Site.SLICES) * units + start // min(UNIT, 1 << bits))
-    strip = 0
-    while strip < 2:
-        w = at(site, Site.CODES) + (2 * pair + strip) * plane_bytes + vector_bytes(kind) * start
-        steps = steps_of(site, 2 * pair + strip, start)
-        column = 0
-        while column < columns:
-            x, first, left = codes + column * stride, starts + column * 4 * units, columns - column
-            sums_at = out + strip * FLOATS + column * 2 * FLOATS
-            if REGISTERS_32 and left >= 8:
-                GROUPED_8(w, plane_bytes, steps, step_bytes, bits, x, stride, first, 4 * units, k, sums_at)
-            elif left >= 4:
-                GROUPED_4(w, plane_bytes, steps, step_bytes, bits, x, stride, first, 4 * units, k, sums_at)
-            else:
-                GROUPED_1(w, plane_bytes, steps, step_bytes, bits, x, stride, first, 4 * units, k, sums_at)
-            column += 8 if REGISTERS_32 and left >= 8 else (4 if left >= 4 else 1)
-        strip += STRIPS
+    w = at(site, Site.CODES) + 2 * pair * plane_bytes + vector_bytes(kind) * start
+    steps = steps_of(site, 2 * pair, start)
+    if REGISTERS_32 and columns == COLUMNS:
+        GROUPED_8(w, plane_bytes, steps, step_bytes, bits, x, stride, starts, 4 * units, k, out)
+        return
+    for strip in range(2):
+        w_at, steps_at, out_at = w + strip * plane_bytes, steps + strip * step_bytes, out + strip * FLOATS
+        if columns == 1:
+            GROUPED_1(w_at, plane_bytes, steps_at, step_bytes, bits, x, stride, starts, 4 * units, k, out_at)
+        for column in range(0, columns - 3, 4):
+            x_at, first, sums_at = x + column * stride, starts + column * 4 * units, out_at + column * 2 * FLOATS
+            GROUPED_4(w_at, plane_bytes, steps_at, step_bytes, bits, x_at, stride, first, 4 * units, k, sums_at)
 
 
 @kernel()
-def tiles(packed, slices, count, w, w_stride, x, x_stride, k, out):
-    """The integer product of a pair of strips with `count` rows of `slices` slices."""
-    columns, strip = count * slices, 0
-    while strip < 2:
-        w_at, out_at = w + strip * w_stride, out + strip * FLOATS
-        column = 0
-        while column < columns:
-            x_at, sums_at, left = x + column * x_stride, out_at + column * 2 * FLOATS, columns - column
+def tiles(packed, planes, columns, w, plane_bytes, x, x_stride, k, out):
+    """The integer product of a pair of strips, each of some planes, with 1, 4 or 8 slices of rows. Planes follow each other in
+    memory, and strips too: what few columns multiply is read in that order."""
+    w_stride = planes * plane_bytes
+    if REGISTERS_32 and columns == COLUMNS:
+        for plane in range(planes):
+            w_at, out_at = w + plane * plane_bytes, out + plane * PLANE_BYTES
             if packed:
-                if REGISTERS_32 and left >= 8:
-                    PACKED_8(w_at, w_stride, x_at, x_stride, k, sums_at)
-                elif left >= 4:
+                PACKED_8(w_at, w_stride, x, x_stride, k, out_at)
+            else:
+                BYTES_8(w_at, w_stride, x, x_stride, k, out_at)
+        return
+    for strip in range(2):
+        for plane in range(planes):
+            w_at, out_at = w + strip * w_stride + plane * plane_bytes, out + strip * FLOATS + plane * PLANE_BYTES
+            if columns == 1:
+                if packed:
+                    PACKED_1(w_at, w_stride, x, x_stride, k, out_at)
+                else:
+                    BYTES_1(w_at, w_stride, x, x_stride, k, out_at)
+            for column in range(0, columns - 3, 4):
+                x_at, sums_at = x + column * x_stride, out_at + column * 2 * FLOATS
+                if packed:
                     PACKED_4(w_at, w_stride, x_at, x_stride, k, sums_at)
                 else:
-                    PACKED_1(w_at, w_stride, x_at, x_stride, k, sums_at)
-            elif REGISTERS_32 and left >= 8:
-                BYTES_8(w_at, w_stride, x_at, x_stride, k, sums_at)
-            elif left >= 4:
-                BYTES_4(w_at, w_stride, x_at, x_stride, k, sums_at)
-            else:
-                BYTES_1(w_at, w_stride, x_at, x_stride, k, sums_at)
-            column += 8 if REGISTERS_32 and left >= 8 else (4 if left >= 4 else 1)
-        strip += STRIPS
+                    BYTES_4(w_at, w_stride, x_at, x_stride, k, sums_at)
 
 
 @inlined
@@ -121,12 +122,12 @@ def joined(sums, slices):
 
 
 @inlined
-def exact(kind, slices, sums, plane, codes):
+def exact(kind, slices, sums, codes):
     """One block's product in float64, eq. (11, 12). codes: the sum of the row's codes."""
     if kind == Kind.FIXED:
         # The weight's three digits give a number of up to 65 bits. In two parts, high 2^16 + low, it is rounded once.
-        low = joined(sums, slices) + (joined(sums + plane, slices) << splat_l(8))
-        high = joined(sums + 2 * plane, slices) - splat_l((FIXED_OFFSET >> 16) * codes)
+        low = joined(sums, slices) + (joined(sums + PLANE_BYTES, slices) << splat_l(8))
+        high = joined(sums + 2 * PLANE_BYTES, slices) - splat_l((FIXED_OFFSET >> 16) * codes)
         high = high + (low >> splat_l(16))
         return to_double(high) * double(splat_f(f32(65536))) + to_double(low & splat_l(65535))
     return to_double(joined(sums, slices) - splat_l(offset_of(kind) * codes))
@@ -146,20 +147,16 @@ def spreads(site, rows):
 @kernel()
 def spread_bytes(site, strip, out):
     """The codes of 16 rows of a weight in groups, times their steps, as digits of `Kind.BYTES`: (q + 8) m + 128 - 8 m, of which
-    the lowest byte counts. The products of two bytes of a lane fit 16 bits each, so four are made as two and two."""
-    k = at(site, Site.K)
+    the lowest byte counts."""
+    k, width = at(site, Site.K), 1 << at(site, Site.GROUP_BITS)
     codes = at(site, Site.CODES) + strip * vector_bytes(Kind.GROUPED) * k
-    low, byte = splat_i(0x000F000F), splat_i(0x00FF00FF)
-    for column in range(0, k, 8):
-        steps = load_steps(steps_of(site, strip, column))
+    for start in range(0, k, width):
+        steps = load_steps(steps_of(site, strip, start))
         offset = (splat_i(BYTES_OFFSET) - (steps << splat_i(3))) & splat_i(255)
-        offset = offset + (offset << splat_i(16))
-        v = load_i(codes + vector_bytes(Kind.GROUPED) * column)
-        for half in range(2):
-            place, four = out + (column // 4 + half) * LINE, v >> splat_i(4 * half)
-            evens = ((four & low) * steps + offset) & byte
-            odds = (((four >> splat_i(8)) & low) * steps + offset) & byte
-            store_i(place, evens + (odds << splat_i(8)))
+        for column in range(start, min(k, start + width), 8):
+            v, place = load_i(codes + vector_bytes(Kind.GROUPED) * column), out + column * LANES
+            store_i(place, digits_times(v, steps, offset))
+            store_i(place + LINE, digits_times(v >> splat_i(4), steps, offset))
 
 
 @kernel()
@@ -169,7 +166,7 @@ def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes
     packed, planes, plane_bytes = kind == Kind.PACKED, planes_of(kind), vector_bytes(kind) * k  # of a strip's digits
     weights = at(site, Site.CODES) + 2 * pair * planes * plane_bytes
     sums = at(run, Run.SCRATCH) + rank * at(run, Run.SCRATCH_BYTES)
-    plane, totals = PLANE_BYTES, sums + 3 * PLANE_BYTES
+    totals = sums + 3 * PLANE_BYTES
     if spreads(site, last - first):
         kind, weights = AS_BYTES, sums + DIGITS_SCRATCH
         plane_bytes = vector_bytes(kind) * k
@@ -188,7 +185,7 @@ def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes
             if kind == Kind.GROUPED:
                 grouped_tiles(run, site, pair, row, count, 0, k, sums)
             else:
-                tiles(packed, slices, count, weights, plane_bytes, at(run, Run.CODES) + row * k, k, k, sums)
+                tiles(packed, 1, count, weights, plane_bytes, at(run, Run.CODES) + row * k, k, k, sums)
             for j in range(count):
                 offset = splat_i(offset_of(kind) * get(at(run, Run.SUMS) + 8 * (row + j) * at(run, Run.SUM_BLOCKS)))
                 for s in range(2):
@@ -201,14 +198,13 @@ def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes
             x = at(run, Run.CODES) + row * slices * k + start
             if kind == Kind.GROUPED:
                 grouped_tiles(run, site, pair, row, count * slices, start, width, sums)
-                planes = 0
-            for p in range(planes):
-                w = weights + p * plane_bytes + start * vector_bytes(kind)
-                tiles(packed, slices, count, w, planes * plane_bytes, x, k, width, sums + p * plane)
+            else:
+                w = weights + start * vector_bytes(kind)
+                tiles(packed, planes, count * slices, w, plane_bytes, x, k, width, sums)
             for j in range(count):
                 codes = get(at(run, Run.SUMS) + 8 * ((row + j) * at(run, Run.SUM_BLOCKS) + block))
                 for s in range(2):
-                    acc = exact(kind, slices, sums + (2 * j * slices + s) * FLOATS, plane, codes)
+                    acc = exact(kind, slices, sums + (2 * j * slices + s) * FLOATS, codes)
                     total_at = totals + (2 * j + s) * 2 * FLOATS
                     store_d(total_at, acc if block == 0 else load_d(total_at) + acc)
         for j in range(count):
