@@ -22,6 +22,7 @@ from refmamba.teach.forwards import follow
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [
     "README.md",
+    "benchmarks/README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     *sorted(str(file.relative_to(ROOT)) for file in (ROOT / "docs").rglob("*.md")),
@@ -51,7 +52,7 @@ def test_every_path_exists(document: str) -> None:
 
 def test_the_readme_has_paths() -> None:
     assert ROOT / "docs" / "PAPER.md" in paths("README.md")
-    assert ROOT / "docs" / "figures" / "figure1.png" in paths("README.md")
+    assert ROOT / "benchmarks" / "results" / "cpu.png" in paths("README.md")
 
 
 def rows(text: str) -> list[list[str]]:
