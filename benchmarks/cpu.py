@@ -30,7 +30,8 @@ from refmamba.spec.config import MambaConfig
 
 SHAPES = {"130m": MambaConfig(768, 24, 50280), "370m": MambaConfig(1024, 48, 50280)}
 OLDER = " without VNNI"  # the same kernels, compiled for a processor of 2013 with AVX2
-OUR_SCHEMES = ("int8", "w8-all", "w4-all", "w8a8-all", "int4", "int4-all", "fp32", "int8" + OLDER, "int4-all" + OLDER)
+OUR_SCHEMES = ("int8", "w8-all", "w4-all", "w8a8-all", "int4", "int4-all", "fp32", "int8" + OLDER, "int4" + OLDER,
+               "int4-all" + OLDER)  # fmt: skip
 HASWELL = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+popcnt"}
 PEERS = [*(["transformers"] if installed("transformers") else []),
          *(LLAMA_TYPES if installed("gguf") and installed("llama_cpp") else [])]  # fmt: skip

@@ -11,12 +11,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import RandomSource
+from test_eval_score import questions
 
 torch = pytest.importorskip("torch")
 
@@ -26,6 +28,7 @@ from refmamba.conformance.comparison import parse_tolerance  # noqa: E402
 from refmamba.conformance.operations import check_operations  # noqa: E402
 from refmamba.conformance.verify import run_models  # noqa: E402
 from refmamba.errors import BackendError, DataError  # noqa: E402
+from refmamba.eval_tasks.score import score  # noqa: E402
 from refmamba.spec.parameters import quantize_model  # noqa: E402
 from refmamba.spec.scheme import Quantizer, Scheme, parse_scheme  # noqa: E402
 
@@ -245,6 +248,14 @@ def test_no_receipt_is_made(stand_ins: None, tmp_path: Path) -> None:
     run(*words)
     with pytest.raises(DataError, match="is not exact"):
         run("replay", str(tmp_path / "r.json"), "--backend", "mamba-ssm", "--device", "cpu")
+
+
+def test_scores_on_the_device_are_those_of_its_logits(backend: Any, tiny: RandomSource) -> None:
+    runner = backend.load(quantize_model(tiny, parse_scheme("fp32")))
+    on_the_host = SimpleNamespace(prefill=runner.prefill, scheme=runner.scheme)  # it has no `scores`
+    found, expected = (score(r, backend, questions(1)) for r in (runner, on_the_host))
+    assert [s.greedy for s in found] == [s.greedy for s in expected]
+    assert np.allclose([s.loglikelihood for s in found], [s.loglikelihood for s in expected], rtol=1e-5)
 
 
 def test_tasks_are_scored_and_the_results_say_by_what(stand_ins: None, tmp_path: Path) -> None:

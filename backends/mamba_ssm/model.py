@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from refmamba.backends.adapter import State, right_padded, tensor
+from refmamba.backend import Targets
+from refmamba.backends.adapter import State, right_padded, scores_of, tensor
 from refmamba.backends.mamba_ssm.kernels import Kernels
-from refmamba.backends.mamba_ssm.operations import conv1d, rms_norm, selective_scan
+from refmamba.backends.mamba_ssm.operations import conv1d, log_softmax, rms_norm, selective_scan
 from refmamba.spec import coders
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.codes import Codes, Param, dequantize
@@ -120,7 +122,16 @@ class Mamba:
         hook: Hook | None = None,
     ) -> tuple[list[F32Array], State]:
         """Run each sequence from its state on; see `refmamba.backend.Runner.prefill`."""
-        arrays = check_call(sequences, state, logits, hook, self.config)
+        parts, after = self.run(check_call(sequences, state, logits, hook, self.config), state, logits, hook)
+        rows = [part.cpu().numpy() for part in parts]
+        for row in rows:
+            check_logits(row)
+        return rows, after
+
+    def run(
+        self, arrays: Sequence[IntArray], state: State | None, logits: Positions, hook: Hook | None = None
+    ) -> tuple[list[Tensor], State]:
+        """Logits on the device for each sequence, float32, and the new state."""
         before, n = state or self.initial_state(len(arrays)), [len(a) for a in arrays]
         tokens, lengths, real = right_padded(arrays, self.device)
         batch = Batch(lengths, real, hook)
@@ -133,15 +144,21 @@ class Mamba:
             ssm.append(ssm_state)
         after = State(torch.stack(conv, 1), torch.stack(ssm, 1))
         if logits == "none":
-            return [np.empty((0, self.config.vocab_size), np.float32) for _ in arrays], after
+            return [torch.empty(0, self.config.vocab_size, device=self.device) for _ in arrays], after
         if logits == "last":
             x, n = x[torch.arange(len(n), device=self.device), lengths - 1][:, None], [1] * len(n)
         y = self.linear("lm_head", rms_norm(x, self.params["norm_f.weight"], self.config.norm_eps, self.dtype))
         batch.see("lm_head.out", y)
-        rows = [row[:length] for row, length in zip(y.float().cpu().numpy(), n, strict=True)]
-        for row in rows:
-            check_logits(row)
-        return rows, after
+        return [rows[:length].float() for rows, length in zip(y, n, strict=True)], after
+
+    @torch.inference_mode()
+    def scores(
+        self, sequences: Sequence[IntArray], state: State | None, logits: Positions, targets: Targets
+    ) -> tuple[F32Array, NDArray[np.bool_], State]:
+        """See `refmamba.backend.Scores`."""
+        parts, after = self.run(check_call(sequences, state, logits, None, self.config), state, logits)
+        values, greedy = scores_of(torch.cat(parts), [len(part) for part in parts], targets, log_softmax)
+        return values, greedy, after
 
     def step(self, tokens: IntArray, state: State, *, hook: Hook | None = None) -> tuple[F32Array, State]:
         """One token for each sequence; see `refmamba.backend.Runner.step`."""

@@ -83,6 +83,11 @@ def selective_scan(
     return (y + (share if z is None else share * F.silu(z.float()))).to(y.dtype), last + torch.exp(time[:, -1] * A) * h
 
 
+def log_softmax(logits: Tensor) -> Tensor:
+    """Eq. (25), float32 (..., vocabulary)."""
+    return torch.log_softmax(logits, -1)
+
+
 def on_one_sequence(kernels: Kernels, dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
     """These operations with the specification's names and signatures, on float32 tensors; the kernels run in a dtype."""
 
@@ -102,5 +107,5 @@ def on_one_sequence(kernels: Kernels, dtype: torch.dtype) -> dict[str, Callable[
         "rms_norm": lambda x, weight, eps: rms_norm(x, weight, eps, dtype).float(),
         "conv1d": one_conv1d,
         "selective_scan": one_scan,
-        "log_softmax": lambda logits: torch.log_softmax(logits, -1),
+        "log_softmax": log_softmax,
     }

@@ -261,7 +261,8 @@ def _config(gguf: GGUF) -> MambaConfig:
 
     def entry(key: str, kind: type[Any], largest: float) -> Any:
         value: Any = gguf.values.get(key)
-        if type(value) is not kind or not 0 < value <= largest:
+        typed: bool = type(value) is kind
+        if not typed or not 0 < value <= largest:
             told = printable(repr(value), 60) if key in gguf.values else "missing"
             raise ConfigError(f"{gguf.file}: {key} is {told}; it must be of type {kind.__name__}, above 0, at most {largest:g}")
         return value

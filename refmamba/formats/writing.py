@@ -108,8 +108,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
 @contextmanager
 def make_folder(folder: Path) -> Iterator[None]:
     """Make a folder where there is none, and remove it again where the block raises. Raises DataError."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: cannot be written: {reason(error)}") from error

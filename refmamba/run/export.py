@@ -2,6 +2,7 @@
 
 import json
 import sys
+from operator import methodcaller
 from pathlib import Path
 
 from refmamba.errors import TokenizerError
@@ -41,7 +42,8 @@ def export_gguf(choice: ModelChoice, folder: Path, kind: str = "F32") -> Path:
     file = folder / f"{name}-{kind}{SUFFIX}"
     source, parts = floats(opened), _parts(opened)
     check_gguf(source.config, file)
-    vocabulary, reason = None, "the model has none"
+    vocabulary: Vocabulary | None = None
+    reason: str | None = "the model has none"
     if parts is not None:
         begin, end, added = opened.tokenizer.bos_token_id, opened.tokenizer.eos_token_id, opened.tokenizer.added
         reason = why_not(parts.tokenizer, added, begin)
@@ -51,7 +53,7 @@ def export_gguf(choice: ModelChoice, folder: Path, kind: str = "F32") -> Path:
         if parts is not None and reason:
             write_text(folder / "tokenizer.json", json.dumps(parts.tokenizer, ensure_ascii=False))
             for beside in parts.files[1:]:
-                write_file(folder / beside.name, lambda stream, beside=beside: stream.write(beside.read_bytes()))
+                write_file(folder / beside.name, methodcaller("write", beside.read_bytes()))
     if reason:
         print(f"{file}: without a tokenizer: {reason}; llama.cpp takes it with tokens as numbers", file=sys.stderr)
     return file
