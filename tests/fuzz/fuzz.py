@@ -43,6 +43,7 @@ from refmamba.formats.calibration import load_calibration
 from refmamba.formats.folder import content_hash, open_checkpoint
 from refmamba.formats.hub import ModelFiles
 from refmamba.formats.scheme import open_scheme
+from refmamba.formats.state import open_state
 from refmamba.formats.text import read_text
 from refmamba.formats.tokenizer import load_tokenizer
 from refmamba.run.receipt import BOUND, first_link, read_receipt, replay
@@ -242,6 +243,17 @@ def read_scheme(folder: Path) -> object:
     return Mamba(quantize_model(source, scheme, maxima)).prefill([np.array([1, 2])])
 
 
+def read_state_file(folder: Path) -> object:
+    """Read a state of the model in the seeds, and go on from it."""
+    source = open_checkpoint(SEEDS / "hf")
+    assert not isinstance(source, QuantizedModel)
+    saved, model = (
+        open_state(folder / "state.safetensors", source.config),
+        Mamba(quantize_model(source, parse_scheme("w8-all"))),
+    )
+    return model.step(saved.tokens[-1:], model.restore_state(saved.conv[None], saved.ssm[None]))
+
+
 def read_receipt_file(folder: Path) -> object:
     """Read a receipt, and compute its run again on a small model."""
     receipt, scheme = read_receipt(folder / "receipt.json")
@@ -318,6 +330,7 @@ TARGETS = {
     "receipt": Target("", "receipt.json", (receipt_changes, JSON, ANY), read_receipt_file),
     **{f"dump {name}": Target("", name, DUMP_CHANGES[Path(name).suffix], read_dump_file)
        for name in ("forward.npz", "operation.npz", "forward.safetensors", "logits.npy")},
+    "state": Target("", "state.safetensors", (HEADER, ANY), read_state_file),
     "text": Target("", "text.txt", (ANY,), read_text_file),
     "options": Target("", "options", (command_lines,), read_options),
 }  # fmt: skip

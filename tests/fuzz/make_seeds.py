@@ -86,6 +86,13 @@ def unigram() -> Tokenizer:
     return tokenizer
 
 
+def make_state(file: Path) -> None:
+    """Of the model in the seeds."""
+    words = ["generate", "The old", "--model", str(SEEDS / "hf"), "--max-new-tokens", "2", "--save-state", str(file)]
+    done = CliRunner().invoke(refmamba, words)
+    assert done.exit_code == 0, done.output
+
+
 def make_receipt(file: Path) -> None:
     """Of two tokens by the model in `hf`; where that lay is left out."""
     words = ["generate", "The old", "--model", str(SEEDS / "hf"), "--max-new-tokens", "2", "--receipt", str(file)]
@@ -141,6 +148,7 @@ def main() -> None:
     for name, tokenizer in tokenizers.items():
         tokenizer.save(str(SEEDS / f"tokenizer-{name}.json"))
     make_receipt(SEEDS / "receipt.json")
+    make_state(SEEDS / "state.safetensors")
     reference, tokens = Mamba(quantize_model(source, parse_scheme("int8"))), np.arange(3)
     values = {"tokens": tokens, **reference_values(reference, tokens)}
     for name in ("forward.npz", "forward.safetensors"):
