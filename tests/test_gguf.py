@@ -333,6 +333,18 @@ def test_a_float_folder_is_exported_with_its_bits(folder: Path, tmp_path: Path) 
     assert refmamba.load(tmp_path / "hf").tokenizer.encode("The old") == refmamba.load(folder).tokenizer.encode("The old")
 
 
+def test_a_tokenizer_that_is_missing_or_broken_is_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "tokenizer.json").unlink()
+    export_hugging_face(ModelChoice(str(folder)), tmp_path / "without")
+    assert capsys.readouterr().err == f"{tmp_path / 'without'}: without a tokenizer: the model has none\n"
+    (folder / "tokenizer.json").write_text('{"model": {}}')
+    with pytest.raises(errors.TokenizerError, match="cannot be read as a tokenizer"):
+        export_hugging_face(ModelChoice(str(folder)), tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()
+
+
 def test_a_head_with_codes_of_its_own_is_exported_apart(tiny: RandomSource) -> None:
     scheme = refmamba.Scheme("head", {"lm_head.weight": parse_scheme("int8").weights["lm_head.weight"]})
     source = Dequantized(quantize_model(tiny, scheme))

@@ -24,10 +24,18 @@ def floats(opened: Opened) -> ParameterSource:
 
 
 def export_hugging_face(choice: ModelChoice, folder: Path) -> Path:
-    """Save a model for transformers in a new folder, float32, with its tokenizer. Raises RefmambaError."""
+    """Save a model for transformers in a new folder, float32, with its tokenizer; where there is none a line on stderr says so.
+
+    Raises RefmambaError.
+    """
     check_folder(folder)
     opened = open_model(choice)
-    save_hugging_face(floats(opened), folder, _parts(opened))
+    parts = _parts(opened)
+    if parts is not None:
+        _ = opened.tokenizer  # one that is broken, or of another model, is not passed on
+    save_hugging_face(floats(opened), folder, parts)
+    if parts is None:
+        print(f"{folder}: without a tokenizer: the model has none", file=sys.stderr)
     return folder
 
 
