@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 from test_cli import run
 
+from refmamba.errors import DataError
 from refmamba.formats.hub import resolve_model
+from refmamba.run.generate import Sampler
+from refmamba.run.receipt import Recorder
+from refmamba.run.session import ModelChoice, open_session
 
 HEADER = ("format", "command", "spec_version", "model_sha256", "scheme", "sampling", "n_ids", "prompt_tokens")
 
@@ -106,7 +110,8 @@ def test_one_changed_entry_names_its_token(generated: Path, tmp_path: Path, entr
         ({"chain": ["0" * 64]}, "1 hashes"),
         ({"chain": ["A" * 64]}, "chain is not"),
         ({"tokens": [True] * 6}, "tokens is not"),
-        ({"tokens": [2**70] * 6}, "tokens is not"),
+        ({"tokens": [2**63] * 6}, "tokens is not"),
+        ({"tokens": [2**70] * 6}, "more than 19 digits"),
         ({"n_ids": 0}, "n_ids is not"),
         ({"command": "judge"}, "command is not"),
         ({"scheme": {"name": "x", "weights": {"nothing": {"bits": 8, "scale": "static"}}}}, "nothing"),
@@ -132,6 +137,13 @@ def test_what_is_no_receipt_is_one_line_and_status_2(tmp_path: Path, text: str) 
     done = run("replay", str(file))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert run("replay", str(tmp_path / "nowhere.json")).returncode == 2
+
+
+def test_a_seed_that_could_not_be_read_again_is_refused() -> None:
+    session, prompt = open_session(ModelChoice("small", "fp32")), np.array([1])
+    Recorder(session, prompt, Sampler(seed=2**63 - 1))
+    with pytest.raises(DataError, match="up to 9223372036854775807"):
+        Recorder(session, prompt, Sampler(seed=2**63))
 
 
 def test_another_model_and_another_calibration_are_told(generated: Path, tmp_path: Path) -> None:

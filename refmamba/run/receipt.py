@@ -83,6 +83,8 @@ class Recorder:
         session.check_exact("a receipt")
         if sampler is not None:  # as the file has them, whatever kind of number they were
             sampler = Sampler(float(sampler.temperature), int(sampler.top_k), float(sampler.top_p), int(sampler.seed))
+            if max(sampler.top_k, sampler.seed) > LARGEST_TOKEN:
+                raise DataError(f"a receipt holds a seed and a top_k up to {LARGEST_TOKEN}; give smaller ones")
         choice = session.opened.choice
         about = {"model": choice.model, "revision": choice.revision,
                  "calibrate": None if choice.calibrate is None else str(choice.calibrate),
