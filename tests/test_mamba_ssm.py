@@ -250,6 +250,13 @@ def test_no_receipt_is_made(stand_ins: None, tmp_path: Path) -> None:
         run("replay", str(tmp_path / "r.json"), "--backend", "mamba-ssm", "--device", "cpu")
 
 
+def test_no_state_is_saved(stand_ins: None, tmp_path: Path) -> None:
+    words = ("generate", "The old man", "--max-new-tokens", "2", "--save-state", str(tmp_path / "s.safetensors"))
+    with pytest.raises(DataError, match="backend 'mamba-ssm' is not exact, and a saved state is of the specification's bits"):
+        run(*words, "--backend", "mamba-ssm", "--device", "cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_scores_on_the_device_are_those_of_its_logits(backend: Any, tiny: RandomSource) -> None:
     runner = backend.load(quantize_model(tiny, parse_scheme("fp32")))
     on_the_host = SimpleNamespace(prefill=runner.prefill, scheme=runner.scheme)  # it has no `scores`

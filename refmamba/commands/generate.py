@@ -90,6 +90,8 @@ def command(
     else:
         prompts = [prompt or ("" if prompt == "" or load_state else DEFAULT_PROMPT)]
     session = open_session(choice)
+    if save_state is not None:
+        session.check_exact("a saved state")
     context = None if load_state is None else load_context(load_state, session)
     model = Model(session)
     words_of_all: dict[str, Any] = {

@@ -288,6 +288,7 @@ def _groups(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 def save_context(context: Context, session: Session, file: Path) -> None:
     """Save what a text can go on from on any backend (docs/FORMAT.md, section 8). Raises DataError."""
+    session.check_exact("a saved state")
     conv, ssm = context.state.arrays()
     choice = session.opened.choice
     about = {"model": choice.model, "revision": choice.revision, "backend": session.backend.name}
@@ -300,6 +301,7 @@ def load_context(file: Path, session: Session) -> Context:
 
     Raises FileError, CheckpointError, SchemeError, DataError.
     """
+    session.check_exact("a saved state")
     saved = open_state(file, session.opened.checkpoint.config)
     if saved.scheme != session.scheme:
         raise SchemeError(

@@ -72,13 +72,6 @@ class Receipt:
         write_text(file, "{\n" + ",\n".join(f'  "{key}": {json.dumps(value)}' for key, value in values.items()) + "\n}\n")
 
 
-def check_exact(session: Session) -> None:
-    """Raise DataError for a backend whose bits nobody else has."""
-    if not session.backend.exact:
-        raise DataError(f"backend '{session.backend.name}' is not exact, and a receipt is of the specification's bits: use "
-                        "--backend cpu")  # fmt: skip
-
-
 class Recorder:
     """Makes the receipt of one run while it happens: `look` is shown the logits (vocabulary,) of each token, and the token.
 
@@ -86,7 +79,7 @@ class Recorder:
     """
 
     def __init__(self, session: Session, prompt_tokens: NDArray[np.integer[Any]], sampler: Sampler | None = None) -> None:
-        check_exact(session)
+        session.check_exact("a receipt")
         if sampler is not None:  # as the file has them, whatever kind of number they were
             sampler = Sampler(float(sampler.temperature), int(sampler.top_k), float(sampler.top_p), int(sampler.seed))
         choice = session.opened.choice
@@ -189,7 +182,7 @@ def replay(receipt: Receipt, session: Session) -> Mismatch | None:
 
     Raises DataError where the model is another one or the backend is not exact, and whatever the runner raises.
     """
-    check_exact(session)
+    session.check_exact("a receipt")
     if session.model_sha256 != receipt.model_sha256:
         cause = (
             ", or calibrated otherwise: name how with --calibrate and --percentile" if session.scheme.needs_calibration else ""

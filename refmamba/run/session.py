@@ -192,6 +192,12 @@ class Session:
         """The content hash of the model under the scheme (docs/FORMAT.md, section 7). Raises RefmambaError."""
         return content_hash(self.opened.quantized(self.scheme))
 
+    def check_exact(self, what: str) -> None:
+        """Raise DataError for a backend whose bits nobody else has; `what` would hold them."""
+        if not self.backend.exact:
+            raise DataError(f"backend '{self.backend.name}' is not exact, and {what} is of the specification's bits: use "
+                            "--backend cpu")  # fmt: skip
+
     def describe(self) -> dict[str, Any]:
         """What every result names."""
         return {"model": self.opened.choice.model, "scheme": self.scheme.name, "backend": self.backend.name,

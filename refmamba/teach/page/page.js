@@ -440,8 +440,8 @@ const show_codes = latest(async (current) => {
 const show_paragraph = latest(async (current) => {
   if (!show_paragraph.wanted) return;
   $("paragraph-words").textContent = "Measuring …";
-  const { value, plain } = await ask("paragraph", { text: $("paragraph").value, ...lab_request() });
-  if (current()) $("paragraph-words").textContent = `${value.toFixed(3)} bits a byte with these ${$("bits-part").value === "weight" ? "weights" : "inputs"} of all four linear layers in every block coded so; ${plain.toFixed(3)} without quantization.`;
+  const request = lab_request(), { value, plain } = await ask("paragraph", { text: $("paragraph").value, ...request });
+  if (current()) $("paragraph-words").textContent = `${value.toFixed(3)} bits a byte with the ${request.part === "weight" ? "weights" : "inputs"} of all four linear layers in every block coded so, in ${request.bits} bits; ${plain.toFixed(3)} without quantization.`;
 }, 250);
 
 // ------------------------------------------------------------------------------------------------ 4 · outlier
