@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,17 @@ def test_samples_are_what_each_seed_gives_alone(models: Callable[..., refmamba.M
         expected = [model.generate(p, seed=5 + i, after=context, **draw) for p in prompts for i in range(n)]  # type: ignore[arg-type]
         assert [s.logits_sha256 for s in samples] == [e.logits_sha256 for e in expected]
         assert [s.text for s in samples] == [e.text for e in expected]
+
+
+def test_samples_are_made_when_they_are_needed(models: Callable[..., refmamba.Model]) -> None:
+    model = models()
+    expected = model.generate("It was a", max_new_tokens=1, temperature=1.0, seed=3).tokens
+    tracemalloc.start()
+    first = next(model.generate_batch(["It was a"], n=100_000, max_new_tokens=1, temperature=1.0, seed=3))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert first.tokens == expected
+    assert peak < 20e6  # bytes
 
 
 def test_the_batch_command_writes_a_line_for_each(tmp_path: Path) -> None:

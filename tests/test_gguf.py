@@ -26,6 +26,7 @@ from refmamba.formats.gguf import GGUFCheckpoint, file_name, open_gguf
 from refmamba.formats.gguf_writing import TYPES, write_gguf
 from refmamba.formats.hub import resolve_model
 from refmamba.formats.quantized import save_quantized
+from refmamba.formats.tokenizer import load_tokenizer
 from refmamba.run.export import export_gguf, export_hugging_face
 from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec.arith import log
@@ -434,6 +435,24 @@ def test_an_array_longer_than_the_file_allocates_nothing(good: bytes, tmp_path: 
         (tmp_path / "m.gguf").write_bytes(good[:at] + array + good[at:])
         with pytest.raises(errors.WeightFileError):
             open_gguf(tmp_path / "m.gguf")
+
+
+KEYS_OF_ONE_VALUE = (
+    "general.architecture", "split.count", "mamba.ssm.dt_b_c_rms", "tokenizer.ggml.model", "tokenizer.ggml.pre",
+    "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEYS_OF_ONE_VALUE)
+def test_an_array_in_the_place_of_one_value_is_refused(name: str, good: bytes, tmp_path: Path) -> None:
+    file, word = tmp_path / "m.gguf", name.encode()
+    length = 32 + -(len(word) + 24) % 32  # so that the tensors stay aligned
+    array = struct.pack("<Q", len(word)) + word + struct.pack("<IIQ", 9, 0, length) + bytes(length)
+    (count,) = struct.unpack("<Q", good[16:24])
+    renamed = good.replace(word, word[:-1] + b"_")
+    file.write_bytes(put(16, "<Q", count + 1)(renamed)[:24] + array + renamed[24:])
+    with pytest.raises(errors.ConfigError, match=f"{name} is an array, and must be one value"):
+        load_tokenizer(resolve_model(str(file)), open_gguf(file).config)
 
 
 def test_an_A_above_zero_is_refused(good: bytes, tmp_path: Path) -> None:

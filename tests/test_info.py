@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 import refmamba
 from refmamba.commands.main import refmamba as command_line
-from refmamba.errors import DataError, RefmambaError
+from refmamba.errors import DataError, JSONError, RefmambaError, SchemeError
 from refmamba.formats.folder import open_checkpoint
 
 RECEIPT = Path(__file__).parent / "fuzz" / "seeds" / "receipt.json"
@@ -118,6 +118,42 @@ def test_a_saved_state(tmp_path: Path) -> None:
     assert values["kind"] == "saved state"
     assert values["arrays"] == {"ssm": [8, 512, 16], "tokens": [3]}
     assert {key: values[key] for key in entry} == entry
+
+
+@pytest.mark.parametrize("about", ['{"model": "\\ud800"}', '{"n": ' + "[" * 100 + "]" * 100 + "}", '{"n": ' + "9" * 30 + "}"])
+def test_a_receipt_is_read_within_the_bounds_of_all_JSON(about: str, tmp_path: Path) -> None:
+    file = tmp_path / "receipt.json"
+    file.write_text(RECEIPT.read_text().replace('"about": {}', f'"about": {about}'))
+    assert about in file.read_text()
+    done = CliRunner().invoke(command_line, ["info", str(file)])
+    assert isinstance(done.exception, JSONError)
+    assert done.stdout == ""
+
+
+def state_with(file: Path, **entry: Any) -> str:
+    save_file({"tokens": np.zeros(1, np.int32)}, file, {"refmamba_state": json.dumps(entry)})
+    return str(file)
+
+
+def test_a_state_tells_nothing_but_what_a_state_has(tmp_path: Path) -> None:
+    file = state_with(tmp_path / "s.safetensors", config={"n_layer": 1}, name=3, kind=[1], arrays=None, drawn=5)
+    values, lines = info(file)
+    assert values == {
+        "name": file, "kind": "saved state", "disk_bytes": Path(file).stat().st_size, "arrays": {"tokens": [1]}, "drawn": 5
+    }  # fmt: skip
+    assert "drawn          5" in lines
+
+
+def test_what_cannot_be_printed_is_escaped(tmp_path: Path) -> None:
+    _, lines = info(state_with(tmp_path / "s.safetensors", model_sha256="\x1b[31m"))
+    assert "model sha256   \\x1b[31m" in lines
+
+
+def test_a_broken_scheme_is_told_before_anything_is_printed(tmp_path: Path) -> None:
+    file = state_with(tmp_path / "s.safetensors", scheme={})
+    done = CliRunner().invoke(command_line, ["info", file])
+    assert isinstance(done.exception, SchemeError)
+    assert (str(done.exception), done.stdout) == (f"{file}: scheme: the scheme has no name; it must have name", "")
 
 
 @pytest.mark.parametrize(("name", "words"), [("x.txt", "is no model, receipt"), ("x.safetensors", "is no saved state")])

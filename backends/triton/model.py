@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from refmamba.backend import Targets
-from refmamba.backends.adapter import scores_of, tensor
+from refmamba.backends.adapter import State, scores_of, tensor
 from refmamba.backends.triton.kernels import alone, layers
 from refmamba.backends.triton.table import (
     FEW,
@@ -56,27 +56,6 @@ def log_softmax(logits: Tensor, launch: Launch) -> Tensor:
     y, (n, k) = torch.empty_like(rows), rows.shape
     launch(alone.log_softmax_kernel, (n,), 16 if k > 8192 else 4, x_ptr=rows, y_ptr=y, N=k, WIDTH=power_of_two(k))
     return y.reshape(logits.shape)
-
-
-@dataclass(frozen=True, eq=False)
-class State:
-    """The recurrent state of a batch, a value: mamba1.State as tensors on the device."""
-
-    conv: Tensor
-    ssm: Tensor
-
-    @property
-    def batch(self) -> int:
-        """Number of sequences."""
-        return len(self.ssm)
-
-    def take(self, indices: Sequence[int]) -> "State":
-        """The state of the named sequences, in that order; an index may come more than once."""
-        return State(self.conv[list(indices)], self.ssm[list(indices)])
-
-    def arrays(self) -> tuple[F32Array, F32Array]:
-        """(conv, ssm) as NumPy arrays."""
-        return self.conv.cpu().numpy(), self.ssm.cpu().numpy()
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,5 @@
 """`refmamba info`: what a model, a receipt or a saved state is."""
 
-import json
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +16,8 @@ from refmamba.commands.options import (
     revision_option,
     scheme_option,
 )  # fmt: skip
+from refmamba.errors import printable
+from refmamba.formats.writing import json_text
 from refmamba.run.info import describe
 from refmamba.run.session import ModelChoice
 from refmamba.spec.scheme import WIDTH, scheme_from_json
@@ -40,18 +41,18 @@ def command(choice: ModelChoice, as_json: bool) -> None:
     for label, text in _lines(values):
         indent = " " * LABEL
         click.echo("\n".join(textwrap.wrap(f"{label:<{LABEL}}{text}", WIDTH, subsequent_indent=indent, break_on_hyphens=False)))
-    if isinstance(values.get("scheme"), dict):
+    if "scheme" in values:
         click.echo(scheme_from_json(values["scheme"]).table())
 
 
 def _lines(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Labels and texts."""
-    yield "name", values["name"]
+    yield "name", printable(values["name"])
     yield "kind", values["kind"]
     if "config" not in values:
         shown = {key: value for key, value in values.items() if key not in ("name", "kind", "scheme")}
         for key, value in shown.items():
-            yield key.replace("_", " "), value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield key.replace("_", " "), printable(value if isinstance(value, str) else json_text(value))
         return
     c, tokenizer = values["config"], values["tokenizer"]
     yield (

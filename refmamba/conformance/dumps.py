@@ -12,7 +12,7 @@ from safetensors import deserialize, safe_open
 from safetensors.numpy import save
 
 from refmamba.errors import DataError, RefmambaError
-from refmamba.formats.reading import regular
+from refmamba.formats.reading import parse_object, regular
 from refmamba.formats.writing import write_file
 from refmamba.spec.arith import IntArray
 from refmamba.spec.mamba1 import Mamba, check_tokens
@@ -47,15 +47,13 @@ def read_dump(file: Path) -> Dump:
         raise DataError(f"{file}: a dump's name ends with {', '.join(SUFFIXES)}")
     try:
         arrays, text = readers[file.suffix](regular(file))
-        about = json.loads(text)
+        about = parse_object(text.encode(), f"{file}: `about`")
     except (RefmambaError, MemoryError):
         raise
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # whatever NumPy, zipfile, tokenize and safetensors say of a broken file
         raise DataError(f"{file}: not a whole {file.suffix} file of numbers: {error}") from error
-    if not isinstance(about, dict):
-        raise DataError(f"{file}: `about` is not a JSON object")
     for name, array in arrays.items():
         if array.dtype.kind not in "fiu" or array.size == 0:
             raise DataError(f"{file}: {name} is {array.dtype} of the shape {array.shape}; it is numbers, at least one")

@@ -114,6 +114,13 @@ class GGUF(NamedTuple):
     values: dict[str, Any]
     tensors: dict[str, Tensor]
 
+    def scalar(self, key: str, default: Any = None) -> Any:
+        """The value of a key that has one number or text; the default where it is missing. Raises ConfigError for an array."""
+        value = self.values.get(key, default)
+        if isinstance(value, np.ndarray | list):
+            raise ConfigError(f"{self.file}: {key} is an array, and must be one value; download it again")
+        return value
+
 
 def read_gguf(file: Path) -> GGUF:
     """The table of a GGUF file; the tensors are views of a private memory map. Raises FileError, CheckpointError."""
@@ -246,13 +253,13 @@ def open_gguf(file: Path) -> GGUFCheckpoint:
 
 def _refuse_foreign(gguf: GGUF) -> None:
     """Raise ForeignModelError for a model that is no Mamba-1, or for one of several parts."""
-    architecture = gguf.values.get("general.architecture")
+    architecture = gguf.scalar("general.architecture")
     if architecture != "mamba":
         name = ARCHITECTURES.get(str(architecture), f"of the architecture {printable(repr(architecture), 60)}")
         raise ForeignModelError(f"{gguf.file}: this is {name}; {ONLY}")
-    if gguf.values.get("mamba.ssm.dt_b_c_rms"):
+    if gguf.scalar("mamba.ssm.dt_b_c_rms"):
         raise ForeignModelError(f"{gguf.file}: this is {ARCHITECTURES['falcon_mamba']} (ssm.dt_b_c_rms is set); {ONLY}")
-    if gguf.values.get("split.count", 1) not in (0, 1):
+    if gguf.scalar("split.count", 1) not in (0, 1):
         raise ForeignModelError(f"{gguf.file}: is a part of a model; join the parts first: llama-gguf-split --merge")
 
 

@@ -21,10 +21,11 @@ PAD = "[PAD{}]"  # how llama.cpp's converter names a row of padding
 def tokenizer_json(gguf: GGUF) -> dict[str, Any]:
     """The tokenizer of a file as a tokenizer.json. Nothing is normalized, as in llama.cpp.
 
-    Raises TokenizerError where the file has none, or another kind than byte-level BPE with GPT-2's pre-tokenizer.
+    Raises TokenizerError where the file has none, or another kind than byte-level BPE with GPT-2's pre-tokenizer; ConfigError
+    for a key that is an array and must not be.
     """
     values, file = gguf.values, gguf.file
-    model, pre = values.get(MODEL, NONE), values.get(PRE)
+    model, pre = gguf.scalar(MODEL, NONE), gguf.scalar(PRE)
     tokens, merges, types = values.get(TOKENS), values.get(MERGES), values.get(TYPES)
     if model == NONE:
         raise TokenizerError(f"{file}: has no tokenizer; put the model's tokenizer.json beside it, or give tokens as numbers")
@@ -70,9 +71,9 @@ def tokenizer_json(gguf: GGUF) -> dict[str, Any]:
 
 
 def token_ids(gguf: GGUF) -> dict[str, Any]:
-    """The begin and end token of a file under config.json's keys; missing where the file has none."""
+    """The begin and end token of a file under config.json's keys; missing where the file has none. Raises ConfigError."""
     keys = {"bos_token_id": BEGIN, "eos_token_id": END}
-    return {key: gguf.values[name] for key, name in keys.items() if name in gguf.values}
+    return {key: gguf.scalar(name) for key, name in keys.items() if name in gguf.values}
 
 
 def why_not(tokenizer: dict[str, Any], added: list[int], begin: int | None) -> str | None:

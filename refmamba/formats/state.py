@@ -13,12 +13,13 @@ from safetensors.numpy import save
 
 from refmamba.errors import DataError, printable
 from refmamba.formats.reading import parse_object
+from refmamba.formats.scheme import scheme_in
 from refmamba.formats.weights import FLOAT32, INT32, TYPE_NAMES, open_safetensors
 from refmamba.formats.writing import write_file
 from refmamba.spec import SPEC_VERSION
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.config import MambaConfig
-from refmamba.spec.scheme import Scheme, scheme_from_json
+from refmamba.spec.scheme import Scheme
 
 FORMAT = 1
 ENTRY = "refmamba_state"  # of the file's metadata
@@ -80,7 +81,7 @@ def open_state(file: Path, config: MambaConfig) -> SavedState:
     if wrong := sorted({*BOUND} ^ (entry.keys() - {"about"})):
         name = printable(wrong[0], 60)
         raise DataError(f"{file}: {ENTRY} has {'no' if wrong[0] in BOUND else 'an'} entry {name}; save the state again")
-    scheme = scheme_from_json(entry["scheme"])
+    scheme = scheme_in(file, entry["scheme"])
     rows, about, drawn = (config.n_layer, config.d_inner), entry.get("about", {}), entry["drawn"]
     tokens = _checked(file, tensors, "tokens", None, INT32).astype(np.int64)
     conv = _checked(file, tensors, "conv", (*rows, config.d_conv - 1), FLOAT32)

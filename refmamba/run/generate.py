@@ -1,8 +1,9 @@
 """Text generation: one call for the prompt, then one for each token."""
 
 import hashlib
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -264,12 +265,14 @@ def generate_batch(
     _count("n", n, 1)
     if extent.max_new_tokens == 0:
         raise DataError("max_new_tokens is 0, which only reads a prompt; of a batch nothing would be left")
-    samplers = [replace(sampler, seed=sampler.seed + i) for i in range(n)]
+
+    def made(prompt: IntArray, seed: int) -> Generation:
+        return Generation(session, prompt, replace(sampler, seed=seed), extent, None, after)
+
     for group in _groups(prompts, max(1, AT_ONCE // n)):
-        made = [[Generation(session, prompt, sampler, extent, None, after) for sampler in samplers] for prompt in group]
         began, state = time.perf_counter(), None if after is None else after.state.take([0] * len(group))
-        rows, state = session.runner.prefill([texts[0]._fed for texts in made], state)
-        every = [(place, text) for place, texts in enumerate(made) for text in texts]
+        rows, state = session.runner.prefill([made(prompt, sampler.seed)._fed for prompt in group], state)
+        every = ((place, made(prompt, sampler.seed + i)) for place, prompt in enumerate(group) for i in range(n))
         for part in _groups(every, AT_ONCE):
             places, texts = zip(*part, strict=True)
             logits, choosers = [rows[place][-1] for place in places], [text._chooser for text in texts]
@@ -282,8 +285,11 @@ def generate_batch(
                 yield text
 
 
-def _groups(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    return (values[start : start + size] for start in range(0, len(values), size))
+def _groups(values: Iterable[T], size: int) -> Iterator[list[T]]:
+    """So many values at a time, taken when they are needed: `--n` may be any number."""
+    rest = iter(values)
+    while group := list(itertools.islice(rest, size)):
+        yield group
 
 
 def save_context(context: Context, session: Session, file: Path) -> None:

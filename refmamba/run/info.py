@@ -13,7 +13,8 @@ from refmamba.formats.folder import content_hash, model_files
 from refmamba.formats.gguf import GGUFCheckpoint, is_gguf
 from refmamba.formats.hub import SMALL
 from refmamba.formats.reading import read_json, there
-from refmamba.formats.state import read_entry
+from refmamba.formats.scheme import scheme_in
+from refmamba.formats.state import BOUND, read_entry
 from refmamba.formats.weights import TYPE_NAMES, open_weights
 from refmamba.run.receipt import read_receipt
 from refmamba.run.session import ModelChoice, Opened, open_model
@@ -50,10 +51,16 @@ def describe_receipt(file: Path) -> dict[str, Any]:
 
 
 def describe_state(file: Path) -> dict[str, Any]:
-    """What a saved state says of itself, and the shapes of its arrays. Raises FileError, CheckpointError, DataError."""
+    """What a saved state says of itself, and the shapes of its arrays.
+
+    Raises FileError, CheckpointError, DataError, SchemeError.
+    """
     entry, tensors = read_entry(file)
+    words = {name: entry[name] for name in (*BOUND, "about") if name in entry}
+    if "scheme" in words:
+        words["scheme"] = scheme_in(file, words["scheme"]).to_json()
     shapes = {name: list(array.shape) for name, array in tensors.items()}
-    return {"name": str(file), "kind": "saved state", "disk_bytes": file.stat().st_size, "arrays": shapes} | entry
+    return {"name": str(file), "kind": "saved state", "disk_bytes": file.stat().st_size, "arrays": shapes} | words
 
 
 def describe_model(opened: Opened) -> dict[str, Any]:

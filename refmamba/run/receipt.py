@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refmamba.errors import DataError
-from refmamba.formats.reading import TABLE_BYTES, read_utf8
+from refmamba.formats.reading import TABLE_BYTES, read_json
+from refmamba.formats.scheme import scheme_in
 from refmamba.formats.writing import write_text
 from refmamba.run.generate import Chooser, Sampler, choose_tokens
 from refmamba.run.session import Session
 from refmamba.spec import SPEC_VERSION
 from refmamba.spec.arith import F32Array
-from refmamba.spec.scheme import Scheme, scheme_from_json
+from refmamba.spec.scheme import Scheme
 
 FORMAT = 1
 COMMANDS = ("generate", "logits")
@@ -116,12 +117,7 @@ def read_receipt(file: Path) -> tuple[Receipt, Scheme]:
 
     Raises FileError, and DataError or SchemeError for a file that no run under this specification has made.
     """
-    try:
-        values = json.loads(read_utf8(file, TABLE_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: not JSON ({error}), so no receipt") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{file}: not a JSON object, so no receipt")
+    values = read_json(file, TABLE_BYTES)
     needed, there = {*BOUND, "tokens", "chain"}, values.keys() - {"about"}
     if wrong := sorted(needed ^ there):
         raise DataError(f"{file}: a receipt has {'no' if wrong[0] in there else 'an'} entry {wrong[0]}")
@@ -129,7 +125,7 @@ def read_receipt(file: Path) -> tuple[Receipt, Scheme]:
         raise DataError(f"{file}: a receipt of format {values['format']!r}; this program reads {FORMAT}")
     if values["spec_version"] != SPEC_VERSION:
         raise DataError(f"{file}: made under specification {values['spec_version']!r}; this program computes {SPEC_VERSION}")
-    scheme = scheme_from_json(values["scheme"])
+    scheme = scheme_in(file, values["scheme"])
     about, sampling, command = values.get("about", {}), values["sampling"], values["command"]
     generated = command == "generate"
     tokens, prompt, chain = values["tokens"], values["prompt_tokens"], values["chain"]

@@ -13,6 +13,7 @@ import numpy as np
 from refmamba.conformance.vectors import read_vectors, vectors_folder
 from refmamba.formats.calibration import load_calibration
 from refmamba.formats.folder import open_checkpoint
+from refmamba.formats.reading import TABLE_BYTES, read_json
 from refmamba.run.session import Opened
 from refmamba.spec.arith import F32Array
 from refmamba.spec.config import MambaConfig, ParameterSource, kind_of
@@ -109,7 +110,7 @@ def why_not(opened: Opened) -> str | None:
         return f"its weights have {size / 1e6:.0f} MB in float16, more than the {MOST_BYTES / 1e6:.0f} MB that a page may hold"
     if opened.checkpoint.config.states_A:
         return "its file states A, where the page has A_log"
-    file = json.loads(opened.files.tokenizer.read_text("utf-8"))
+    file = read_json(opened.files.tokenizer, TABLE_BYTES)
     known = {"normalizer": None, "post_processor": None, "pre_tokenizer": CUT}
     if opened.tokenizer.add_bos or any(file.get(part) != value for part, value in known.items()):
         return "its tokenizer is not of the kind that the page has"
@@ -148,7 +149,7 @@ def page_data(opened: Opened, schemes: Sequence[Scheme]) -> dict[str, Any]:
         "name": opened.choice.model,
         "model": model_data(source, absmax, schemes, expected),
         "schemes": [scheme.to_json() for scheme in schemes],
-        "tokenizer": json.loads(opened.files.tokenizer.read_text("utf-8")),
+        "tokenizer": read_json(opened.files.tokenizer, TABLE_BYTES),
         "special": {
             "n_ids": tokenizer.n_ids, "ends": sorted(tokenizer.end_token_ids), "prefix": tokenizer.prefix_token_id,
         },

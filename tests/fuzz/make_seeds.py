@@ -5,6 +5,7 @@ Needs torch, pyarrow and gguf.
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from refmamba.eval_tasks.results import Result, Results
 from refmamba.eval_tasks.score import Score
 from refmamba.formats.calibration import Calibration, save_calibration
 from refmamba.formats.checkpoint import HUGGING_FACE
+from refmamba.formats.folder import open_checkpoint
 from refmamba.formats.gguf_writing import Vocabulary, write_gguf
 from refmamba.formats.hub import ModelFiles
 from refmamba.formats.quantized import save_quantized
+from refmamba.formats.state import open_state
 from refmamba.formats.weights import file_shape
 from refmamba.spec.calibrate import calibrate
 from refmamba.spec.config import MambaConfig
@@ -87,10 +90,11 @@ def unigram() -> Tokenizer:
 
 
 def make_state(file: Path) -> None:
-    """Of the model in the seeds."""
+    """Of the model in `hf`; where that lay is left out."""
     words = ["generate", "The old", "--model", str(SEEDS / "hf"), "--max-new-tokens", "2", "--save-state", str(file)]
     done = CliRunner().invoke(refmamba, words)
     assert done.exit_code == 0, done.output
+    replace(open_state(file, open_checkpoint(SEEDS / "hf").config), about={}).save(file)
 
 
 def make_receipt(file: Path) -> None:
