@@ -7,11 +7,11 @@ types:
 	mypy
 # All tests but those of `make ci`, or those whose names match: make test T=rms_norm
 test:
-	python -m pytest -q -m "not ci" -k "$(T)"
+	python -m pytest -q -n 2 --dist worksteal -m "not ci" -k "$(T)"
 # What takes minutes, after `make check`: the page in a browser, the Triton kernels without a GPU, every planted fault; changed
 # files; the oldest packages.
 ci:
-	python -m pytest -q -m ci
+	python -m pytest -q -n 2 --dist loadfile -m ci
 	python tests/fuzz/fuzz.py --cases 8000
 	$(MAKE) lowest
 	$(MAKE) site

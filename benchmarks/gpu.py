@@ -80,7 +80,8 @@ def measure_all(report: Report, dry: bool) -> None:
 
     from refmamba.backends.mamba_ssm.kernels import load_kernels
     from refmamba.backends.triton.backend import Triton
-    from refmamba.backends.triton.model import Mamba, launch
+    from refmamba.backends.triton.launch import launch
+    from refmamba.backends.triton.model import Mamba
     from refmamba.conformance.verify import run_checks
     from refmamba.eval_tasks.score import score, token_request
     from refmamba.spec.codes import Codes, FixedPoint, Param

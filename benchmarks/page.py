@@ -59,9 +59,9 @@ def longest_task(browser: Browser, file: Path) -> float:
     page.wait_for_selector("body[data-ready=yes]", timeout=LIMIT)
     events: list[dict[str, Any]] = json.loads(browser.stop_tracing())["traceEvents"]
     page.close()
-    mine = {(e["pid"], e["tid"]) for e in events if e["name"] == "ParseHTML" and "page.html" in json.dumps(e.get("args"))}
+    threads = {(e["pid"], e["tid"]) for e in events if e["name"] == "ParseHTML" and "page.html" in json.dumps(e.get("args"))}
     tasks: list[float] = [
-        e["tdur"] / 1000 for e in events if "RunTask" in e["name"] and "tdur" in e and (e["pid"], e["tid"]) in mine
+        e["tdur"] / 1000 for e in events if "RunTask" in e["name"] and "tdur" in e and (e["pid"], e["tid"]) in threads
     ]
     return max(tasks)
 

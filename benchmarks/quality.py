@@ -26,7 +26,7 @@ from refmamba.formats.quantized import arrays
 from refmamba.formats.text import read_text
 from refmamba.formats.writing import write_text
 from refmamba.run.peers import Apart, LlamaCpp, installed, quiet, write_for_llama_cpp
-from refmamba.run.perplexity import CALL
+from refmamba.run.perplexity import CALL, divergence
 from refmamba.run.rounding import round_by_gptq
 from refmamba.run.session import ModelChoice, open_model
 from refmamba.run.timing import Ours, speeds
@@ -66,19 +66,18 @@ class Judge:
 
         pieces: logits of tokens[:-1], some rows (L, vocabulary) after the other.
         """
-        reference, row, nats, divergence = self._folder / "reference", 0, 0.0, 0.0
+        reference, row, nats, total = self._folder / "reference", 0, 0.0, 0.0
         with reference.open("wb" if name == REFERENCE else "rb") as file:
             for logits in pieces:
-                log_q = log_probabilities(logits)
                 targets = tokens[row + 1 : row + 1 + len(logits)]
-                nats -= float(log_q[np.arange(len(targets)), targets].sum())
+                nats -= float(log_probabilities(logits)[np.arange(len(targets)), targets].sum())
                 if name == REFERENCE:
                     file.write(logits.tobytes())
                 else:
-                    log_p = log_probabilities(np.fromfile(file, np.float32, logits.size).reshape(logits.shape))
-                    divergence += float((np.exp(log_p) * (log_p - log_q)).sum())
+                    expected = np.fromfile(file, np.float32, logits.size).reshape(logits.shape)
+                    total += float(divergence(expected, logits).sum())
                 row += len(logits)
-        (self._folder / f"{name}.json").write_text(json.dumps({"nats": nats, "divergence": divergence}), "utf-8")
+        (self._folder / f"{name}.json").write_text(json.dumps({"nats": nats, "divergence": total}), "utf-8")
 
     def verdict(self, name: str) -> dict[str, float]:
         """What `judge` wrote."""

@@ -178,10 +178,10 @@ def _scores_of(runner: Runner, backend: Backend) -> Scores:
         sequences: Sequence[IntArray], state: Any | None, logits: Positions, targets: Targets
     ) -> tuple[F32Array, NDArray[np.bool_], Any]:
         """See `refmamba.backend.ScoringRunner.scores`."""
-        found, after = runner.prefill(sequences, state, logits=logits)
+        outputs, after = runner.prefill(sequences, state, logits=logits)
         values, greedy = list[np.float32](), list[bool]()
-        for rows, wanted in zip(found, targets, strict=True):
-            for part, group in itertools.groupby(wanted, key=lambda target: target[0] // at_once):
+        for rows, row_targets in zip(outputs, targets, strict=True):
+            for part, group in itertools.groupby(row_targets, key=lambda target: target[0] // at_once):
                 part_rows = rows[part * at_once : (part + 1) * at_once]
                 logs, best = log_softmax(part_rows), np.argmax(part_rows, axis=-1)
                 for row, token in group:

@@ -26,10 +26,17 @@ LONGEST = 288  # characters of a message: with the program's name before it a li
 
 
 def printable(text: str, longest: int = LONGEST) -> str:
-    """A text as one line for a terminal: what cannot be printed is escaped, and of a long one the middle is left out."""
+    """A text as one line for a terminal: what cannot be printed is escaped, and a long one is cut.
+
+    Of "FILE: what is wrong" the start of FILE is left out, of any other text the middle.
+    """
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     if len(text) <= longest:
         return text
+    file, colon, words = text.partition(": ")
+    room = longest - len(f"...{colon}{words}")
+    if colon and longest // 3 < room < len(file):
+        return f"...{file[-room:]}{colon}{words}"
     tail = (longest - 3) // 3
     return f"{text[: longest - 3 - tail]}...{text[-tail:]}"
 

@@ -63,8 +63,12 @@ def test_an_interrupt_waits_for_the_other_threads() -> None:
             time.sleep(0.2)
             ended.append(number)
 
-    with pytest.raises(KeyboardInterrupt):
-        threads.run(job, TABLE)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner of the tests may ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            threads.run(job, TABLE)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended == [1]
     threads.run(lambda number, table: ended.append(number), TABLE)
     assert sorted(ended) == [0, 1, 1]

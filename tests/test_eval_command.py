@@ -105,7 +105,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_json_has_the_harness_s_layout_and_names_everything(whole: dict[str, Any]) -> None:
     assert list(whole["json"]["schemes"]) == ["int8", "w8-all"]
     for scheme, one in whole["json"]["schemes"].items():
-        assert list(one["results"]) == ["lambada", "hellaswag", "piqa", "winogrande", "rte", "copa"]
+        assert list(one["results"]) == [
+            "lambada", "hellaswag", "piqa", "winogrande", "rte", "copa", "arc_easy", "arc_challenge"
+        ]  # fmt: skip
         assert set(one["results"]["piqa"]) == {
             "alias", "sample_len", "acc,none", "acc_stderr,none", "acc_norm,none", "acc_norm_stderr,none"
         }  # fmt: skip
@@ -127,7 +129,7 @@ def test_json_has_the_harness_s_layout_and_names_everything(whole: dict[str, Any
 
 def test_samples_give_the_metrics_again(whole: dict[str, Any]) -> None:
     lines = [json.loads(line) for line in whole["samples"].splitlines()]
-    assert len(lines) == 240
+    assert len(lines) == 320
     for scheme, one in whole["json"]["schemes"].items():
         for task, entry in one["results"].items():
             rows = [line for line in lines if (line["scheme"], line["task"]) == (scheme, task)]
@@ -157,12 +159,12 @@ def test_kill_nine_at_ten_moments_loses_nothing_and_changes_nothing(whole: dict[
         now = count(tmp_path)
         assert now >= before, "finished documents were lost"
         before = now
-    assert 0 < before < 240
+    assert 0 < before < 320
     done = run(tmp_path, *TWO, "--samples", "s.jsonl", "--json")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "s.jsonl").read_text("utf-8") == whole["samples"]
     assert json.loads(done.stdout) == whole["json"]
-    assert count(tmp_path) == 240
+    assert count(tmp_path) == 320
 
 
 def test_two_runs_at_once_into_one_file(whole: dict[str, Any], tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ def test_two_runs_at_once_into_one_file(whole: dict[str, Any], tmp_path: Path) -
         _, err = process.communicate(timeout=4 * WAIT)
         assert process.returncode == 0, err
     assert [(tmp_path / f"{i}.jsonl").read_text("utf-8") for i in range(2)] == [whole["samples"]] * 2
-    assert count(tmp_path) == 240
+    assert count(tmp_path) == 320
 
 
 def test_an_interrupt_prints_what_there_is_and_ends_with_130(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -415,3 +417,12 @@ def test_logprobs_are_those_of_the_softmax(models: Callable[..., refmamba.Model]
     assert first["token"] == first["top"][0]["token"] == values["tokens"][0]
     assert (len(first["top"]), first["text"]) == (2, values["text"])
     assert model.generate(PROMPT, max_new_tokens=1).logprobs == []
+
+
+def test_the_document_shows_what_is_printed() -> None:
+    """docs/GENERATE.md's log-probabilities."""
+    text = (Path(__file__).parents[1] / "docs" / "GENERATE.md").read_text("utf-8")
+    shown = re.search(r"    \$ refmamba generate (.*)\n    {... (\"logprobs\".*\n.*), ...}", text)
+    assert shown is not None
+    (values,) = objects(command(*shlex.split(shown[1])))
+    assert values["logprobs"] == json.loads(f"{{{shown[2]}}}")["logprobs"]

@@ -192,13 +192,19 @@ def test_keys_step_through_a_forward_in_a_terminal() -> None:
     assert terminal.quit() == 0
 
 
-def test_the_recording_is_what_a_terminal_shows() -> None:
-    """docs/TEACHING.md: recorded in a tmux pane; here a terminal of the same size, and the same keys."""
-    text = (Path(__file__).parents[1] / "docs" / "TEACHING.md").read_text("utf-8")
+def test_the_recordings_are_what_a_terminal_shows() -> None:
+    """docs/TEACHING.md and README.md: recorded in a tmux pane; here a terminal of the same size, and the same keys."""
+    root = Path(__file__).parents[1]
+    text = (root / "docs" / "TEACHING.md").read_text("utf-8")
     size = re.search(r"In a terminal of (\d+) by (\d+), after `refmamba step ([^`]*)` and → once, and again:", text)
     assert size is not None
     screens = re.findall(r"^```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert len(screens) == 2
+    readme = (root / "README.md").read_text("utf-8")
+    begin = re.escape(f"`refmamba step {size[3]}` in a terminal, after the key → once")
+    shown = re.search(begin + r".*?\n\n```text\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    assert shown is not None
+    assert screens[0].endswith("\n\n" + shown[1])
     terminal = Terminal(int(size[1]), int(size[2]), *size[3].split())
     terminal.until("layers.3.norm [token 2, channel 7]")
     for screen in screens:

@@ -54,12 +54,17 @@ def test_a_step_s_error_is_that_of_reading_back(scheme: str) -> None:
         shown = table_of(step)
         codes, x = step.result, step.arguments[0]
         if step.operation in ("code", "code_static"):
-            read = codes.q / np.broadcast_to(codes.scale, (len(x), 1)).astype(np.float64)
-            expected = np.sqrt(np.sum((read - x) ** 2, axis=1) / np.sum(x.astype(np.float64) ** 2, axis=1))
-            assert [float(row[2].split()[0]) for row in shown.rows] == pytest.approx((100 * expected).tolist(), rel=6e-3)
-            assert [np.float32(row[1]) for row in shown.rows] == np.broadcast_to(codes.scale, (len(x), 1)).ravel().tolist()
-        elif step.operation != "fixed_point":
+            scales = np.broadcast_to(codes.scale, (len(x), 1)).astype(np.float64)
+            assert [np.float32(row[1]) for row in shown.rows] == scales.ravel().tolist()
+        elif step.operation == "fixed_point":
+            scales = 2.0 ** codes.exponent[:, None].astype(np.float64)
+            assert [row[1] for row in shown.rows] == [f"2^{exponent}" for exponent in codes.exponent]
+        else:
             assert all(row[1:3] == ("", "") for row in shown.rows)
+            continue
+        lost, size = np.sum((codes.q / scales - x) ** 2, axis=1), np.sum(x.astype(np.float64) ** 2, axis=1)
+        expected = np.sqrt(lost / np.where(size, size, 1))  # a token without outliers has none to lose
+        assert [float(row[2].split()[0]) for row in shown.rows] == pytest.approx((100 * expected).tolist(), rel=6e-3)
 
 
 def test_a_trace_has_a_row_for_each_step_up_to_some() -> None:

@@ -24,7 +24,7 @@ from triton_faults import FAULTS, SHAPE, elementwise, planted
 from refmamba.backend import load_backend
 from refmamba.backends.triton import backend, operations
 from refmamba.backends.triton.kernels import alone
-from refmamba.backends.triton.model import launch
+from refmamba.backends.triton.launch import launch
 from refmamba.errors import BackendError, NonFiniteError
 from refmamba.eval_tasks.score import score, token_request
 from refmamba.spec.arith import F32Array

@@ -26,7 +26,8 @@ from triton.compiler import ASTSource
 
 from refmamba.backends.adapter import on_arrays
 from refmamba.backends.triton import operations
-from refmamba.backends.triton.model import Mamba
+from refmamba.backends.triton.call import batch_of, initial_state, last_batch, last_rows
+from refmamba.backends.triton.forward import Forward
 from refmamba.conformance.models import SCHEMES
 from refmamba.conformance.operations import check_vector
 from refmamba.conformance.vectors import read_vectors
@@ -159,11 +160,12 @@ def configurations(widths: Sequence[int] = tuple(WIDTHS.values()), schemes: Sequ
         config = MambaConfig(width, 1, 50280)
         for name in schemes:
             scheme = parse_scheme(name)
-            model = Mamba(QuantizedModel(config, scheme, Hollow(config, scheme)), torch.device("meta"), found)
+            forward = Forward(QuantizedModel(config, scheme, Hollow(config, scheme)), torch.device("meta"), found)
             for lengths in CALLS:
-                batch, state = model.batch_of([np.zeros(n, np.int64) for n in lengths]), model.initial_state(len(lengths))
-                x = model.forward(batch, state, state)
-                model.head(model.last_rows(x, batch), model.last_batch(batch))
+                batch = batch_of([np.zeros(n, np.int64) for n in lengths], forward.device)
+                state = initial_state(config, len(lengths), forward.device)
+                x = forward.body(batch, state, state)
+                forward.head(last_rows(x, batch), last_batch(batch))
     with patch.object(operations, "launch", found):
         for operation, function in on_arrays(operations.OPERATIONS, torch.device("cpu")).items():
             for vector in read_vectors(operation):

@@ -20,7 +20,8 @@ import torch
 import triton
 from compile_kernels import Configuration, Hollow, compiled, specialized
 
-from refmamba.backends.triton.model import Mamba
+from refmamba.backends.triton.call import batch_of, initial_state, last_batch, last_rows
+from refmamba.backends.triton.forward import Forward
 from refmamba.spec.config import MambaConfig
 from refmamba.spec.parameters import QuantizedModel
 from refmamba.spec.scheme import parse_scheme
@@ -60,11 +61,12 @@ def launches(scheme_name: str, lengths: Sequence[int]) -> list[tuple[Launch, int
     """The kernels of a call, each with how often it runs."""
     found, scheme = Launches(), parse_scheme(scheme_name)
     config = MambaConfig(CONFIG.d_model, 1, CONFIG.vocab_size)
-    model = Mamba(QuantizedModel(config, scheme, Hollow(config, scheme)), torch.device("meta"), found)
-    batch, state = model.batch_of([np.zeros(n, np.int64) for n in lengths]), model.initial_state(len(lengths))
-    x = model.forward(batch, state, state)
+    forward = Forward(QuantizedModel(config, scheme, Hollow(config, scheme)), torch.device("meta"), found)
+    batch = batch_of([np.zeros(n, np.int64) for n in lengths], forward.device)
+    state = initial_state(config, len(lengths), forward.device)
+    x = forward.body(batch, state, state)
     body = len(found)  # the embedding, and a layer
-    model.head(model.last_rows(x, batch), model.last_batch(batch))
+    forward.head(last_rows(x, batch), last_batch(batch))
     return [(launch, CONFIG.n_layer if 0 < i < body else 1) for i, launch in enumerate(found)]
 
 

@@ -10,8 +10,9 @@ import torch
 from refmamba.backend import check_support
 from refmamba.backends.adapter import on_arrays
 from refmamba.backends.triton import operations
-from refmamba.backends.triton.model import KNOWN, Mamba
+from refmamba.backends.triton.model import Mamba
 from refmamba.backends.triton.operations import OPERATIONS
+from refmamba.backends.triton.parameters import KNOWN
 from refmamba.backends.triton.table import INTERPRETED
 from refmamba.errors import BackendError
 from refmamba.spec import codes

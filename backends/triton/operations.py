@@ -9,9 +9,8 @@ import triton
 from torch import Tensor
 
 from refmamba.backends.adapter import Codes, FixedPoint
-from refmamba.backends.triton import model
 from refmamba.backends.triton.kernels import alone, layers
-from refmamba.backends.triton.model import launch
+from refmamba.backends.triton.launch import launch, log_softmax
 from refmamba.backends.triton.table import power_of_two, product_blocks, row_blocks, scan_blocks
 from refmamba.errors import NonFiniteError
 from refmamba.spec.codes import WEIGHT_BITS
@@ -223,19 +222,15 @@ def selective_scan(
     return y, new
 
 
-def log_softmax(logits: Tensor) -> Tensor:
-    """Eq. (25)."""
-    return model.log_softmax(logits, launch)
-
-
 UNARY = ("exp", "log", "log1p", "softplus", "silu", "state_matrix")
 OPERATIONS: dict[str, Callable[..., Any]] = {name: unary(name) for name in UNARY} | {
     f.__name__: f
     for f in (
         tree_sum, absmax, scale_of, quantize, code, code_static, code_flattened, rotate, fixed_point, integer_product,
-        rescale, embed, rms_norm, conv1d, discretize, selective_scan, log_softmax,
+        rescale, embed, rms_norm, conv1d, discretize, selective_scan,
     )
 } | {
     "step_size": lambda dt, bias: elementwise("step_size", dt, bias),
     "gate": lambda y, z: elementwise("gate", y, z),
+    "log_softmax": lambda logits: log_softmax(logits, launch),
 }  # fmt: skip

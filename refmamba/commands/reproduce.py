@@ -67,8 +67,8 @@ def command(
         named = tasks or tuple(TASKS)
         work, ablated = work_on_hub(named, limit), work_on_hub([name for name in named if name in PAPER_TASKS], limit)
     else:
-        there = load_tasks(tasks, data)
-        work, ablated = work_of(there, limit), work_of([data for data in there if data.task.name in PAPER_TASKS], limit)
+        loaded = load_tasks(tasks, data)
+        work, ablated = work_of(loaded, limit), work_of([data for data in loaded if data.task.name in PAPER_TASKS], limit)
     where = [site for site in sites.split(",") if site]
     if wrong := set(where) - set(SITES):
         raise DataError(f"--sites: no '{min(wrong)}'; there are {', '.join(SITES)}")
@@ -85,10 +85,10 @@ def command(
         store = stack.enter_context(Results(folder / "results.sqlite"))
         scorer = stack.enter_context(cluster(workers, None)) if workers else score_here
         run = Settings(folder, schemes, gptq or (), powers, datasets, limit, text.text, where, draws, store, scorer)
-        found = list[ModelTables]()
+        finished = list[ModelTables]()
         for model in models:
-            found.append(evaluate_model(replace(choice, model=model), run))
-            write_all(folder, found, run, choice.backend)
+            finished.append(evaluate_model(replace(choice, model=model), run))
+            write_all(folder, finished, run, choice.backend)
     click.echo(f"{folder}: tables.md, tables.json, figures 1 and 2")
 
 

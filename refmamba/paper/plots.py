@@ -113,7 +113,9 @@ def figure_2(models: Sequence[ModelTables], guess: float, file: Path) -> None:
         axes.axhline(0, color="0.5", lw=1, zorder=0)
         axes.grid(axis="y", color="0.92")
         axes.set_axisbelow(True)
-        axes.set_xticks(range(len(schemes)), schemes, rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_xticks(
+            range(len(schemes)), [Path(scheme).name for scheme in schemes], rotation=40, ha="right", rotation_mode="anchor"
+        )
         axes.set_xlim(-0.5, max(1, len(schemes)) - 0.5)
     figure.legend(*accuracy.get_legend_handles_labels(), loc="outside lower center", frameon=False)
     write_file(file, lambda stream: figure.savefig(stream, format=file.suffix[1:], dpi=110))

@@ -63,14 +63,16 @@ def evaluate_model(choice: ModelChoice, run: Settings) -> ModelTables:
     counts = [len(data.documents[: run.limit]) for data in run.datasets]
     with scored_text(session_of(baseline.job), run) as score_text:
         for name, chosen in choices.items():
-            who = subject(chosen, MAX_LENGTH)
+            contender = subject(chosen, MAX_LENGTH)
             with progress(sum(counts)) as bars:
                 for data in run.datasets:
-                    evaluate(who, data, run.limit, run.store, run.scorer, bars)
+                    evaluate(contender, data, run.limit, run.store, run.scorer, bars)
             counted = zip(run.datasets, counts, strict=True)
-            outcomes = [Outcome(who, data, n, finished_results(run.store, who.key(data), data)) for data, n in counted]
+            outcomes = [
+                Outcome(contender, data, n, finished_results(run.store, contender.key(data), data)) for data, n in counted
+            ]
             rows[name] = cells(choice.model, name, outcomes)
-            text[name] = score_text(session_of(who.job))
+            text[name] = score_text(session_of(contender.job))
     report = report_on(session_of(baseline.job), run.text)
     papers = [data for data in run.datasets if data.task.name in PAPER_TASKS]
     ablation = ablate.Ablation(baseline, run.text, papers, run.limit, run.store, run.scorer)
@@ -102,8 +104,8 @@ def row_by_gptq(scheme: str) -> str:
 
 def rounded(choice: ModelChoice, folder: Path) -> ModelChoice:
     """The model under its scheme, rounded by GPTQ and saved in the folder, where an earlier run may have left it."""
-    who = subject(choice, MAX_LENGTH)
-    named = [who.model_sha256, who.scheme.to_json(), calibration_sha256(choice), choice.add_bos, SPEC_VERSION]
+    original = subject(choice, MAX_LENGTH)
+    named = [original.model_sha256, original.scheme.to_json(), calibration_sha256(choice), choice.add_bos, SPEC_VERSION]
     place = folder / f"gptq-{hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]}"
     if not place.exists():
         quantize_folder(choice, place, rounding="gptq")
@@ -142,14 +144,14 @@ def check_outputs(folder: Path, models: Sequence[str]) -> None:
         check_file(folder / name)
 
 
-def write_all(folder: Path, found: Sequence[ModelTables], run: Settings, backend: str) -> None:
+def write_all(folder: Path, models: Sequence[ModelTables], run: Settings, backend: str) -> None:
     """Tables and figures of the models that are done."""
     for suffix in ("png", "svg"):
-        plot(found[-1].outliers, f"{found[-1].model}, fp32", folder / f"{found[-1].file_name}.{suffix}")
-        figure_2(found, guessing(run.datasets), folder / f"figure2.{suffix}")
+        plot(models[-1].outliers, f"{models[-1].model}, fp32", folder / f"{models[-1].file_name}.{suffix}")
+        figure_2(models, guessing(run.datasets), folder / f"figure2.{suffix}")
     title = f"# Mamba-PTQ, reproduced (specification {SPEC_VERSION}, backend {backend})"
     sources = [f"- {d.task.name}: {len(d.documents[: run.limit])} documents. {d.note or d.source}" for d in run.datasets]
     figure = "## Figure 2\n\n![Figure 2](figure2.png)"
-    write_text(folder / "tables.md", "\n\n".join([title, "\n".join(sources), *(m.markdown() for m in found), figure]) + "\n")
-    values = {"specification": SPEC_VERSION, "backend": backend, "models": {one.model: one.to_json() for one in found}}
+    write_text(folder / "tables.md", "\n\n".join([title, "\n".join(sources), *(m.markdown() for m in models), figure]) + "\n")
+    values = {"specification": SPEC_VERSION, "backend": backend, "models": {model.model: model.to_json() for model in models}}
     write_text(folder / "tables.json", json_text(values, indent=1) + "\n")

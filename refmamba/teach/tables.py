@@ -54,11 +54,11 @@ def table_of(value: object) -> Table:
     raise TypeError(f"there is no table of a {type(value).__name__}")
 
 
-def _more(shown: int, count: int, what: str) -> str:
+def _left_out(shown: int, count: int, what: str) -> str:
     return f"and {count - shown} more {what}" if count > shown else ""
 
 
-def _few(values: NDArray[Any]) -> str:
+def _first_values(values: NDArray[Any]) -> str:
     """The first values of a row."""
     first = [f"{value:d}" if values.dtype.kind in "iu" else f"{value:.4g}" for value in values[:VALUES]]
     return " ".join([*first, *(["…"] if len(values) > VALUES else [])])
@@ -69,7 +69,7 @@ def _scale(codes: Codes, row: int) -> np.float32:
     return np.float32(scales[row if len(scales) > 1 else 0])
 
 
-def _off(read: NDArray[Any], x: NDArray[Any]) -> str:
+def _relative_error(read: NDArray[Any], x: NDArray[Any]) -> str:
     """The relative error of values that were read back."""
     size = float(np.sum(x.astype(np.float64) ** 2))
     return f"{100 * np.sqrt(float(np.sum((read - x.astype(np.float64)) ** 2)) / size):.3g} %" if size else "0"
@@ -102,22 +102,22 @@ def _(value: Codes) -> Table:
     (rows, columns) = q.shape
     largest = 2 ** (value.bits - 1) - 1
     lines = [
-        (str(i), str(_scale(value, i)), str(len(np.unique(codes[i]))), f"{100 * np.mean(q[i] == 0):.1f} %", _few(q[i]))
+        (str(i), str(_scale(value, i)), str(len(np.unique(codes[i]))), f"{100 * np.mean(q[i] == 0):.1f} %", _first_values(q[i]))
         for i in range(min(rows, ROWS))
     ]
     per = "one scale" if value.scale.size == 1 else "a scale for each row"
     steps = "" if value.steps is None else f", a whole step for each {value.group} columns"
     title = f"{rows} x {columns} codes of {value.bits} bits, −{largest} to {largest}, {per}{steps}"
     head = ("row", "scale", "different", "zero", "code" if value.steps is None else "code · step")
-    return Table(title, head, tuple(lines), _more(ROWS, rows, "rows"))
+    return Table(title, head, tuple(lines), _left_out(ROWS, rows, "rows"))
 
 
 @table_of.register
 def _(value: FixedPoint) -> Table:
     rows, columns = value.q.shape
-    lines = [(str(i), str(value.exponent[i]), _few(value.q[i])) for i in range(min(rows, ROWS))]
+    lines = [(str(i), str(value.exponent[i]), _first_values(value.q[i])) for i in range(min(rows, ROWS))]
     title = f"{rows} x {columns} numbers in fixed point, a power of two for each row"
-    return Table(title, ("row", "exponent", "code"), tuple(lines), _more(ROWS, rows, "rows"))
+    return Table(title, ("row", "exponent", "code"), tuple(lines), _left_out(ROWS, rows, "rows"))
 
 
 @table_of.register
@@ -127,9 +127,11 @@ def _(value: Step) -> Table:
     lines = []
     for i in range(min(len(q), ROWS)):
         row = q[i].astype(np.int64) if value.operation == "integer_product" else q[i]
-        lines.append((str(i), *_coding(value, i), f"{row.min():.6g}", f"{row.max():.6g}", _few(row)))
+        lines.append((str(i), *_coding(value, i), f"{row.min():.6g}", f"{row.max():.6g}", _first_values(row)))
     title = f"{value.operation} gives {', '.join(value.sites)}"
-    return Table(title, ("token", "scale", "error", "smallest", "largest", "values"), tuple(lines), _more(ROWS, len(q), "rows"))
+    return Table(
+        title, ("token", "scale", "error", "smallest", "largest", "values"), tuple(lines), _left_out(ROWS, len(q), "rows")
+    )
 
 
 def _coding(step: Step, row: int | slice) -> tuple[str, str]:
@@ -140,11 +142,11 @@ def _coding(step: Step, row: int | slice) -> tuple[str, str]:
         scales = sorted({_scale(codes, i) for i in range(*rows.indices(len(x)))})
         scale = str(scales[0]) if len(scales) == 1 else f"{scales[0]!s} to {scales[-1]!s}"
         read = codes.integers()[rows] / (codes.scale if codes.scale.ndim == 0 else codes.scale[rows]).astype(np.float64)
-        return scale, _off(read, x[rows])
+        return scale, _relative_error(read, x[rows])
     if isinstance(codes, FixedPoint):
         exponents = sorted({int(e) for e in codes.exponent[rows]})
         scale = f"2^{exponents[0]}" if len(exponents) == 1 else f"2^{exponents[0]} to 2^{exponents[-1]}"
-        return scale, _off(np.ldexp(codes.q[rows].astype(np.float64), -codes.exponent[rows, None]), x[rows])
+        return scale, _relative_error(np.ldexp(codes.q[rows].astype(np.float64), -codes.exponent[rows, None]), x[rows])
     return "", ""
 
 
@@ -156,5 +158,5 @@ def _(value: Trace) -> Table:
         shape = " x ".join(str(size) for size in getattr(result, "q", result).shape)
         lines.append((str(number), step.operation, step.sites[0], shape, *_coding(step, slice(None))))
     head = ("step", "operation", "gives", "shape", "scale", "error")
-    rest = _more(STEPS, len(value), "steps: trace.layer(3) has those of a layer")
+    rest = _left_out(STEPS, len(value), "steps: trace.layer(3) has those of a layer")
     return Table(f"{len(value)} operations", head, tuple(lines), rest)
