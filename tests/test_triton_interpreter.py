@@ -36,7 +36,7 @@ pytestmark = pytest.mark.ci
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the last test starts")
-SEQUENCES = [np.array([3, 1, 4, 1, 5]), np.array([9]), np.array([2, 6])]
+SEQUENCES = [np.array([3, 1, 4, 1, 5, 9, 2, 6, 5]), np.array([9]), np.array([2, 6])]
 
 
 def assert_same(model: QuantizedModel, sequences: Sequence[Any] = SEQUENCES) -> None:

@@ -126,7 +126,7 @@ def test_the_convolution_has_its_bits(taps: int, architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", RUN)
-@pytest.mark.parametrize(("lanes", "channels", "warps"), [(1, 32, 1), (4, 16, 2)])
+@pytest.mark.parametrize(("lanes", "channels", "warps"), [(1, 32, 1), (4, 8, 1)])
 @pytest.mark.parametrize("decays", [True, False])
 def test_the_scan_and_its_gate_have_their_bits(decays: bool, lanes: int, channels: int, warps: int, architecture: str) -> None:
     e, n, lengths = 48, 16, (9, 3)

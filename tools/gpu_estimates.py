@@ -71,12 +71,13 @@ def launches(scheme_name: str, lengths: Sequence[int]) -> list[tuple[Launch, int
 
 
 class Code(NamedTuple):
-    """A kernel's machine code: instructions, those of its longest loop, registers of a thread, its bytes of spilled ones."""
+    """A kernel's machine code: instructions, those of its longest and of all loops, registers and bytes of a thread's stack."""
 
     instructions: int
     loop: int
+    loops: int
     registers: int
-    spilled: int
+    stack: int
 
 
 def machine_code(configuration: Configuration, architecture: str, **options: Any) -> Code:
@@ -93,16 +94,23 @@ def machine_code(configuration: Configuration, architecture: str, **options: Any
     jumps = [(at, int(to[1], 16)) for at, text in lines if (to := re.search(r"\bBRA.* `?\(?(?:\.L_x_\d+)?(0x[0-9a-f]+)", text))]
     loops = [sum(to <= line <= at for line, _ in lines) for at, to in jumps if to < at]
     registers, stack = (int(re.findall(rf"{word}:(\d+)", usage)[0]) for word in ("REG", "STACK"))
-    return Code(len(lines), max(loops, default=0), registers, stack)
+    return Code(len(lines), max(loops, default=0), sum(loops), registers, stack)
 
 
 def seconds(launch: Launch, code: Code, tokens: int) -> dict[str, float]:
-    """What a launch takes for its bytes, its products and its instructions; the largest counts."""
-    run = code.loop * tokens if launch.configuration.kernel.__name__ == "scan_kernel" else 0
+    """What a launch takes for its bytes, its products and its instructions; the largest counts.
+
+    The scan's longest loop takes LANES tokens at once; both loops of a kernel for codes go along the row, BK columns at once.
+    """
+    name, constant = launch.configuration.kernel.__name__, dict(launch.configuration.constants)
+    scan = code.loop * tokens / constant["LANES"] if name == "scan_kernel" else 0
+    row = code.instructions + (triton.cdiv(constant["K"], constant["BK"]) - 1) * code.loops if name == "code_kernel" else 0
+    issued = launch.blocks * launch.configuration.warps / (OF_ISSUED * ISSUED)
     return {
         "bytes": launch.bytes / (OF_BANDWIDTH * BANDWIDTH),
         "products": launch.operations / (OF_PRODUCTS * INT8),
-        "scan": launch.blocks * launch.configuration.warps * run / (OF_ISSUED * ISSUED),
+        "scan": issued * scan,
+        "codes": issued * row,
     }
 
 
@@ -115,9 +123,9 @@ def report(architecture: str, schemes: Sequence[str]) -> str:
         f"Data sheet: {BANDWIDTH / 1e12:.2f} TB/s, {INT8 / 1e12:.0f} int8 and {BFLOAT16 / 1e12:.0f} bfloat16 operations "
         f"(10^12/s), {ISSUED / 1e9:.0f} warp instructions (10^9/s). Assumed: {OF_BANDWIDTH:.0%} of the bandwidth, "
         f"{OF_PRODUCTS:.0%} of the products, {OF_ISSUED:.0%} of the instructions, {LAUNCH * 1e6:.0f} µs a launch. A kernel "
-        "takes the largest of its bytes, its products and (the scan) its instructions.\n",
-        "| scheme | call | launches | bytes, GB | int8 operations, 10^12 | bytes, ms | products, ms | scan, ms | launches, ms"
-        " | all, ms | tokens/s |", "| --- | --- |" + " ---: |" * 9,
+        "takes the largest of its bytes, its products and (the scan, and what makes codes) its instructions.\n",
+        "| scheme | call | launches | bytes, GB | int8 operations, 10^12 | bytes, ms | products, ms | scan, ms | codes, ms"
+        " | launches, ms | all, ms | tokens/s |", "| --- | --- |" + " ---: |" * 10,
     ]  # fmt: skip
     kernels: dict[Configuration, list[str]] = {}
     for scheme, (call, lengths) in itertools.product(schemes, CALLS.items()):
@@ -126,7 +134,7 @@ def report(architecture: str, schemes: Sequence[str]) -> str:
             at = launch.configuration
             code[at] = code.get(at) or machine_code(at, architecture)
             kernels.setdefault(at, []).append(f"{scheme}: {call}")
-        parts, total = dict.fromkeys(("bytes", "products", "scan"), 0.0), 0.0
+        parts, total = dict.fromkeys(("bytes", "products", "scan", "codes"), 0.0), 0.0
         for launch, times in found:
             took = seconds(launch, code[launch.configuration], max(lengths))
             reason = max(took, key=took.__getitem__)
@@ -144,7 +152,7 @@ def report(architecture: str, schemes: Sequence[str]) -> str:
         "\nFor comparison, the same sizes in 16 bits, products and bytes only, nothing for a scan, norms or launches: prefill "
         f"of 2048 tokens {2048 * 2 * macs / (OF_PRODUCTS * BFLOAT16) * 1e3:.1f} ms, a token of decode "
         f"{2 * (macs + head) / (OF_BANDWIDTH * BANDWIDTH) * 1e3:.2f} ms.\n",
-        "| kernel | instructions | with fusion | longest loop | with fusion | registers | spilled bytes | first used by |",
+        "| kernel | instructions | with fusion | longest loop | with fusion | registers | bytes of stack | first used by |",
         "| --- |" + " ---: |" * 6 + " --- |",
     ]
     for at, users in kernels.items():
@@ -152,7 +160,7 @@ def report(architecture: str, schemes: Sequence[str]) -> str:
         exact = code[at]
         lines.append(
             f"| {at.name} | {exact.instructions} | {fused.instructions if fused else ''} | {exact.loop} "
-            f"| {fused.loop if fused else ''} | {exact.registers} | {exact.spilled} | {users[0]} |"
+            f"| {fused.loop if fused else ''} | {exact.registers} | {exact.stack} | {users[0]} |"
         )
     return "\n".join(lines) + "\n"
 

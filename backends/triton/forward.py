@@ -148,7 +148,7 @@ class Forward:
                         BK=min(blocks.depth, max(power_of_two(k), 32)))  # fmt: skip
             return y
         q, scale = self.codes(layer, coding, source, power, batch)
-        blocks = product_blocks(rows, n, coding.digits, weight.planes)
+        blocks = product_blocks(rows, n, k, coding.digits, weight.planes)
         grid = (triton.cdiv(rows, blocks.rows), triton.cdiv(n, blocks.columns))
         stored = Source("codes", q, 0)  # of codes that are there only this counts: whether an exponent goes with them
         self.launch(layers.linear_kernel, grid, blocks.warps, blocks.stages, **stored.arguments(batch),
@@ -201,7 +201,7 @@ class Forward:
             delta = self.linear(f"{at}.dt_proj", dt, batch, dt_bias=value[f"{at}.dt_proj.bias"])
             blocks = scan_blocks(batch.sequences, e, n)
             grid = (triton.cdiv(e, blocks.channels), batch.sequences)
-            self.launch(layers.scan_kernel, grid, blocks.warps, **scan, delta_ptr=delta, bc_stride=r + 2 * n,
+            self.launch(layers.scan_kernel, grid, 1, **scan, delta_ptr=delta, bc_stride=r + 2 * n,
                         start_ptr=batch.start, length_ptr=batch.length, y_ptr=gated, LANES=blocks.lanes,
                         BE=blocks.channels)  # fmt: skip
         see(f"{at}.ssm_state", new.ssm[0, i])

@@ -148,7 +148,7 @@ def integer_product(x: Codes | FixedPoint, w: Codes | FixedPoint) -> Tensor:
     """Eq. (11, 12)."""
     digits, planes = digits_of(x, 4), digits_of(w, 3).transpose(0, 1).contiguous()
     (n, places, k), rows = digits.shape, planes.shape[1]
-    y, blocks = torch.empty(n, rows, dtype=torch.float64, device=digits.device), product_blocks(n, rows, places, len(planes))
+    y, blocks = torch.empty(n, rows, dtype=torch.float64, device=digits.device), product_blocks(n, rows, k, places, len(planes))
     launch(alone.product_kernel, (triton.cdiv(n, blocks.rows), triton.cdiv(rows, blocks.columns)), blocks.warps, blocks.stages,
            q_ptr=digits, w_ptr=planes, y_ptr=y, rows=n, N=rows, K=k,
            CODER="fixed_point" if isinstance(x, FixedPoint) else "per_token", DIGITS=places, PLANES=len(planes), M=blocks.rows,
@@ -215,7 +215,7 @@ def selective_scan(
     y, new, blocks = torch.empty_like(u), torch.empty_like(ssm_state), scan_blocks(1, e, n)
     bounds = torch.tensor([[0], [length]], dtype=torch.int32, device=u.device)
     decays = bool((torch.isfinite(A) & (A <= 0)).all()) and bool((torch.isfinite(delta) & (delta >= 0)).all())
-    launch(layers.scan_kernel, (triton.cdiv(e, blocks.channels), 1), blocks.warps, u_ptr=u, delta_ptr=delta, B_ptr=B, C_ptr=C,
+    launch(layers.scan_kernel, (triton.cdiv(e, blocks.channels), 1), 1, u_ptr=u, delta_ptr=delta, B_ptr=B, C_ptr=C,
            bc_stride=n, z_ptr=None, z_stride=0, A_ptr=A, D_ptr=D, h_ptr=ssm_state, new_h_ptr=new, h_stride=0,
            start_ptr=bounds[0], length_ptr=bounds[1], y_ptr=y, channels=e, DECAYS=decays, STATES=n, N=power_of_two(n),
            LANES=blocks.lanes, BE=blocks.channels)  # fmt: skip

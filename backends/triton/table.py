@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import triton
 
+from refmamba.spec.codes import BLOCK
+
 INTERPRETED: bool = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
 FEW = 16  # sequences in a step that the fused kernels of decode take; more run as a prefill of one token each
 
@@ -31,38 +33,43 @@ def row_blocks(rows: int, k: int) -> Blocks:
     return Blocks(1 if width > 256 else 4, width, min(width, 2048), 4 if width > 256 else 1)
 
 
-def product_blocks(rows: int, n: int, digits: int, planes: int) -> Blocks:
-    """Products of stored codes. rows: tokens; a block has rows * digits rows of digits."""
+def product_blocks(rows: int, n: int, k: int, digits: int, planes: int) -> Blocks:
+    """Products of stored codes. rows: tokens; a block has rows * digits rows of digits.
+
+    A block is narrow where its registers would not suffice: short rows of K are dt_proj's, which has eq. (18) after it, and
+    digits of more than BLOCK columns are joined more than once, eq. (12).
+    """
     if INTERPRETED:
         return Blocks(max(16 // digits, min(power_of_two(rows), 128)), min(power_of_two(max(n, 16)), 256), 128, 1)
     tall = 128 if rows * digits > 64 and digits * planes == 1 else 64 if rows * digits > 32 else 16
-    return Blocks(max(tall // digits, 1), 128 if n > 1024 and planes == 1 else 64, 128 if digits * planes == 1 else 64,
+    wide = n > 1024 and planes == 1 and 256 < k <= (BLOCK if digits > 1 else k)
+    return Blocks(max(tall // digits, 1), 128 if wide else 64, 128 if digits * planes == 1 else 64,
                   8 if tall == 128 else 4, 3)  # fmt: skip
 
 
 def step_blocks(rows: int, n: int) -> Blocks:
-    """The fused kernels of decode."""
+    """The fused kernels of decode. depth: less for many rows and few columns: those are x_proj's, after the convolution."""
     m = 1 if rows == 1 else 4 if rows <= 4 else FEW
     if INTERPRETED:
         return Blocks(m, min(power_of_two(max(n, 16)), 256), 64, 1)
-    return Blocks(m, 64 if n > 16384 else 32 if n > 1024 else 16, 256 if m <= 4 else 128, 4)
+    return Blocks(m, 64 if n > 16384 else 32 if n > 1024 else 16, 256 if m <= 4 else 128 if n > 1024 else 64, 4)
 
 
 class ScanBlocks(NamedTuple):
-    """channels in a block, lanes that share the states of a channel, warps."""
+    """channels in a block of one warp, lanes that share the states of a channel."""
 
     channels: int
     lanes: int
-    warps: int
 
 
 def scan_blocks(sequences: int, channels: int, states: int) -> ScanBlocks:
-    """The scan over a call: many lanes a channel where there are few sequences, so that there are enough warps."""
+    """The scan over a call: many lanes a channel where there are few sequences, so that there are enough warps. A block is
+    one warp, so that none waits for another."""
     width = power_of_two(states)
     if INTERPRETED:
-        return ScanBlocks(min(power_of_two(channels), 2048), width, 1)
-    lanes = 4 if sequences * channels < 32768 else 1
-    return ScanBlocks(32 if lanes == 1 else 16, min(lanes, width), 1 if lanes == 1 else 2)
+        return ScanBlocks(min(power_of_two(channels), 2048), width)
+    lanes = min(4 if sequences * channels < 32768 else 1, width)
+    return ScanBlocks(32 // lanes, lanes)
 
 
 def step_lanes(states: int) -> int:

@@ -525,12 +525,28 @@ def store_states(ptr, at, ok, h, STATES: tl.constexpr, N: tl.constexpr, LANES: t
 
 
 @triton.jit
+def scan_row(
+    u_ptr, delta_ptr, B_ptr, C_ptr, bc_stride, A, D, h, row, c, ok, channels,
+    CHANNELS: tl.constexpr, DECAYS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """`advance` for the token in a row of a call."""
+    u = tl.load(u_ptr + row * channels + c, mask=ok, other=0.0)
+    delta = tl.load(delta_ptr + row * channels + c, mask=ok, other=0.0)
+    at = row * bc_stride + tl.arange(0, 1)
+    return advance(u, delta, A, D, h, B_ptr, C_ptr, at, CHANNELS, DECAYS, STATES, N, LANES)
+
+
+@triton.jit
 def scan_kernel(
     u_ptr, delta_ptr, B_ptr, C_ptr, bc_stride, z_ptr, z_stride, A_ptr, D_ptr, h_ptr, new_h_ptr, h_stride, start_ptr,
     length_ptr, y_ptr, channels,
     DECAYS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """The scan and, where z is there, the gate, eq. (20) to (23), of one sequence and BE channels: y (rows, channels)."""
+    """The scan and, where z is there, the gate, eq. (20) to (23), of one sequence and BE channels: y (rows, channels).
+
+    The lanes of a channel all have its y. So that the gate is not computed by each of them, LANES tokens wait for theirs, and
+    each lane computes that of one; the last few tokens of a sequence, fewer than LANES, go one by one.
+    """
     sequence = tl.program_id(1).to(tl.int64)
     start, length = tl.load(start_ptr + sequence).to(tl.int64), tl.load(length_ptr + sequence)
     c = tl.program_id(0) * BE + tl.arange(0, BE)
@@ -539,12 +555,23 @@ def scan_kernel(
     D = tl.load(D_ptr + c, mask=ok, other=0.0)
     h = states(h_ptr + sequence * h_stride, c * STATES, ok, STATES, N, LANES)
     t = 0
+    if LANES > 1:
+        lane = tl.arange(0, LANES)
+        while t + LANES <= length:
+            tile = tl.zeros([BE, LANES], tl.float32)
+            for i in tl.static_range(LANES):
+                y, h = scan_row(u_ptr, delta_ptr, B_ptr, C_ptr, bc_stride, A, D, h, start + t + i, c, ok, channels, BE,
+                                DECAYS, STATES, N, LANES)  # fmt: skip
+                tile = tl.where(lane[None, :] == i, y[:, None], tile)
+            row = (start + t + lane)[None, :]
+            at = c[:, None]
+            if z_ptr is not None:
+                tile = tile * silu(tl.load(z_ptr + row * z_stride + at, mask=ok[:, None], other=0.0))
+            tl.store(y_ptr + row * channels + at, tile, mask=ok[:, None])
+            t += LANES
     while t < length:
         row = start + t
-        u = tl.load(u_ptr + row * channels + c, mask=ok, other=0.0)
-        delta = tl.load(delta_ptr + row * channels + c, mask=ok, other=0.0)
-        at = row * bc_stride + tl.arange(0, 1)
-        y, h = advance(u, delta, A, D, h, B_ptr, C_ptr, at, BE, DECAYS, STATES, N, LANES)
+        y, h = scan_row(u_ptr, delta_ptr, B_ptr, C_ptr, bc_stride, A, D, h, row, c, ok, channels, BE, DECAYS, STATES, N, LANES)
         if z_ptr is not None:
             y = y * silu(tl.load(z_ptr + row * z_stride + c, mask=ok, other=0.0))
         tl.store(y_ptr + row * channels + c, y, mask=ok)
