@@ -1,6 +1,7 @@
 """From words to a running model: what is refused, in which order, and what is done only when it is asked for."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from refmamba import errors
 from refmamba.backends.reference import Reference
 from refmamba.commands.main import refmamba
-from refmamba.errors import BackendError, DataError, RefmambaError, SchemeError
+from refmamba.errors import BackendError, DataError, RefmambaError, SchemeError, TokenizerError
 from refmamba.eval_tasks.evaluate import subject
-from refmamba.run.session import ModelChoice, open_model, open_session
+from refmamba.run.session import ModelChoice, open_model, open_session, quantize_folder
 from refmamba.spec.parameters import QuantizedModel
 from refmamba.spec.scheme import Scheme, parse_scheme
 
@@ -110,6 +112,17 @@ def test_a_backend_that_does_not_know_the_scheme_is_told_before_any_work(capsys:
             way()
     assert capsys.readouterr().err == ""
     assert open_session(ModelChoice("small", "fp32", backend="test_session:OnlyFp32")).runner
+
+
+def test_a_tokenizer_that_is_not_the_model_s_is_refused_before_it_is_quantized(tmp_path: Path) -> None:
+    small = Path(errors.__file__).with_name("small_model")
+    model = shutil.copytree(small, tmp_path / "model")
+    tokenizer = json.loads((model / "tokenizer.json").read_text("utf-8"))
+    tokenizer["model"]["vocab"]["more than all rows"] = 100_000
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+        quantize_folder(ModelChoice(str(model), scheme="int8"), tmp_path / "saved")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,7 @@ def quantize_folder(
         raise SchemeError("name what to save the model as: --scheme NAME, or --bits N")
     check_folder(folder)
     opened = open_model(choice)
+    _ = opened.tokenizer  # it is saved too, and what is wrong with it is said before the work
     if calibration_file is not None:
         save_calibration(opened.calibrated, calibration_file)
     quantized = opened.rounded_by_gptq() if rounding == "gptq" else opened.quantized(opened.scheme)
