@@ -22,7 +22,7 @@ TYPES: dict[str, Any] = {
 ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "add.rn.f32": operator.add, "sub.rn.f32": operator.sub, "mul.rn.f32": operator.mul, "div.rn.f32": operator.truediv,
     "add.s32": operator.add, "sub.s32": operator.sub, "add.s64": operator.add, "sub.s64": operator.sub,
-    "mul.lo.s32": operator.mul, "mul.lo.s64": operator.mul, "min.s32": np.minimum, "max.s32": np.maximum,
+    "mul.lo.s32": operator.mul, "mul.lo.s64": operator.mul, "min.s32": np.minimum, "max.s32": np.maximum, "min.s64": np.minimum,
 }  # fmt: skip
 LOGIC: dict[str, Callable[[Any, Any], Any]] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
@@ -162,7 +162,7 @@ class Block:
             return np.asarray(
                 product + self.read(s.operands[3], "s64" if last == "s32" else "u64") if name == "mad" else product
             )
-        if s.operation == "mad.lo.s32":
+        if s.operation in ("mad.lo.s32", "mad.lo.s64"):
             return np.asarray(get(1) * get(2) + get(3))
         if name in ("shl", "shr"):
             return np.asarray((np.left_shift if name == "shl" else np.right_shift)(get(1), get(2, "u32").astype(get(1).dtype)))
@@ -172,6 +172,10 @@ class Block:
             return np.asarray(field if last == "u32" else (field ^ top) - top)
         if name == "shfl":
             return self.shuffled(s)
+        if s.operation in ("redux.sync.min.s32", "redux.sync.max.s32"):  # of whole warps
+            assert np.all(get(2, "u32") == 0xFFFFFFFF), s.text
+            of_a_warp = get(1).reshape(-1, LANES)
+            return np.repeat(of_a_warp.min(1) if ".min" in s.operation else of_a_warp.max(1), LANES)
         unary: dict[str, Callable[[], Any]] = {
             "neg.f32": lambda: get(1, "u32") ^ np.uint32(1 << 31),
             "abs.f32": lambda: get(1, "u32") & np.uint32(0x7FFFFFFF),

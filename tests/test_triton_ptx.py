@@ -118,7 +118,7 @@ def test_the_convolution_has_its_bits(taps: int, architecture: str) -> None:
     x, state = (RNG.standard_normal(shape).astype(np.float32) for shape in ((rows, k), (k, taps - 1)))
     weight, bias = (RNG.standard_normal(shape).astype(np.float32) for shape in ((k, taps), k))
     y, new = np.empty_like(x), np.empty_like(state)
-    run(alone.conv1d_kernel, (2, 2), 4, architecture, x_ptr=x, weight_ptr=weight, bias_ptr=bias, state_ptr=state,
+    run(alone.conv1d_kernel, (2, 2), 4, architecture, x_ptr=x, weight_ptr=weight.T.copy(), bias_ptr=bias, state_ptr=state,
         new_state_ptr=new, y_ptr=y, rows=rows, K=k, TAPS=taps, M=16, BK=64)  # fmt: skip
     expected, expected_state = ops.conv1d(x, state, weight, bias)
     assert_bits(expected, y)
@@ -126,10 +126,10 @@ def test_the_convolution_has_its_bits(taps: int, architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", RUN)
-@pytest.mark.parametrize(("lanes", "channels", "warps"), [(1, 32, 1), (4, 8, 1)])
+@pytest.mark.parametrize(("lanes", "tile"), [(1, 4), (4, 4), (8, 8), (16, 16)])
 @pytest.mark.parametrize("decays", [True, False])
-def test_the_scan_and_its_gate_have_their_bits(decays: bool, lanes: int, channels: int, warps: int, architecture: str) -> None:
-    e, n, lengths = 48, 16, (9, 3)
+def test_the_scan_and_its_gate_have_their_bits(decays: bool, lanes: int, tile: int, architecture: str) -> None:
+    e, n, lengths, channels = 35, 16, (2 * lanes + 1, 3), 32 // lanes
     rows = sum(lengths)
 
     def normal(*shape: int) -> F32Array:
@@ -139,12 +139,11 @@ def test_the_scan_and_its_gate_have_their_bits(decays: bool, lanes: int, channel
     delta, A = np.abs(normal(rows, e)) * np.float32(2), -np.exp(normal(e, n) * 2)
     A[0, :3] = -0.0, -3e38, -100
     y, new = np.empty_like(u), np.empty_like(h)
-    run(layers.scan_kernel, (-(-e // channels), 2), warps, architecture, u_ptr=u, delta_ptr=delta, B_ptr=bc[:, :n].copy(),
-        C_ptr=bc[:, n:].copy(), bc_stride=n, z_ptr=z, z_stride=e, A_ptr=A, D_ptr=D, h_ptr=h, new_h_ptr=new, h_stride=e * n,
-        start_ptr=np.array([0, 9], np.int32), length_ptr=np.array(lengths, np.int32),
-        y_ptr=y, channels=e, DECAYS=decays, STATES=n, N=n,
-        LANES=lanes, BE=channels)  # fmt: skip
-    for b, now in enumerate((slice(0, 9), slice(9, 12))):
+    run(layers.scan_kernel, (-(-e // channels), 2), 1, architecture, u_ptr=u, delta_ptr=delta, B_ptr=bc[:, :n].copy(),
+        C_ptr=bc[:, n:].copy(), z_ptr=z, A_ptr=A, D_ptr=D, h_ptr=h, new_h_ptr=new, h_stride=e * n,
+        start_ptr=np.array([0, lengths[0]], np.int32), length_ptr=np.array(lengths, np.int32), y_ptr=y,
+        E=e, BC_STRIDE=n, Z_STRIDE=e, DECAYS=decays, STATES=n, N=n, TILE=tile, LANES=lanes, BE=channels)  # fmt: skip
+    for b, now in enumerate((slice(0, lengths[0]), slice(lengths[0], rows))):
         with np.errstate(over="ignore"):
             expected, state = ops.selective_scan(u[now], delta[now], A, bc[now, :n], bc[now, n:], D, h[b])
         assert_bits(ops.gate(expected, z[now]), y[now])
@@ -162,7 +161,7 @@ def test_one_kernel_of_each_kind_is_exact_on_every_architecture() -> None:
     kinds: dict[tuple[Any, ...], Configuration] = {}
     for configuration in configurations([2560], ["fp32", "int8"]):
         constants = dict(configuration.constants)
-        kind = [constants.get(name) for name in ("SOURCE", "OP", "CODER", "DIGITS", "PLANES", "PACKED", "LANES")]
+        kind = [constants.get(name) for name in ("SOURCE", "OP", "CODER", "DIGITS", "PLANES", "PACKED", "TILE", "LANES")]
         kinds.setdefault((configuration.kernel.__name__, *kind), configuration)
     for i, configuration in enumerate(kinds.values()):  # every configuration on each of them: make gpu-proof
         ptx = compiled(configuration, ARCHITECTURES[i % len(ARCHITECTURES)]).asm["ptx"]

@@ -18,7 +18,7 @@ from refmamba.backends.triton.call import NO_FAILURE, Batch
 from refmamba.backends.triton.kernels import layers
 from refmamba.backends.triton.launch import Launch
 from refmamba.backends.triton.parameters import Coding, Linear, linear_of, table_of
-from refmamba.backends.triton.table import power_of_two, product_blocks, row_blocks, scan_blocks, step_blocks, step_lanes
+from refmamba.backends.triton.table import power_of_two, product_blocks, row_blocks, scan_blocks, step_blocks, step_tile
 from refmamba.errors import NonFiniteError
 from refmamba.spec import transforms
 from refmamba.spec.parameters import QuantizedModel, linear_sites
@@ -59,7 +59,8 @@ class Forward:
         sites = linear_sites(self.config)
         self.layers = {site: linear_of(model.linear(site), 2 * i, device) for i, site in enumerate(sites)}
         self.params = {
-            name: tensor(model.value(name), device)
+            # A convolution's taps each in a row, so that the channels of one lie side by side.
+            name: tensor(model.value(name).T.copy() if name.endswith("conv1d.weight") else model.value(name), device)
             for name in self.config.shapes()
             if name.removesuffix(".weight") not in (*self.layers, "embedding") and not name.endswith("A_log")
         }
@@ -182,17 +183,17 @@ class Forward:
         xz = self.linear(f"{at}.in_proj", norm, batch)
         see(f"{at}.in_proj.out", xz)
         u = self.empty(rows, e)
-        conv = Source("conv", xz, 2 * e, value[f"{at}.conv1d.weight"], value.get(f"{at}.conv1d.bias"), state=state.conv[:, i],
-                      new_state=new.conv[:, i], u=u, taps=c.d_conv)  # fmt: skip
+        conv = Source("conv", xz[:, :e], 2 * e, value[f"{at}.conv1d.weight"], value.get(f"{at}.conv1d.bias"),
+                      state=state.conv[:, i], new_state=new.conv[:, i], u=u, taps=c.d_conv)  # fmt: skip
         dtBC = self.linear(f"{at}.x_proj", conv, batch)
         see(f"{at}.conv_state", new.conv[0, i])
         see(f"{at}.u", u)
         see(f"{at}.x_proj.out", dtBC)
         dt = Source("plain", dtBC, r + 2 * n)
         scan: dict[str, Any] = {
-            "u_ptr": u, "B_ptr": dtBC[:, r:], "C_ptr": dtBC[:, r + n :], "z_ptr": xz[:, e:], "z_stride": 2 * e,
+            "u_ptr": u, "B_ptr": dtBC[:, r:], "C_ptr": dtBC[:, r + n :], "z_ptr": xz[:, e:],
             "A_ptr": self.A[i], "D_ptr": value[f"{at}.D"], "h_ptr": state.ssm[:, i], "new_h_ptr": new.ssm[:, i],
-            "h_stride": state.ssm.stride(0), "channels": e, "DECAYS": self.decays, "STATES": n, "N": power_of_two(n),
+            "h_stride": state.ssm.stride(0), "DECAYS": self.decays, "STATES": n, "N": power_of_two(n),
         }  # fmt: skip
         gated = self.empty(rows, e)
         if batch.stepwise and self.layers[f"{at}.dt_proj"].plain:
@@ -201,9 +202,9 @@ class Forward:
             delta = self.linear(f"{at}.dt_proj", dt, batch, dt_bias=value[f"{at}.dt_proj.bias"])
             blocks = scan_blocks(batch.sequences, e, n)
             grid = (triton.cdiv(e, blocks.channels), batch.sequences)
-            self.launch(layers.scan_kernel, grid, 1, **scan, delta_ptr=delta, bc_stride=r + 2 * n,
-                        start_ptr=batch.start, length_ptr=batch.length, y_ptr=gated, LANES=blocks.lanes,
-                        BE=blocks.channels)  # fmt: skip
+            self.launch(layers.scan_kernel, grid, 1, **scan, delta_ptr=delta, E=e, BC_STRIDE=r + 2 * n, Z_STRIDE=2 * e,
+                        start_ptr=batch.start, length_ptr=batch.length, y_ptr=gated, TILE=blocks.tile,
+                        LANES=blocks.lanes, BE=blocks.channels)  # fmt: skip
         see(f"{at}.ssm_state", new.ssm[0, i])
         see(f"{at}.gate", gated)
         x = self.linear(f"{at}.out_proj", Source("plain", gated, e), batch, residual=x)
@@ -216,12 +217,13 @@ class Forward:
         blocks = step_blocks(batch.rows, 1)
         n = blocks.columns
         self.launch(layers.scan_step_kernel, (1, triton.cdiv(weight.rows, n)), blocks.warps, blocks.stages, **scan,
-                    x_ptr=dt.x, x_stride=dt.stride, static_ptr=coding.static,
-                    failure_ptr=batch.failure, site=layer.number, w_ptr=weight.digits, steps_ptr=weight.steps,
+                    z_stride=2 * weight.rows, channels=weight.rows, x_ptr=dt.x, x_stride=dt.stride,
+                    static_ptr=coding.static, failure_ptr=batch.failure, site=layer.number, w_ptr=weight.digits,
+                    steps_ptr=weight.steps,
                     w_scale_ptr=weight.scale, y_bias_ptr=bias, y_ptr=gated, rows=batch.rows, K=weight.columns,
                     CODER=coding.of_a_step, largest=coding.largest, GROUP=weight.group,
                     DIGITS=coding.digits, PLACES=max(coding.digits, 16 // blocks.rows), PLANES=weight.planes,
-                    PACKED=weight.packed, LANES=step_lanes(self.config.d_state), M=blocks.rows, BN=n,
+                    PACKED=weight.packed, TILE=step_tile(self.config.d_state), M=blocks.rows, BN=n,
                     BK=min(blocks.depth, max(power_of_two(weight.columns), 32)))  # fmt: skip
 
     def body(self, batch: Batch, state: State, new: State) -> Tensor:

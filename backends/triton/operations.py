@@ -194,8 +194,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def conv1d(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Eq. (17)."""
     (n, k), y, new_state = x.shape, torch.empty_like(x), torch.empty_like(conv_state)
-    launch(alone.conv1d_kernel, (triton.cdiv(n, 16), triton.cdiv(k, 64)), 4, x_ptr=x, weight_ptr=weight, bias_ptr=bias,
-           state_ptr=conv_state, new_state_ptr=new_state, y_ptr=y, rows=n, K=k, TAPS=weight.shape[1], M=16, BK=64)  # fmt: skip
+    launch(alone.conv1d_kernel, (triton.cdiv(n, 16), triton.cdiv(k, 64)), 4, x_ptr=x, weight_ptr=weight.T.contiguous(),
+           bias_ptr=bias, state_ptr=conv_state, new_state_ptr=new_state, y_ptr=y, rows=n, K=k, TAPS=weight.shape[1], M=16,
+           BK=64)  # fmt: skip
     return y, new_state
 
 
@@ -216,9 +217,9 @@ def selective_scan(
     bounds = torch.tensor([[0], [length]], dtype=torch.int32, device=u.device)
     decays = bool((torch.isfinite(A) & (A <= 0)).all()) and bool((torch.isfinite(delta) & (delta >= 0)).all())
     launch(layers.scan_kernel, (triton.cdiv(e, blocks.channels), 1), 1, u_ptr=u, delta_ptr=delta, B_ptr=B, C_ptr=C,
-           bc_stride=n, z_ptr=None, z_stride=0, A_ptr=A, D_ptr=D, h_ptr=ssm_state, new_h_ptr=new, h_stride=0,
-           start_ptr=bounds[0], length_ptr=bounds[1], y_ptr=y, channels=e, DECAYS=decays, STATES=n, N=power_of_two(n),
-           LANES=blocks.lanes, BE=blocks.channels)  # fmt: skip
+           z_ptr=None, A_ptr=A, D_ptr=D, h_ptr=ssm_state, new_h_ptr=new, h_stride=0, start_ptr=bounds[0],
+           length_ptr=bounds[1], y_ptr=y, E=e, BC_STRIDE=n, Z_STRIDE=0, DECAYS=decays, STATES=n, N=power_of_two(n),
+           TILE=blocks.tile, LANES=blocks.lanes, BE=blocks.channels)  # fmt: skip
     return y, new
 
 

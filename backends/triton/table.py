@@ -30,7 +30,8 @@ def row_blocks(rows: int, k: int) -> Blocks:
     width = power_of_two(k)
     if INTERPRETED:
         return Blocks(min(power_of_two(rows), 128), width, width, 1)
-    return Blocks(1 if width > 256 else 4, width, min(width, 2048), 4 if width > 256 else 1)
+    even = k & -k  # the power of two that divides k: if it is large, no column of a block is idle
+    return Blocks(1 if width > 256 else 4, width, min(even if even >= 256 else width, 2048), 4 if width > 256 else 1)
 
 
 def product_blocks(rows: int, n: int, k: int, digits: int, planes: int) -> Blocks:
@@ -56,22 +57,26 @@ def step_blocks(rows: int, n: int) -> Blocks:
 
 
 class ScanBlocks(NamedTuple):
-    """channels in a block of one warp, lanes that share the states of a channel."""
+    """channels in a block of one warp, threads that share a channel, and states of a tile: as many, or what one of them loads
+    at once."""
 
     channels: int
     lanes: int
+    tile: int
 
 
 def scan_blocks(sequences: int, channels: int, states: int) -> ScanBlocks:
-    """The scan over a call: many lanes a channel where there are few sequences, so that there are enough warps. A block is
-    one warp, so that none waits for another."""
-    width = power_of_two(states)
+    """The scan over a call: many lanes a channel where there are few channels, so that there are some five warps for each of
+    an H100's 528 schedulers. A block is one warp, so that none waits for another."""
+    width, together = power_of_two(states), sequences * channels
     if INTERPRETED:
-        return ScanBlocks(min(power_of_two(channels), 2048), width)
-    lanes = min(4 if sequences * channels < 32768 else 1, width)
-    return ScanBlocks(32 // lanes, lanes)
+        return ScanBlocks(min(power_of_two(channels), 2048), width, width)
+    if together > 65536:
+        return ScanBlocks(32, 1, min(4, width))
+    lanes = min(16 if together < 8192 else 8 if together < 16384 else 4, width)
+    return ScanBlocks(32 // lanes, lanes, lanes)
 
 
-def step_lanes(states: int) -> int:
-    """Lanes of the scan in decode."""
+def step_tile(states: int) -> int:
+    """States of a tile in decode."""
     return power_of_two(states) if INTERPRETED else min(4, power_of_two(states))

@@ -89,12 +89,12 @@ def rms_norm_kernel(x_ptr, weight_ptr, eps, y_ptr, rows, K, M: tl.constexpr, WID
 def conv1d_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, new_state_ptr, y_ptr, rows, K, TAPS: tl.constexpr, M: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    """Eq. (17) of one sequence: (rows, K), state (K, TAPS - 1) -> (rows, K), (K, TAPS - 1)."""
+    """Eq. (17) of one sequence: (rows, K), weight (TAPS, K), state (K, TAPS - 1) -> (rows, K), (K, TAPS - 1)."""
     row = tl.program_id(0) * M + tl.arange(0, M)
     k = tl.program_id(1) * BK + tl.arange(0, BK)
     ok = (row < rows)[:, None] & (k < K)[None, :]
     zero = tl.zeros([M], tl.int32)
-    y = convolution(x_ptr, K, weight_ptr, bias_ptr, state_ptr, 0, row, zero, row, k, ok, TAPS)
+    y = convolution(x_ptr, K, weight_ptr, bias_ptr, state_ptr, 0, row, zero, row, k, ok, K, TAPS)
     tl.store(y_ptr + row[:, None] * K + k[None, :], y, mask=ok)
     store_conv_state(x_ptr, K, state_ptr, new_state_ptr, 0, row, zero, row, zero + rows, k, ok, TAPS)
 

@@ -60,43 +60,38 @@ def exp_polynomial(r):
 
 
 @triton.jit
-def exp(x):
-    """Eq. (1)."""
-    inside = (x >= EXP_LOW) & (x <= EXP_HIGH)
-    a = tl.where(inside, x, 0.0)
-    n = rint(a * LOG2_E)
-    p = exp_polynomial((a - n * LN2_HIGH) - n * LN2_LOW)
-    whole = n.to(tl.int32)
-    half = whole >> 1
-    y = (p * two_to(half)) * two_to(whole - half)
-    return tl.where(inside, y, tl.where(x > EXP_HIGH, INFINITY, tl.where(x < EXP_LOW, 0.0, x)))
+def exp_inside(x):
+    """Eq. (1) for EXP_LOW <= x <= EXP_HIGH; any value elsewhere.
 
-
-@triton.jit
-def exp_of_decay(x):
-    """Eq. (1) for x <= 0, -infinity included and NaN excluded, in half the instructions.
-
-    x * LOG2_E + WHOLE has n in its low bits, and the factor 2^n is an addition to the exponent's bits: n >= -126 and
-    0.7 <= p < 1.42, so that no product is subnormal.
+    x * LOG2_E + WHOLE has n in its low bits. The two factors of eq. (1) are one addition to the exponent's bits, since no
+    result is subnormal or infinite: -126 <= n <= 128 and 0.7 <= p < 1.42, where p >= 1 for n = -126 and p < 1 for n = 128.
     """
     s = x * LOG2_E + WHOLE
     n = s - WHOLE
     p = exp_polynomial((x - n * LN2_HIGH) - n * LN2_LOW)
-    y = (p.to(tl.int32, bitcast=True) + (s.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
-    return tl.where(x < EXP_LOW, 0.0, y)
+    return (p.to(tl.int32, bitcast=True) + (s.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def log(x):
-    """Eq. (2)."""
-    usual = (x > 0.0) & (x < INFINITY)
-    a = tl.where(usual, x, 1.0)
-    subnormal = a < SMALLEST_NORMAL
-    a = a * tl.where(subnormal, TWO_25, 1.0)
+def exp(x):
+    """Eq. (1)."""
+    y = tl.where(x > EXP_HIGH, INFINITY, tl.where(x < EXP_LOW, 0.0, exp_inside(x)))
+    return tl.where(x == x, y, x)
+
+
+@triton.jit
+def exp_of_decay(x):
+    """Eq. (1) for x <= 0, -infinity included; any value for a NaN."""
+    return tl.where(x < EXP_LOW, 0.0, exp_inside(x))
+
+
+@triton.jit
+def log_scaled(a, shift):
+    """Eq. (2) of a * 2^-shift, for a normal, positive and finite a; any value for another."""
     bits = a.to(tl.int32, bitcast=True)
     k = (bits - SQRT_HALF_BITS) >> 23
     f = (bits - (k << 23)).to(tl.float32, bitcast=True) - 1.0
-    n = tl.where(subnormal, k - 25, k).to(tl.float32)
+    n = (k - shift).to(tl.float32)
     p = f * L0 + L1
     p = p * f + L2
     p = p * f + L3
@@ -106,21 +101,30 @@ def log(x):
     p = p * f + L7
     square = f * f
     y = (((p * f) * square + n * LN2_LOW) - 0.5 * square) + f
-    y = y + n * LN2_HIGH
+    return y + n * LN2_HIGH
+
+
+@triton.jit
+def log(x):
+    """Eq. (2)."""
+    usual = (x > 0.0) & (x < INFINITY)
+    a = tl.where(usual, x, 1.0)
+    subnormal = a < SMALLEST_NORMAL
+    y = log_scaled(a * tl.where(subnormal, TWO_25, 1.0), tl.where(subnormal, 25, 0))
     return tl.where(usual, y, tl.where(x == 0.0, -INFINITY, tl.where(x > 0.0, x, float("nan"))))
 
 
 @triton.jit
 def log1p(y):
-    """Eq. (3)."""
+    """Eq. (3), 0 <= y <= 1, so that its logarithm is of a number from 1 to 2; any value for another y."""
     u = 1.0 + y
-    return log(u) + divide(y - (u - 1.0), u)
+    return log_scaled(u, 0) + divide(y - (u - 1.0), u)
 
 
 @triton.jit
 def softplus(x):
-    """Eq. (4). A NaN is not below zero, and so stays what it is."""
-    return tl.where(x > SOFTPLUS_LINEAR, x, tl.where(x < 0.0, 0.0, x) + log1p(exp(-tl.abs(x))))
+    """Eq. (4). A NaN is not below zero, and so stays what it is, whatever is added to it."""
+    return tl.where(x > SOFTPLUS_LINEAR, x, tl.where(x < 0.0, 0.0, x) + log1p(exp_of_decay(-tl.abs(x))))
 
 
 @triton.jit

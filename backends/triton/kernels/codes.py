@@ -1,13 +1,15 @@
 """SPEC section 2 as device functions: scales, codes, digits, and the joining of digit products."""
 
+import numpy as np
 import triton
 import triton.language as tl
 
-from refmamba.backends.triton.kernels.arithmetic import divide, rint, two_to, two_to_f64
+from refmamba.backends.triton.kernels.arithmetic import WHOLE, divide, rint, two_to, two_to_f64
 from refmamba.spec import codes
 
 ABSMAX_ZERO_BITS = tl.constexpr(int(codes.ABSMAX_ZERO.view("int32")))
 INFINITY_BITS = tl.constexpr(0x7F800000)
+WHOLE_BITS = tl.constexpr(int(np.float32(WHOLE.value).view(np.int32)))
 LARGEST_FIXED_POINT = tl.constexpr(2.0**codes.ACTIVATION_BITS)
 EXACT_ROW = tl.constexpr(codes.BLOCK)  # columns whose digit products are joined with one rounding, eq. (12)
 CARRIES = tl.constexpr(0x808080)  # q + CARRIES has the balanced digits of q, the three low ones each 128 too large
@@ -29,17 +31,23 @@ def exponent_of(bits, MAGNITUDE: tl.constexpr):
 
 
 @triton.jit
-def quantize(x, scale, largest):
-    """Eq. (8) as int32; the clamp by comparisons, before the conversion. A NaN gives any code: its call fails."""
+def clamped(x, scale, largest):
+    """x * scale, held within +-largest by comparisons. A NaN stays one."""
     y = x * scale
-    y = tl.where(y > largest, largest, tl.where(y < -largest, -largest, y))
-    return rint(tl.where(y == y, y, 0.0)).to(tl.int32)
+    return tl.where(y > largest, largest, tl.where(y < -largest, -largest, y))
+
+
+@triton.jit
+def quantize(x, scale, largest):
+    """Eq. (8) as int32, largest < 2^22: the low bits of a sum. A NaN gives any code: its call fails."""
+    return (clamped(x, scale, largest) + WHOLE).to(tl.int32, bitcast=True) - WHOLE_BITS
 
 
 @triton.jit
 def quantize_wide(x, scale):
-    """Eq. (33) as int32: held within +-2^30 only."""
-    return quantize(x, scale, LARGEST_FIXED_POINT)
+    """Eq. (33) as int32: held within +-2^30 only. A NaN gives any code: its call fails."""
+    y = clamped(x, scale, LARGEST_FIXED_POINT)
+    return rint(tl.where(y == y, y, 0.0)).to(tl.int32)
 
 
 @triton.jit

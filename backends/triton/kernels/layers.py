@@ -3,8 +3,8 @@
 A call's sequences lie one after the other without padding: row r of every activation is one token, `sequence_ptr` says of
 which sequence, `position_ptr` which of its tokens in this call. A pointer that a use does not need is None.
 
-What a linear layer reads (SOURCE): "plain", a row as it is; "norm", eq. (16) of it; "conv", eq. (17) and (5) of it. It is
-computed again for every part of the row where it is needed, which costs less than a pass through memory. How it is coded
+What a linear layer reads (SOURCE): "plain", a row as it is; "norm", eq. (16) of it; "conv", eq. (17) and (5) of it. Where it
+is not kept it is computed again, which costs less than a pass through memory. How it is coded
 (CODER): "per_token", "per_sequence", "static" (eq. 7, 8), "fixed_point" (eq. 10), or "flattened" (eq. 33).
 """
 
@@ -49,16 +49,17 @@ def rms_root(x_ptr, x_stride, eps, row, row_ok, K, M: tl.constexpr, WIDTH: tl.co
 
 @triton.jit
 def convolution(
-    x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, row, sequence, position, k, ok, TAPS: tl.constexpr
+    x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, row, sequence, position, k, ok, K, TAPS: tl.constexpr
 ):  # fmt: skip
-    """Eq. (17) for some rows (M,) and channels k (BK,)."""
+    """Eq. (17) for some rows (M,) and channels k (BK,), weight (TAPS, K)."""
+    first = tl.min(position, 0)
     for tap in tl.static_range(TAPS):
         at = position - (TAPS - 1 - tap)
         x = tl.load(x_ptr + (row - (TAPS - 1 - tap))[:, None] * x_stride + k[None, :], mask=ok & (at >= 0)[:, None], other=0.0)
-        if tap < TAPS - 1:
+        if first < TAPS - 1 - tap:
             before = state_ptr + (sequence * state_stride + TAPS - 1 + at)[:, None] + k[None, :] * (TAPS - 1)
             x = tl.where((at >= 0)[:, None], x, tl.load(before, mask=ok & (at < 0)[:, None], other=0.0))
-        term = x * tl.load(weight_ptr + k[None, :] * TAPS + tap, mask=ok, other=0.0)
+        term = x * tl.load(weight_ptr + tap * K + k[None, :], mask=ok, other=0.0)
         if tap == 0:
             y = term
         else:
@@ -86,13 +87,13 @@ def store_conv_state(
 
 @triton.jit
 def source(
-    x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, root, row, sequence, position, k, ok,
+    x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, root, row, sequence, position, k, ok, K,
     SOURCE: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """What a linear layer reads, (M, BK), 0.0 where not ok."""
     if SOURCE == "conv":
         return silu(
-            convolution(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, row, sequence, position, k, ok, TAPS)
+            convolution(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, row, sequence, position, k, ok, K, TAPS)
         )
     else:
         x = tl.load(x_ptr + row[:, None] * x_stride + k[None, :], mask=ok, other=0.0)
@@ -132,7 +133,7 @@ def row_maximum(
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
         ok = row_ok[:, None] & (k < K)[None, :]
-        x = source(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, root, row, sequence, position, k, ok,
+        x = source(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, root, row, sequence, position, k, ok, K,
                    SOURCE, TAPS)  # fmt: skip
         x = selected(tl.where(ok, transformed(x, power_ptr, k, ok), 0.0), threshold, PART)
         bits = tl.maximum(bits, tl.max(magnitude_bits(x), 1))
@@ -203,33 +204,46 @@ def code_kernel(
     K: tl.constexpr, SOURCE: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, PART: tl.constexpr, CODER: tl.constexpr,
     DIGITS: tl.constexpr, M: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The codes of what a linear layer reads: digits q (rows, DIGITS, K) int8, scale or exponent (rows,). Prefill only."""
-    row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
-    row_ok = row < rows
+    """The codes of what a linear layer reads: digits q (rows, DIGITS, K) int8, scale or exponent (rows,). Prefill only.
+
+    A row is computed once, and kept in registers until its maximum is known: as tiles, since K need not be a power of two.
+    """
+    row = tl.minimum(tl.program_id(0) * M + tl.arange(0, M), rows - 1).to(tl.int64)  # past the last row: it again
+    row_ok = tl.full([M], True, tl.int1)
     sequence = tl.load(sequence_ptr + row, mask=row_ok, other=0).to(tl.int64)
     position = tl.load(position_ptr + row, mask=row_ok, other=0)
     root = tl.zeros([M], tl.float32)
     if SOURCE == "norm":
         root = rms_root(x_ptr, x_stride, eps, row, row_ok, K, M, WIDTH)
-    bits = row_maximum(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, power_ptr, threshold, root, row, row_ok,
-                       sequence, position, K, SOURCE, TAPS, PART, M, BK)  # fmt: skip
+    tiles, largest_bits = (), tl.zeros([M, BK], tl.int32)
+    for i in tl.static_range((K + BK - 1) // BK):
+        k = i * BK + tl.arange(0, BK)
+        ok = row_ok[:, None] & (k < K)[None, :]
+        x = source(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, root, row, sequence, position, k, ok, K,
+                   SOURCE, TAPS)  # fmt: skip
+        if SOURCE == "conv":
+            tl.store(u_ptr + row[:, None] * K + k[None, :], x, mask=ok)
+        x = selected(tl.where(ok, transformed(x, power_ptr, k, ok), 0.0), threshold, PART)
+        tiles, largest_bits = tiles + (x,), tl.maximum(largest_bits, magnitude_bits(x))  # noqa: RUF005
+    bits = tl.max(largest_bits, 1)
     report(bits, failure_ptr, site)
     factor, scale = factors(bits, sequence, peak_ptr, static_ptr, row_ok, largest, CODER)
     tl.store(scale_ptr + row, scale, mask=row_ok)
-    for start in range(0, K, BK):
-        k = start + tl.arange(0, BK)
+    for i in tl.static_range((K + BK - 1) // BK):
+        k = i * BK + tl.arange(0, BK)
         ok = row_ok[:, None] & (k < K)[None, :]
-        x = source(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, root, row, sequence, position, k, ok,
-                   SOURCE, TAPS)  # fmt: skip
-        if SOURCE == "conv":
-            length = tl.load(length_ptr + sequence, mask=row_ok, other=0)
-            tl.store(u_ptr + row[:, None] * K + k[None, :], x, mask=ok)
-            store_conv_state(x_ptr, x_stride, state_ptr, new_state_ptr, state_stride, row, sequence, position, length, k, ok,
-                             TAPS)  # fmt: skip
-        q = encode(selected(transformed(x, power_ptr, k, ok), threshold, PART), factor, largest, CODER)
+        q = encode(tiles[i], factor, largest, CODER)
         for place in tl.static_range(DIGITS):
             value = q.to(tl.int8) if DIGITS == 1 else digit(q, place)
             tl.store(q_ptr + (row * DIGITS + place)[:, None] * K + k[None, :], value, mask=ok)
+    if SOURCE == "conv":
+        length = tl.load(length_ptr + sequence, mask=row_ok, other=0)
+        if (tl.min(position, 0) == 0) | (tl.max(position - length, 0) >= 1 - TAPS):
+            for start in range(0, K, BK):
+                k = start + tl.arange(0, BK)
+                ok = row_ok[:, None] & (k < K)[None, :]
+                store_conv_state(x_ptr, x_stride, state_ptr, new_state_ptr, state_stride, row, sequence, position, length, k,
+                                 ok, TAPS)  # fmt: skip
 
 
 @triton.jit
@@ -265,7 +279,7 @@ def rotate_kernel(
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)
         ok = row_ok[:, None] & (k < K)[None, :]
-        x = source(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, root, row, sequence, position, k, ok,
+        x = source(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, root, row, sequence, position, k, ok, K,
                    SOURCE, TAPS)  # fmt: skip
         if SOURCE == "conv":
             length = tl.load(length_ptr + sequence, mask=row_ok, other=0)
@@ -316,7 +330,7 @@ def digit_tile(
         return tl.load(q_ptr + at[:, None] * K + k[None, :], mask=(at < last)[:, None] & (k < K)[None, :], other=0)
     else:
         ok = row_ok[:, None] & (k < K)[None, :]
-        x = source(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, root, row, sequence, position, k, ok,
+        x = source(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, root, row, sequence, position, k, ok, K,
                    SOURCE, TAPS)  # fmt: skip
         q = tl.where(ok, encode(selected(transformed(x, power_ptr, k, ok), threshold, PART), factor, largest, CODER), 0)
         place = tl.arange(0, PLACES)[None, :, None]
@@ -443,7 +457,7 @@ def linear_kernel(
                 k = start + tl.arange(0, BK)
                 k_ok = row_ok[:, None] & (k < K)[None, :]
                 u = source(x_ptr, x_stride, weight_ptr, bias_ptr, state_ptr, state_stride, row * 0.0, row, sequence, position,
-                           k, k_ok, SOURCE, TAPS)  # fmt: skip
+                           k, k_ok, K, SOURCE, TAPS)  # fmt: skip
                 tl.store(u_ptr + row[:, None] * K + k[None, :], u, mask=k_ok)
                 store_conv_state(x_ptr, x_stride, state_ptr, new_state_ptr, state_stride, row, sequence, position, length, k,
                                  k_ok, TAPS)  # fmt: skip
@@ -470,13 +484,12 @@ def read_back_kernel(
 
 
 @triton.jit
-def states(ptr, at, ok, STATES: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr):
-    """A channel's values for each state, as a tuple of N / LANES tiles (channels, LANES): states i * LANES to + LANES."""
+def states(ptr, at, STATES: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr):
+    """A channel's values for each state, as a tuple of N / TILE tiles (channels, TILE): states i * TILE to + TILE."""
     tiles = ()
-    for i in tl.static_range(N // LANES):
-        n = i * LANES + tl.arange(0, LANES)
-        inside = ok[:, None] & (n < STATES)[None, :]
-        tiles = tiles + (tl.load(ptr + at[:, None] + n[None, :], mask=inside, other=0.0),)  # noqa: RUF005
+    for i in tl.static_range(N // TILE):
+        n = i * TILE + tl.arange(0, TILE)
+        tiles = tiles + (tl.load(ptr + at[:, None] + n[None, :], mask=(n < STATES)[None, :], other=0.0),)  # noqa: RUF005
     return tiles
 
 
@@ -495,88 +508,94 @@ def tuple_tree(tiles, COUNT: tl.constexpr):
 
 @triton.jit
 def advance(
-    u, delta, A, D, h, B_ptr, C_ptr, at,
-    CHANNELS: tl.constexpr, DECAYS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
+    u, delta, A, h, B_at, C_at,
+    DECAYS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One token, eq. (20, 21, 22): u, delta, D (channels,), A and h as `states` has them -> y (channels,), h.
-
-    B and C of the token are at `at`, (channels,) or (1,).
-    """
+    """One token, eq. (20, 21) and the first sums of (22): u, delta (channels, TILE or 1), A and h as `states` has them -> sums
+    (channels, TILE), h. B and C of the token begin at the pointers, (channels,) or (1,)."""
     following, terms = (), ()
-    for i in tl.static_range(N // LANES):
-        n = i * LANES + tl.arange(0, LANES)
+    for i in tl.static_range(N // TILE):
+        n = i * TILE + tl.arange(0, TILE)
         real = (n < STATES)[None, :]
-        B = tl.load(B_ptr + at[:, None] + n[None, :], mask=real, other=0.0)
-        C = tl.load(C_ptr + at[:, None] + n[None, :], mask=real, other=0.0)
-        exponent = delta[:, None] * A[i]
+        B = tl.load(B_at[:, None] + n[None, :], mask=real, other=0.0)
+        C = tl.load(C_at[:, None] + n[None, :], mask=real, other=0.0)
+        exponent = delta * A[i]
         A_bar = exp_of_decay(exponent) if DECAYS else exp(exponent)
-        now = A_bar * h[i] + (delta * u)[:, None] * B
+        now = A_bar * h[i] + (delta * u) * B
         following = following + (now,)  # noqa: RUF005
         terms = terms + (tl.where(real, C * now, 0.0),)  # noqa: RUF005
-    return tree(tuple_tree(terms, N // LANES), CHANNELS, LANES) + D * u, following
+    return tuple_tree(terms, N // TILE), following
 
 
 @triton.jit
-def store_states(ptr, at, ok, h, STATES: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr):
+def store_states(ptr, at, h, STATES: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr):
     """The inverse of `states`."""
-    for i in tl.static_range(N // LANES):
-        n = i * LANES + tl.arange(0, LANES)
-        tl.store(ptr + at[:, None] + n[None, :], h[i], mask=ok[:, None] & (n < STATES)[None, :])
+    for i in tl.static_range(N // TILE):
+        n = i * TILE + tl.arange(0, TILE)
+        tl.store(ptr + at[:, None] + n[None, :], h[i], mask=(n < STATES)[None, :])
 
 
 @triton.jit
-def scan_row(
-    u_ptr, delta_ptr, B_ptr, C_ptr, bc_stride, A, D, h, row, c, ok, channels,
-    CHANNELS: tl.constexpr, DECAYS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """`advance` for the token in a row of a call."""
-    u = tl.load(u_ptr + row * channels + c, mask=ok, other=0.0)
-    delta = tl.load(delta_ptr + row * channels + c, mask=ok, other=0.0)
-    at = row * bc_stride + tl.arange(0, 1)
-    return advance(u, delta, A, D, h, B_ptr, C_ptr, at, CHANNELS, DECAYS, STATES, N, LANES)
+def side_by_side(tiles, COUNT: tl.constexpr):
+    """A tuple of COUNT tiles as one with an axis more, the last, COUNT a power of two."""
+    half: tl.constexpr = COUNT // 2
+    if half > 0:
+        pairs = ()
+        for i in tl.static_range(half):
+            pairs = pairs + (tl.join(tiles[i], tiles[i + half]),)  # noqa: RUF005
+        return side_by_side(pairs, half)
+    else:
+        return tiles[0]
 
 
 @triton.jit
 def scan_kernel(
-    u_ptr, delta_ptr, B_ptr, C_ptr, bc_stride, z_ptr, z_stride, A_ptr, D_ptr, h_ptr, new_h_ptr, h_stride, start_ptr,
-    length_ptr, y_ptr, channels,
-    DECAYS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr, BE: tl.constexpr,
+    u_ptr, delta_ptr, B_ptr, C_ptr, z_ptr, A_ptr, D_ptr, h_ptr, new_h_ptr, h_stride, start_ptr, length_ptr, y_ptr,
+    E: tl.constexpr, BC_STRIDE: tl.constexpr, Z_STRIDE: tl.constexpr,
+    DECAYS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """The scan and, where z is there, the gate, eq. (20) to (23), of one sequence and BE channels: y (rows, channels).
+    """The scan and, where z is there, the gate, eq. (20) to (23), of one sequence and BE of E channels: y (rows, E).
 
-    The lanes of a channel all have its y. So that the gate is not computed by each of them, LANES tokens wait for theirs, and
-    each lane computes that of one; the last few tokens of a sequence, fewer than LANES, go one by one.
+    LANES threads share a channel: LANES is 1, or TILE, of which each has one state. Then the last sums of (22), and the gate,
+    are those of LANES tokens at once, one for each of them; the last few tokens of a sequence go one by one.
     """
     sequence = tl.program_id(1).to(tl.int64)
     start, length = tl.load(start_ptr + sequence).to(tl.int64), tl.load(length_ptr + sequence)
-    c = tl.program_id(0) * BE + tl.arange(0, BE)
-    ok = c < channels
-    A = states(A_ptr, c * STATES, ok, STATES, N, LANES)
-    D = tl.load(D_ptr + c, mask=ok, other=0.0)
-    h = states(h_ptr + sequence * h_stride, c * STATES, ok, STATES, N, LANES)
+    c = tl.minimum(tl.program_id(0) * BE + tl.arange(0, BE), E - 1)  # past the last channel: it again
+    A = states(A_ptr, c * STATES, STATES, N, TILE)
+    D = tl.load(D_ptr + c)
+    h = states(h_ptr + sequence * h_stride, c * STATES, STATES, N, TILE)
+    at = start * E + c[:, None] + tl.zeros([1, LANES], tl.int32)  # each lane loads what it needs
+    u_at, delta_at = u_ptr + at, delta_ptr + at
+    at = start * BC_STRIDE + tl.arange(0, 1)
+    B_at, C_at = B_ptr + at, C_ptr + at
     t = 0
-    if LANES > 1:
-        lane = tl.arange(0, LANES)
-        while t + LANES <= length:
-            tile = tl.zeros([BE, LANES], tl.float32)
-            for i in tl.static_range(LANES):
-                y, h = scan_row(u_ptr, delta_ptr, B_ptr, C_ptr, bc_stride, A, D, h, start + t + i, c, ok, channels, BE,
-                                DECAYS, STATES, N, LANES)  # fmt: skip
-                tile = tl.where(lane[None, :] == i, y[:, None], tile)
-            row = (start + t + lane)[None, :]
-            at = c[:, None]
-            if z_ptr is not None:
-                tile = tile * silu(tl.load(z_ptr + row * z_stride + at, mask=ok[:, None], other=0.0))
-            tl.store(y_ptr + row * channels + at, tile, mask=ok[:, None])
-            t += LANES
-    while t < length:
-        row = start + t
-        y, h = scan_row(u_ptr, delta_ptr, B_ptr, C_ptr, bc_stride, A, D, h, row, c, ok, channels, BE, DECAYS, STATES, N, LANES)
+    while t + LANES <= length:
+        sums = ()
+        for i in tl.static_range(LANES):
+            u, delta = tl.load(u_at + i * E), tl.load(delta_at + i * E)
+            one, h = advance(u, delta, A, h, B_at + i * BC_STRIDE, C_at + i * BC_STRIDE, DECAYS, STATES, N, TILE)
+            sums = sums + (one,)  # noqa: RUF005
+        sums = tl.reshape(side_by_side(sums, LANES), [BE, TILE, LANES])
+        y = tl.reshape(tree(tl.reshape(tl.permute(sums, (0, 2, 1)), [BE * LANES, TILE]), BE * LANES, TILE), [BE, LANES])
+        row = (start + t + tl.arange(0, LANES))[None, :]
+        y = y + D[:, None] * tl.load(u_ptr + row * E + c[:, None])
         if z_ptr is not None:
-            y = y * silu(tl.load(z_ptr + row * z_stride + c, mask=ok, other=0.0))
-        tl.store(y_ptr + row * channels + c, y, mask=ok)
+            y = y * silu(tl.load(z_ptr + row * Z_STRIDE + c[:, None]))
+        tl.store(y_ptr + row * E + c[:, None], y)
+        u_at, delta_at = u_at + LANES * E, delta_at + LANES * E
+        B_at, C_at = B_at + LANES * BC_STRIDE, C_at + LANES * BC_STRIDE
+        t += LANES
+    while t < length:
+        sums, h = advance(tl.load(u_at), tl.load(delta_at), A, h, B_at, C_at, DECAYS, STATES, N, TILE)
+        row = start + t
+        y = tree(sums, BE, TILE) + D * tl.load(u_ptr + row * E + c)
+        if z_ptr is not None:
+            y = y * silu(tl.load(z_ptr + row * Z_STRIDE + c))
+        tl.store(y_ptr + row * E + c, y)
+        u_at, delta_at, B_at, C_at = u_at + E, delta_at + E, B_at + BC_STRIDE, C_at + BC_STRIDE
         t += 1
-    store_states(new_h_ptr + sequence * h_stride, c * STATES, ok, h, STATES, N, LANES)
+    store_states(new_h_ptr + sequence * h_stride, c * STATES, h, STATES, N, TILE)
 
 
 @triton.jit(do_not_specialize=["rows", "site"])
@@ -585,29 +604,27 @@ def scan_step_kernel(
     u_ptr, B_ptr, C_ptr, z_ptr, z_stride, A_ptr, D_ptr, h_ptr, new_h_ptr, h_stride, y_ptr, rows, channels, largest,
     K: tl.constexpr, CODER: tl.constexpr, DIGITS: tl.constexpr, PLACES: tl.constexpr, PLANES: tl.constexpr,
     PACKED: tl.constexpr, GROUP: tl.constexpr, DECAYS: tl.constexpr, STATES: tl.constexpr, N: tl.constexpr,
-    LANES: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    TILE: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """dt_proj, eq. (18), the scan and the gate for one token of each sequence: y (rows, channels). Decode only."""
-    row = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
-    row_ok = row < rows
-    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    row = tl.minimum(tl.program_id(0) * M + tl.arange(0, M), rows - 1).to(tl.int64)  # past the last row: it again
+    row_ok = tl.full([M], True, tl.int1)
+    c = tl.minimum(tl.program_id(1) * BN + tl.arange(0, BN), channels - 1)
     y = linear(x_ptr, x_stride, None, None, 0.0, None, 0, None, 0.0, None, static_ptr, failure_ptr, site, None, None, row,
                row_ok, row, row, w_ptr, steps_ptr, w_scale_ptr, c, channels, K, largest, "plain", 1, 1, "all", CODER, DIGITS,
                PLACES, PLANES, PACKED, GROUP, M, BN, BK)  # fmt: skip
-    ok = row_ok[:, None] & (c < channels)[None, :]
+    ok = tl.full([M, BN], True, tl.int1)
     delta = tl.reshape(finished(y, None, y_bias_ptr, None, row, c, ok, channels, True), [M * BN])
-    ok = tl.reshape(ok, [M * BN])
     row = tl.reshape(tl.broadcast_to(row[:, None], [M, BN]), [M * BN])
     c = tl.reshape(tl.broadcast_to(c[None, :], [M, BN]), [M * BN])
-    row, c = tl.where(ok, row, 0), tl.where(ok, c, 0)
-    u = tl.load(u_ptr + row * channels + c, mask=ok, other=0.0)
-    A = states(A_ptr, c * STATES, ok, STATES, N, LANES)
-    h = states(h_ptr, row * h_stride + c * STATES, ok, STATES, N, LANES)
-    D = tl.load(D_ptr + c, mask=ok, other=0.0)
-    y, h = advance(u, delta, A, D, h, B_ptr, C_ptr, row * x_stride, M * BN, DECAYS, STATES, N, LANES)
-    y = y * silu(tl.load(z_ptr + row * z_stride + c, mask=ok, other=0.0))
-    tl.store(y_ptr + row * channels + c, y, mask=ok)
-    store_states(new_h_ptr, row * h_stride + c * STATES, ok, h, STATES, N, LANES)
+    u = tl.load(u_ptr + row * channels + c)
+    A = states(A_ptr, c * STATES, STATES, N, TILE)
+    h = states(h_ptr, row * h_stride + c * STATES, STATES, N, TILE)
+    sums, h = advance(u[:, None], delta[:, None], A, h, B_ptr + row * x_stride, C_ptr + row * x_stride, DECAYS, STATES, N, TILE)
+    y = tree(sums, M * BN, TILE) + tl.load(D_ptr + c) * u
+    y = y * silu(tl.load(z_ptr + row * z_stride + c))
+    tl.store(y_ptr + row * channels + c, y)
+    store_states(new_h_ptr, row * h_stride + c * STATES, h, STATES, N, TILE)
 
 
 @triton.jit
