@@ -23,6 +23,7 @@ from compile_kernels import ARCHITECTURES, Configuration, compiled, configuratio
 from triton_faults import FAULTS, SHAPE, planted
 
 from refmamba.backends.triton.kernels import alone, layers
+from refmamba.backends.triton.table import row_blocks
 from refmamba.spec import arith, codes, ops
 from refmamba.spec.arith import F32Array
 
@@ -123,6 +124,29 @@ def test_the_convolution_has_its_bits(taps: int, architecture: str) -> None:
     expected, expected_state = ops.conv1d(x, state, weight, bias)
     assert_bits(expected, y)
     assert_bits(expected_state, new)
+
+
+@pytest.mark.parametrize("architecture", RUN)
+def test_the_codes_of_a_convolution_have_their_bits(architecture: str) -> None:
+    k, lengths, blocks = 768, (6, 2), row_blocks(8, 768)
+    rows = sum(lengths)
+    x, state = RNG.standard_normal((rows, k)).astype(np.float32), RNG.standard_normal((2, k, 3)).astype(np.float32)
+    weight, bias = (RNG.standard_normal(shape).astype(np.float32) for shape in ((k, 4), k))
+    u, new, q, scale = np.empty_like(x), np.empty_like(state), np.empty((rows, k), np.int8), np.empty(rows, np.float32)
+    run(layers.code_kernel, (rows,), blocks.warps, architecture, x_ptr=x, x_stride=k, weight_ptr=weight.T.copy(), bias_ptr=bias,
+        eps=0.0, state_ptr=state, new_state_ptr=new, state_stride=k * 3, length_ptr=np.array(lengths, np.int32),
+        sequence_ptr=np.repeat(np.arange(2, dtype=np.int32), lengths),
+        position_ptr=np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
+        power_ptr=None, threshold=0.0, u_ptr=u, peak_ptr=None, static_ptr=None, failure_ptr=np.full(1, 99, np.int32), site=0,
+        q_ptr=q, scale_ptr=scale, rows=rows, largest=127.0, K=k, SOURCE="conv", TAPS=4, WIDTH=1, PART="all", CODER="per_token",
+        DIGITS=1, M=blocks.rows, BK=blocks.depth)  # fmt: skip
+    for b, now in enumerate((slice(0, lengths[0]), slice(lengths[0], rows))):
+        y, kept = ops.conv1d(x[now], state[b], weight, bias)
+        assert_bits(arith.silu(y), u[now])
+        assert_bits(kept, new[b])
+    expected = codes.code(u, 8, "x", "per_row")
+    assert np.array_equal(expected.q, q)
+    assert_bits(expected.scale.reshape(-1), scale)
 
 
 @pytest.mark.parametrize("architecture", RUN)
