@@ -3,15 +3,17 @@
 From the kernels' SASS: instructions, those of the longest loop, registers. From the launches of a call, recorded as in
 compile_kernels.py: how many there are, the bytes of every tensor that a kernel takes, and the products of int8. From them and
 the card's data sheet, with the efficiencies below: seconds, which are estimates until benchmarks/gpu.py has measured them.
+Beside them what mamba-ssm would take in bfloat16, by the same data sheet.
 """
 
 import argparse
 import itertools
+import math
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +30,14 @@ from refmamba.spec.scheme import parse_scheme
 
 CONFIG = MambaConfig(2560, 64, 50280)  # mamba-2.8b
 CALLS = {"decode, batch 1": [1], "decode, batch 16": [1] * 16, "prefill 2048": [2048], "prefill 2048, batch 16": [2048] * 16}
-# An H100 SXM by its data sheet: bytes, int8 and bfloat16 operations a second; instructions of a warp that all schedulers issue.
-BANDWIDTH, INT8, BFLOAT16, ISSUED = 3.35e12, 1979e12, 989e12, 132 * 4 * 1.755e9
+# An H100 SXM by its data sheet: bytes, int8 and bfloat16 operations a second; its multiprocessors, the schedulers of each
+# (an instruction of a warp a clock), and the exponentials of each (a thread's, a clock).
+BANDWIDTH, INT8, BFLOAT16 = 3.35e12, 1979e12, 989e12
+MULTIPROCESSORS, SCHEDULERS, EXPONENTIALS, CLOCK = 132, 4, 16, 1.755e9
 # What of it is reached, and the seconds that a launch adds: assumptions.
 OF_BANDWIDTH, OF_PRODUCTS, OF_ISSUED, LAUNCH = 0.8, 0.6, 0.8, 2e-6
 NOT_READ_WHOLE = ("table_ptr",)
+PARTS = ("bytes", "products", "scan", "codes", "other instructions")  # what a kernel may take its time for
 
 
 class Launch(NamedTuple):
@@ -71,13 +76,33 @@ def launches(scheme_name: str, lengths: Sequence[int]) -> list[tuple[Launch, int
 
 
 class Code(NamedTuple):
-    """A kernel's machine code: instructions, those of its longest and of all loops, registers and bytes of a thread's stack."""
+    """A kernel's machine code: instructions; those on the shortest way from its first to its end, and in its longest and in all
+    innermost loops; registers and bytes of a thread's stack."""
 
     instructions: int
+    way: int
     loop: int
     loops: int
     registers: int
     stack: int
+
+
+def shortest_way(lines: Sequence[tuple[int, str]], jumps: Mapping[int, int]) -> int:
+    """Instructions from the first to the end, where every loop is passed once, and no branch is taken that is longer than what
+    it goes around: a division's rare cases, and what only the first and the last tokens of a sequence do.
+
+    lines: address and text of each instruction; jumps: where a branch goes to, by its address.
+    """
+    ways = {math.inf: math.inf}
+    following = [*(at for at, _ in lines[1:]), math.inf]
+    for (at, text), after in zip(reversed(lines), reversed(following), strict=True):
+        choices = [] if text.startswith(("EXIT", "RET", "BRA")) else [ways[after]]
+        if "EXIT" in text or text.startswith("RET"):
+            choices.append(0)
+        if jumps.get(at, 0) > at:
+            choices.append(ways[min(to for to in ways if to >= jumps[at])])
+        ways[at] = 1 + min(choices, default=math.inf)
+    return int(ways[lines[0][0]])
 
 
 def machine_code(configuration: Configuration, architecture: str, **options: Any) -> Code:
@@ -91,26 +116,59 @@ def machine_code(configuration: Configuration, architecture: str, **options: Any
             for option in ("-sass", "-res-usage")
         )
     lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass) if text.strip() != "NOP"]
-    jumps = [(at, int(to[1], 16)) for at, text in lines if (to := re.search(r"\bBRA.* `?\(?(?:\.L_x_\d+)?(0x[0-9a-f]+)", text))]
-    loops = [sum(to <= line <= at for line, _ in lines) for at, to in jumps if to < at]
+    jumps = {at: int(to[1], 16) for at, text in lines if (to := re.search(r"\bBRA.* `?\(?(?:\.L_x_\d+)?(0x[0-9a-f]+)", text))}
+    loops = [(to, at) for at, to in jumps.items() if to < at]
+    sizes = [sum(first <= line <= last for line, _ in lines) for first, last in loops]
+    inner = [not any(first <= a and b <= last and (a, b) != (first, last) for a, b in loops) for first, last in loops]
     registers, stack = (int(re.findall(rf"{word}:(\d+)", usage)[0]) for word in ("REG", "STACK"))
-    return Code(len(lines), max(loops, default=0), sum(loops), registers, stack)
+    return Code(len(lines), shortest_way(lines, jumps), max(sizes, default=0), sum(itertools.compress(sizes, inner)), registers,
+                stack)  # fmt: skip
 
 
 def seconds(launch: Launch, code: Code, tokens: int) -> dict[str, float]:
-    """What a launch takes for its bytes, its products and its instructions; the largest counts.
+    """What a launch takes for its bytes, its products and, in a prefill, its instructions; the largest counts.
 
-    The scan's longest loop takes LANES tokens at once; both loops of a kernel for codes go along the row, BK columns at once.
+    The scan's longest loop takes LANES tokens at once; a product's loops go along the row, BK columns at once; a kernel for
+    codes holds the row. The scheduler that has the most warps to serve is the last to end. In decode the compiler unrolls
+    loops by numbers that the code does not tell.
     """
     name, constant = launch.configuration.kernel.__name__, dict(launch.configuration.constants)
-    scan = code.loop * tokens / constant["LANES"] if name == "scan_kernel" else 0
-    row = code.instructions + (triton.cdiv(constant["K"], constant["BK"]) - 1) * code.loops if name == "code_kernel" else 0
-    issued = launch.blocks * launch.configuration.warps / (OF_ISSUED * ISSUED)
+    instructions = 0.0
+    if name == "scan_kernel":
+        instructions = code.loop * tokens / constant["LANES"]
+    elif name == "code_kernel":
+        instructions = code.way
+    elif constant.get("SOURCE") == "codes":
+        instructions = code.way + (triton.cdiv(constant["K"], constant["BK"]) - 1) * code.loops
+    warps = triton.cdiv(triton.cdiv(launch.blocks, MULTIPROCESSORS) * launch.configuration.warps, SCHEDULERS)
     return {
         "bytes": launch.bytes / (OF_BANDWIDTH * BANDWIDTH),
         "products": launch.operations / (OF_PRODUCTS * INT8),
-        "scan": issued * scan,
-        "codes": issued * row,
+        {"scan_kernel": "scan", "code_kernel": "codes"}.get(name, "other instructions"):
+            warps * instructions / (OF_ISSUED * CLOCK),
+    }  # fmt: skip
+
+
+def in_16_bits(rows: int) -> dict[str, float]:
+    """What a prefill in bfloat16 takes as mamba-ssm computes it, seven kernels a layer, counted in its favour: the scan's
+    exponentials and its instructions run at the card's full rate, what it only writes for a backward pass is left out.
+
+    A norm reads and writes d_model values and the float32 residual; the convolution reads and writes d_inner values; the scan
+    reads u, delta and z and writes y. For each state of a token the scan takes an exponential and six instructions: delta A,
+    delta u B, two in its first pass over h = a h + b, one in its second, and C h.
+    """
+    d, e, n, r = CONFIG.d_model, CONFIG.d_inner, CONFIG.d_state, CONFIG.dt_rank
+    products = {}
+    for name, (inputs, outputs) in {"in": (d, 2 * e), "x": (e, r + 2 * n), "dt": (r, e), "out": (e, d)}.items():
+        operations, values = 2 * rows * inputs * outputs, rows * (inputs + outputs) + inputs * outputs
+        products[name] = max(operations / (OF_PRODUCTS * BFLOAT16), 2 * values / (OF_BANDWIDTH * BANDWIDTH))
+    work = rows * e * n / (MULTIPROCESSORS * CLOCK)
+    scan = max(work / EXPONENTIALS, work * 6 / (32 * SCHEDULERS), 8 * rows * e / (OF_BANDWIDTH * BANDWIDTH))
+    return {
+        "products": CONFIG.n_layer * sum(products.values()),
+        "scan": CONFIG.n_layer * scan,
+        "norm and convolution": CONFIG.n_layer * rows * (12 * d + 4 * e) / (OF_BANDWIDTH * BANDWIDTH),
+        "launches": 7 * CONFIG.n_layer * LAUNCH,
     }
 
 
@@ -121,20 +179,24 @@ def report(architecture: str, schemes: Sequence[str]) -> str:
         f"# Estimates for mamba-2.8b on an H100 ({architecture}, Triton {triton.__version__})\n",
         "Nothing here was measured on a card. `python tools/gpu_estimates.py benchmarks/results/gpu_estimates.md` writes it.\n",
         f"Data sheet: {BANDWIDTH / 1e12:.2f} TB/s, {INT8 / 1e12:.0f} int8 and {BFLOAT16 / 1e12:.0f} bfloat16 operations "
-        f"(10^12/s), {ISSUED / 1e9:.0f} warp instructions (10^9/s). Assumed: {OF_BANDWIDTH:.0%} of the bandwidth, "
+        f"(10^12/s), {MULTIPROCESSORS * SCHEDULERS} schedulers that issue {CLOCK / 1e9:.3f} x 10^9 instructions/s "
+        f"each. Assumed: {OF_BANDWIDTH:.0%} of the bandwidth, "
         f"{OF_PRODUCTS:.0%} of the products, {OF_ISSUED:.0%} of the instructions, {LAUNCH * 1e6:.0f} µs a launch. A kernel "
-        "takes the largest of its bytes, its products and (the scan, and what makes codes) its instructions.\n",
-        "| scheme | call | launches | bytes, GB | int8 operations, 10^12 | bytes, ms | products, ms | scan, ms | codes, ms"
-        " | launches, ms | all, ms | tokens/s |", "| --- | --- |" + " ---: |" * 10,
+        "takes the largest of its bytes, its products and, in a prefill, its instructions, which are those of the "
+        "scheduler with the most warps.\n",
+        "| scheme | call | launches | bytes, GB | int8 operations, 10^12 | "
+        + " | ".join(f"{part}, ms" for part in (*PARTS, "launches", "all")) + " | tokens/s |",
+        "| --- | --- |" + " ---: |" * 11,
     ]  # fmt: skip
     kernels: dict[Configuration, list[str]] = {}
+    totals: dict[tuple[str, str], float] = {}
     for scheme, (call, lengths) in itertools.product(schemes, CALLS.items()):
         found = launches(scheme, lengths)
         for launch, _ in found:
             at = launch.configuration
             code[at] = code.get(at) or machine_code(at, architecture)
             kernels.setdefault(at, []).append(f"{scheme}: {call}")
-        parts, total = dict.fromkeys(("bytes", "products", "scan", "codes"), 0.0), 0.0
+        parts = dict.fromkeys(PARTS, 0.0)
         for launch, times in found:
             took = seconds(launch, code[launch.configuration], max(lengths))
             reason = max(took, key=took.__getitem__)
@@ -144,22 +206,32 @@ def report(architecture: str, schemes: Sequence[str]) -> str:
         cells = [f"{sum(n * x.bytes for x, n in found) / 1e9:.2f}", f"{sum(n * x.operations for x, n in found) / 1e12:.2f}"]
         cells += [f"{1e3 * part:.2f}" for part in (*parts.values(), count * LAUNCH, total)]
         lines.append(f"| {scheme} | {call} | {count} | {' | '.join(cells)} | {sum(lengths) / total:,.0f} |")
+        totals[scheme, call] = total
     macs = CONFIG.n_layer * sum(
         np.prod(s) for n, s in MambaConfig(CONFIG.d_model, 1, CONFIG.vocab_size).shapes().items() if "proj.weight" in n
     )
-    head = CONFIG.vocab_size * CONFIG.d_model
+    head, alone = CONFIG.vocab_size * CONFIG.d_model, 2048 * 2 * macs / (OF_PRODUCTS * BFLOAT16)
+    whole = in_16_bits(2048)
+    parts_of_it = " + ".join(f"{part} {1e3 * took:.2f}" for part, took in whole.items())
     lines += [
-        "\nFor comparison, the same sizes in 16 bits, products and bytes only, nothing for a scan, norms or launches: prefill "
-        f"of 2048 tokens {2048 * 2 * macs / (OF_PRODUCTS * BFLOAT16) * 1e3:.1f} ms, a token of decode "
-        f"{2 * (macs + head) / (OF_BANDWIDTH * BANDWIDTH) * 1e3:.2f} ms.\n",
-        "| kernel | instructions | with fusion | longest loop | with fusion | registers | bytes of stack | first used by |",
-        "| --- |" + " ---: |" * 6 + " --- |",
-    ]
+        "\nFor comparison, the same sizes in 16 bits: a token of decode "
+        f"{2 * (macs + head) / (OF_BANDWIDTH * BANDWIDTH) * 1e3:.2f} ms for the bytes of its weights; prefill of 2048 tokens "
+        f"{1e3 * alone:.1f} ms for its products alone. A whole call as mamba-ssm computes it, in its favour: {parts_of_it} = "
+        f"{1e3 * sum(whole.values()):.1f} ms.\n",
+        "| scheme | call | products alone in bfloat16 / this | whole call in bfloat16 / this |", "| --- | --- | ---: | ---: |",
+    ]  # fmt: skip
+    for scheme, (call, times) in itertools.product(schemes, {"prefill 2048": 1, "prefill 2048, batch 16": 16}.items()):
+        own, call_in_16 = totals[scheme, call], sum(in_16_bits(2048 * times).values())
+        lines.append(f"| {scheme} | {call} | {times * alone / own:.2f} | {call_in_16 / own:.2f} |")
+    lines += [
+        "\n| kernel | instructions | with fusion | shortest way | longest loop | with fusion | registers | bytes of stack"
+        " | first used by |", "| --- |" + " ---: |" * 7 + " --- |",
+    ]  # fmt: skip
     for at, users in kernels.items():
         fused = machine_code(at, architecture, enable_fp_fusion=True) if users[0].startswith(schemes[0]) else None
         exact = code[at]
         lines.append(
-            f"| {at.name} | {exact.instructions} | {fused.instructions if fused else ''} | {exact.loop} "
+            f"| {at.name} | {exact.instructions} | {fused.instructions if fused else ''} | {exact.way} | {exact.loop} "
             f"| {fused.loop if fused else ''} | {exact.registers} | {exact.stack} | {users[0]} |"
         )
     return "\n".join(lines) + "\n"
