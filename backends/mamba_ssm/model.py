@@ -14,7 +14,7 @@ from refmamba.backends.mamba_ssm.kernels import Kernels
 from refmamba.backends.mamba_ssm.operations import conv1d, log_softmax, rms_norm, selective_scan
 from refmamba.spec import coders
 from refmamba.spec.arith import F32Array, IntArray
-from refmamba.spec.codes import Codes, Param, dequantize
+from refmamba.spec.codes import Param, dequantize
 from refmamba.spec.mamba1 import Positions
 from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.trace import Hook
@@ -24,10 +24,8 @@ NEVER = -30000.0  # before softplus: a step of 0 in each dtype, which leaves the
 
 
 def value(param: Param) -> F32Array:
-    """A parameter read back to float32: eq. (9), eq. (10)."""
-    if isinstance(param, np.ndarray):
-        return param
-    return dequantize(param) if isinstance(param, Codes) else np.ldexp(param.q, -param.exponent[:, None]).astype(np.float32)
+    """A parameter as float32, read back where it is in codes or in fixed point."""
+    return param if isinstance(param, np.ndarray) else dequantize(param)
 
 
 @dataclass(frozen=True, eq=False)
