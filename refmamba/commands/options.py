@@ -169,7 +169,11 @@ def json_file_option(name: str, *parameter: str, help: str) -> Decorator:
 
 
 model_option = option(
-    "Model", "--model", default="small", show_default=True, help="`small`, a folder, a GGUF file, or OWNER/NAME on the hub."
+    "Model",
+    "--model",
+    default="small",
+    show_default=True,
+    help="`small`, a folder, a GGUF file, or OWNER/NAME[:FILE.gguf] on the hub.",
 )
 revision_option = option("Model", "--revision", help="Branch, tag or commit of a model on the hub.")
 scheme_option = option(

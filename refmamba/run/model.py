@@ -272,7 +272,7 @@ def load(
     bits: int | None = None, act_bits: int | None = None, calibrate: StrPath | None = None,
     percentile: float = 1.0, backend: str = DEFAULT_BACKEND, device: str | None = None, add_bos: bool | None = None,
 ) -> Model:  # fmt: skip
-    """Load a model: `small` (inside the package), a folder, a GGUF file, or OWNER/NAME on the hub.
+    """Load a model: `small` (inside the package), a folder, a GGUF file, or OWNER/NAME or OWNER/NAME:FILE.gguf on the hub.
 
     revision: branch, tag or commit on the hub. scheme: a name (`int8`), a file (`mine.json`) or a Scheme; else bits=N for
     `wN-all`, and with act_bits=M for `wNaM-all`; else the one that the folder was saved under; else `w8-all`. calibrate: a
