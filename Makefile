@@ -25,7 +25,7 @@ quick: lint types
 	python -m pytest -q -x -k "not another_environment" $(QUICK:%=tests/test_%.py)
 # The test vectors again, in place. The same bytes with the versions that their sources name; otherwise the list is of what changed.
 vectors:
-	python tools/make_vectors.py operations tiny small
+	python tools/make_vectors.py operations models small
 	git status --short tests/vectors
 # Speed on this machine, beside whatever else is installed, into benchmarks/results.
 bench:
