@@ -54,8 +54,8 @@ def what_is_there(folder: Path) -> CheckpointError:
         ".pth": "weights of another name; rename them to pytorch_model.bin, beside the model's config.json",
         ".pt": "weights of another name; rename them to pytorch_model.bin, beside the model's config.json",
     }.items():
-        if found := [name for name in names if name.endswith(ending) and name != "model.safetensors"]:
-            return ForeignModelError(f"{folder}: holds {_short(found[0])}: {advice}")
+        if others := [name for name in names if name.endswith(ending) and name != "model.safetensors"]:
+            return ForeignModelError(f"{folder}: holds {_short(others[0])}: {advice}")
     return CheckpointError(f"{folder}: no weights; a model folder has a model.safetensors or a pytorch_model.bin")
 
 

@@ -198,12 +198,12 @@ def load_tokenizer(files: ModelFiles, config: MambaConfig, add_bos: bool | None 
 
     def by_id(where: Path, values: dict[str, Any], key: str) -> list[int]:
         value = values.get(key)
-        found = value if isinstance(value, list) else [] if value is None else [value]
-        for index in found:
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        for index in ids:
             if type(index) is not int or not 0 <= index < config.vocab_size:
                 name = printable(repr(index), 40)
                 raise TokenizerError(f"{where}: {key} has {name}, which is no token of the model; correct it")
-        return found
+        return ids
 
     def special(kind: str) -> list[int]:
         token = names.get(f"{kind}_token")

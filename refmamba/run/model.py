@@ -204,8 +204,8 @@ class Model:
 
         Raises DataError, TokenizerError, NonFiniteError.
 
-        >>> found = refmamba.load("small", scheme="int8").perplexity("The old man went out of the house.")
-        >>> round(found.bits_per_byte, 2)
+        >>> result = refmamba.load("small", scheme="int8").perplexity("The old man went out of the house.")
+        >>> round(result.bits_per_byte, 2)
         1.22
         """
         return text_perplexity(self._session, text)
@@ -277,9 +277,9 @@ def load(
     revision: branch, tag or commit on the hub. scheme: a name (`int8`), a file (`mine.json`) or a Scheme; else bits=N for
     `wN-all`, and with act_bits=M for `wNaM-all`; else the one that the folder was saved under; else `w8-all`. calibrate: a
     text, or maxima in a .json, for static scales (None: the passage inside the package); percentile: the share of all
-    magnitudes on the text at which the maxima are cut (1: not). backend: `reference`, `cpu`,
-    `torch`, or `package.module:Class`; device: where that has several, as `cuda`. add_bos: whether a text's tokens begin
-    with the begin token (None: as the tokenizer's file says). Raises RefmambaError.
+    magnitudes on the text at which the maxima are cut (1: not). backend: a name of `refmamba.backends.BACKENDS`, or
+    `package.module:Class`; device: where that has several, as `cuda`. add_bos: whether a text's tokens begin with the begin
+    token (None: as the tokenizer's file says). Raises RefmambaError.
 
     >>> import refmamba
     >>> refmamba.load("small", scheme="int8")

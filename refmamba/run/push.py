@@ -36,7 +36,7 @@ def card(session: Session, repository: str, source: str | None, text: str, text_
     """The model card: Markdown under the hub's metadata."""
     from huggingface_hub import ModelCardData
 
-    found, model = text_perplexity(session, text), session.opened.checkpoint
+    measured, model = text_perplexity(session, text), session.opened.checkpoint
     named = source is not None and source.count("/") == 1
     data = ModelCardData(
         base_model=source if named else None, library_name="refmamba", pipeline_tag="text-generation",
@@ -58,7 +58,7 @@ gives the same bits on every backend and machine.
 | scheme | `{session.scheme.name}` |
 | refmamba's specification | {SPEC_VERSION} |
 | content SHA-256 | `{content_hash(model)}` |
-| {text_name}, {found.n_bytes} bytes | {found.bits_per_byte:.4f} bits a byte |
+| {text_name}, {measured.n_bytes} bytes | {measured.bits_per_byte:.4f} bits a byte |
 
     pip install refmamba
     refmamba generate --model {repository} "Once upon a time"
