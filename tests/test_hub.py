@@ -146,6 +146,13 @@ def test_the_only_gguf_file_is_the_model_where_there_are_no_other_weights(hub: H
     assert client.resolve("state/gguf") == files
 
 
+def test_an_export_is_called_after_the_gguf_file(client: Client) -> None:
+    pytest.importorskip("gguf")
+    done = client.refmamba("export", "state/gguf:gguf-F32.gguf", "out", "--format", "gguf", "--type", "F16")
+    assert (done.returncode, done.stdout.strip()) == (0, str(Path("out", "gguf-F32-F16.gguf"))), done.stderr
+    assert [file.name for file in (client.home / "out").iterdir()] == ["gguf-F32-F16.gguf"]
+
+
 def test_of_several_gguf_files_one_is_named(hub: HubServer, client: Client) -> None:
     message = client.error("state/several")
     assert (
