@@ -126,7 +126,7 @@ class OutputFile(click.Path):
 
 def claim(ctx: click.Context | None, option: str, file: Path | None, *, written: bool) -> None:
     """Raise DataError where two options of a command name one file, which it would write for one of them."""
-    from refmamba.formats.writing import reason
+    from refmamba.formats.reading import reason
 
     if ctx is None or file is None:
         return

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from refmamba.errors import FileError, HubError, printable
 from refmamba.formats.gguf import SUFFIX, is_gguf
-from refmamba.formats.reading import folder_there, read_json, there
+from refmamba.formats.reading import exists, folder_exists, read_json
 
 SMALL = "small"  # the model inside the package; ./small is a folder of that name
 NEOX = "EleutherAI/gpt-neox-20b"  # whose tokenizer the original state-spaces repositories use and do not ship
@@ -42,11 +42,11 @@ def resolve_model(name: str, revision: str | None = None) -> ModelFiles:
     tokenizer gets GPT-NeoX's from the hub. Raises HubError.
     """
     folder = Path(str(resources.files("refmamba") / "small_model")) if name == SMALL else Path(name)
-    if not (name and folder_there(folder)):
-        if name and there(folder) and is_gguf(folder):
+    if not (name and folder_exists(folder)):
+        if name and exists(folder) and is_gguf(folder):
             _no_revision(name, revision)
             return ModelFiles(folder, folder.with_name("tokenizer.json"))
-        if name and there(folder):
+        if name and exists(folder):
             raise HubError(f"model {name}: is a file; name the folder that it lies in")
         repository, colon, file = name.partition(":")
         is_path = repository.count("/") != 1 or name.startswith((".", "/", "~")) or is_gguf(Path(repository))
@@ -62,7 +62,7 @@ def resolve_model(name: str, revision: str | None = None) -> ModelFiles:
     else:
         _no_revision(name, revision)
     tokenizer = folder / "tokenizer.json"
-    if not there(tokenizer) and _original_layout(folder):
+    if not exists(tokenizer) and _original_layout(folder):
         tokenizer = _download_neox_tokenizer()
     return ModelFiles(folder, tokenizer)
 
