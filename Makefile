@@ -31,6 +31,7 @@ vectors:
 bench:
 	python benchmarks/cpu.py
 	python benchmarks/length.py
+	python benchmarks/batch.py
 # What a CPU can prove of the Triton kernels (docs/GPU.md): an hour or two.
 gpu-proof:
 	TRITON_INTERPRET=1 python -m refmamba verify --quick --backend triton
