@@ -4,11 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from refmamba.backend import Targets
-from refmamba.backends.adapter import State, scores_of, tensor
+from refmamba.backends.adapter import State, TensorRunner, tensor
 from refmamba.backends.triton.call import NO_FAILURE, batch_of, initial_state, last_batch, last_rows
 from refmamba.backends.triton.forward import Forward
 from refmamba.backends.triton.launch import Launch, launch, log_softmax
@@ -52,7 +50,7 @@ class Graph:
         return logits, new
 
 
-class Mamba:
+class Mamba(TensorRunner):
     """One model on one device."""
 
     def __init__(self, model: QuantizedModel, device: torch.device, launch: Launch = launch) -> None:
@@ -68,31 +66,16 @@ class Mamba:
         """The state whose `arrays` were these."""
         return State(tensor(conv, self.device), tensor(ssm, self.device))
 
-    @torch.inference_mode()
-    def prefill(
-        self,
-        sequences: Sequence[IntArray],
-        state: State | None = None,
-        *,
-        logits: Positions = "last",
-        hook: Hook | None = None,
-    ) -> tuple[list[F32Array], State]:
-        """Run each sequence from its state on; see `refmamba.backend.Runner.prefill`."""
-        y, rows, new = self.run(check_call(sequences, state, logits, hook, self.config), state, logits, hook)
-        arrays = y.cpu().numpy()
-        check_logits(arrays)
-        return np.split(arrays, np.cumsum(rows)[:-1]), new
-
     def run(
-        self, arrays: Sequence[IntArray], state: State | None, logits: Positions, hook: Hook | None = None
+        self, sequences: Sequence[IntArray], state: State | None, logits: Positions, hook: Hook | None = None
     ) -> tuple[Tensor, list[int], State]:
-        """Logits on the device, their rows for each sequence, and the new state. Raises NonFiniteError for a code of a NaN."""
-        state = state or initial_state(self.config, len(arrays), self.device)
-        batch = batch_of(arrays, self.device, hook)
+        """See `TensorRunner.run`."""
+        state = state or initial_state(self.config, len(sequences), self.device)
+        batch = batch_of(sequences, self.device, hook)
         new = State(torch.empty_like(state.conv), torch.empty_like(state.ssm))
         scored = last_batch(batch) if logits == "last" else batch
         x = self.forward.body(batch, state, new)
-        rows = {"all": [len(a) for a in arrays], "last": [1] * len(arrays), "none": [0] * len(arrays)}[logits]
+        rows = [{"all": len(tokens), "last": 1, "none": 0}[logits] for tokens in sequences]
         if logits == "none":
             y = self.forward.empty(0, self.config.vocab_size)
         else:
@@ -100,21 +83,15 @@ class Mamba:
         self.forward.check(int(batch.failure))
         return y, rows, new
 
-    @torch.inference_mode()
-    def scores(
-        self, sequences: Sequence[IntArray], state: State | None, logits: Positions, targets: Targets
-    ) -> tuple[F32Array, NDArray[np.bool_], State]:
-        """See `refmamba.backend.Scores`."""
-        y, rows, new = self.run(check_call(sequences, state, logits, None, self.config), state, logits)
-        values, greedy = scores_of(y, rows, targets, lambda part: log_softmax(part, self.forward.launch))
-        return values, greedy, new
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """Eq. (25): float32 (rows, vocabulary)."""
+        return log_softmax(logits, self.forward.launch)
 
     def step(self, tokens: IntArray, state: State, *, hook: Hook | None = None) -> tuple[F32Array, State]:
         """One token for each sequence; see `refmamba.backend.Runner.step`."""
         arrays = check_call(one_each(tokens), state, "last", hook, self.config)
         if self.device.type != "cuda" or hook or len(arrays) > FEW:
-            logits, state = self.prefill(arrays, state, hook=hook)
-            return np.concatenate(logits), state
+            return super().step(tokens, state, hook=hook)
         if len(arrays) not in self.graphs:
             self.graphs[len(arrays)] = Graph(self.forward, len(arrays))
         return self.graphs[len(arrays)].step(np.concatenate(arrays), state)
