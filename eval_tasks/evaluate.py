@@ -30,19 +30,32 @@ Block = list[tuple[int, Document]]
 
 @dataclass(frozen=True)
 class Job:
-    """What a process needs to score documents, and what it must find."""
+    """What a process needs to score documents, and what it must find. numerics: of the backend, as `numerics_of` has it."""
 
     choice: ModelChoice
     max_length: int
     model_sha256: str
+    numerics: str
     spec_version: str = SPEC_VERSION
 
     def open(self) -> Session:
-        """The model, which is loaded when it first runs. Raises RefmambaError, so DataError where its files are others."""
+        """The model, which is loaded when it first runs.
+
+        Raises RefmambaError, so DataError where its files are others, or the packages of a backend that is not exact.
+        """
         session = open_session(self.choice)
         if (model_sha256(session.opened.files), SPEC_VERSION) != (self.model_sha256, self.spec_version):
             raise DataError(f"{self.choice.model}: this process has other files of that name, or another refmamba")
+        if (numbers := numerics_of(session.backend)) != self.numerics:
+            raise DataError(
+                f"a worker computes in {numbers}, and the results are named {self.numerics}; install the same on both"
+            )
         return session
+
+
+def numerics_of(backend: Backend) -> str:
+    """What tells the numbers of a backend that is not exact from those of another version of it; empty for an exact one."""
+    return "" if backend.exact else ", ".join(numerics(backend).values()) or "float32"
 
 
 # A block's results as they come, in any order. A call may begin with the work; it does not wait for it.
@@ -96,15 +109,14 @@ class Subject:
     def job(self) -> Job:
         """What scores it."""
         device = "cuda" if self.backend.device == "cuda" else self.choice.device  # also where the backend chose it
-        return Job(replace(self.choice, device=device), self.max_length, self.model_sha256)
+        return Job(replace(self.choice, device=device), self.max_length, self.model_sha256, numerics_of(self.backend))
 
     def key(self, data: Dataset) -> Key:
         """The name of a task's results."""
-        exact = ("", "", "")
-        inexact = (self.backend.name, self.backend.device, ", ".join(numerics(self.backend).values()) or "float32")
+        where = ("", "") if self.backend.exact else (self.backend.name, self.backend.device)
         return Key(
             self.model_sha256, json.dumps(self.scheme.to_json(), sort_keys=True), self.calibration, data.task.name,
-            data.sha256, SPEC_VERSION, self.max_length, self.choice.add_bos, *(exact if self.backend.exact else inexact),
+            data.sha256, SPEC_VERSION, self.max_length, self.choice.add_bos, *where, numerics_of(self.backend),
         )  # fmt: skip
 
     def describe(self) -> dict[str, Any]:
