@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from refmamba.backend import Backend, numerics
-from refmamba.errors import DataError
+from refmamba.errors import BackendError, DataError
 from refmamba.eval_tasks.load import Dataset
 from refmamba.eval_tasks.progress import Progress
 from refmamba.eval_tasks.results import Key, Result, Results
@@ -41,15 +41,14 @@ class Job:
     def open(self) -> Session:
         """The model, which is loaded when it first runs.
 
-        Raises RefmambaError, so DataError where its files are others, or the packages of a backend that is not exact.
+        Raises RefmambaError, so DataError where its files are others, and BackendError where the packages of a backend are that
+        is not exact.
         """
         session = open_session(self.choice)
         if (model_sha256(session.opened.files), SPEC_VERSION) != (self.model_sha256, self.spec_version):
             raise DataError(f"{self.choice.model}: this process has other files of that name, or another refmamba")
         if (numbers := numerics_of(session.backend)) != self.numerics:
-            raise DataError(
-                f"a worker computes in {numbers}, and the results are named {self.numerics}; install the same on both"
-            )
+            raise BackendError(f"its kernels are {numbers}, and those of the command {self.numerics}; install the same")
         return session
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -33,6 +34,7 @@ from refmamba.conformance.comparison import parse_tolerance  # noqa: E402
 from refmamba.conformance.operations import check_operations  # noqa: E402
 from refmamba.conformance.verify import run_models  # noqa: E402
 from refmamba.errors import BackendError, DataError  # noqa: E402
+from refmamba.eval_tasks.cluster import _inputs, _on_worker  # noqa: E402
 from refmamba.eval_tasks.evaluate import subject  # noqa: E402
 from refmamba.eval_tasks.score import score  # noqa: E402
 from refmamba.run.session import ModelChoice  # noqa: E402
@@ -311,12 +313,11 @@ def test_workers_have_the_results_of_one_process(spread: str, tmp_path: Path) ->
 
 def test_a_worker_with_other_packages_is_refused(stand_ins: None, tmp_path: Path) -> None:
     job = subject(ModelChoice(str(write_small(tmp_path / "m")), "fp32", "mamba-ssm", device="cpu"), 2048).job
-    job.open()
-    other = replace(job, numerics="bfloat16, mamba_ssm 9, causal_conv1d 9")
-    with pytest.raises(
-        DataError, match=rf"a worker computes in bfloat16, {re.escape(KERNELS)}, .* named bfloat16, mamba_ssm 9"
-    ):
-        other.open()
+    assert _on_worker(job, _inputs(job), []) == []
+    other = replace(job, numerics="bfloat16, mamba_ssm 9")
+    line = f"on {socket.gethostname()}: its kernels are bfloat16, {KERNELS}, and those of the command bfloat16, mamba_ssm 9;"
+    with pytest.raises(BackendError, match=re.escape(line)):
+        _on_worker(other, _inputs(other), [])
 
 
 @pytest.mark.skipif(
