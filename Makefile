@@ -25,12 +25,13 @@ quick: lint types
 	python -m pytest -q -x -k "not another_environment" $(QUICK:%=tests/test_%.py)
 # The test vectors again, in place. The same bytes with the versions that their sources name; otherwise the list is of what changed.
 vectors:
-	python tools/make_vectors.py operations tiny small
+	python tools/make_vectors.py operations models small
 	git status --short tests/vectors
 # Speed on this machine, beside whatever else is installed, into benchmarks/results.
 bench:
 	python benchmarks/cpu.py
 	python benchmarks/length.py
+	python benchmarks/batch.py
 # What a CPU can prove of the Triton kernels (docs/GPU.md): an hour or two.
 gpu-proof:
 	TRITON_INTERPRET=1 python -m refmamba verify --quick --backend triton

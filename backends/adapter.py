@@ -1,5 +1,7 @@
-"""What the backends that compute on tensors share: a batch's state and its tokens, and operations called with arrays."""
+"""What the backends that compute on tensors share: a batch's state and its tokens, what a model gives and takes beside its
+forward, and operations called with arrays."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from refmamba.backend import Targets
 from refmamba.spec import codes as spec
 from refmamba.spec.arith import F32Array, IntArray
-from refmamba.spec.mamba1 import check_logits
+from refmamba.spec.config import MambaConfig
+from refmamba.spec.mamba1 import Positions, check_call, check_logits, one_each
+from refmamba.spec.trace import Hook
 
 SCORED_ROWS = 512  # of logits at a time, to bound memory
 
@@ -62,6 +67,11 @@ def right_padded(sequences: Sequence[IntArray], device: torch.device) -> tuple[T
     return tensor(np.stack(padded), device), lengths, None if min(n) == max(n) else real
 
 
+def unpadded(x: Tensor, real: Tensor | None) -> Tensor:
+    """The rows of a right-padded batch (B, T, K) that are no padding, sequence after sequence: (rows, K). real: as above."""
+    return x.flatten(0, 1) if real is None else x[real[..., 0]]
+
+
 def tensor(x: Any, device: torch.device) -> Tensor:
     """A NumPy array on the device; a copy, so that a model read from a file's memory map stays untouched."""
     return torch.tensor(np.asarray(x), device=device)
@@ -99,7 +109,7 @@ def on_arrays(functions: Mapping[str, Callable[..., Any]], device: torch.device)
 def scores_of(
     logits: Tensor,
     rows_of_each: Sequence[int],
-    targets: Sequence[Sequence[tuple[int, int]]],
+    targets: Targets,
     log_softmax: Callable[[Tensor], Tensor],
 ) -> tuple[F32Array, NDArray[np.bool_]]:
     """refmamba.backend.Scores of logits (rows, vocabulary) on a device, some rows for each sequence. Raises NonFiniteError."""
@@ -121,3 +131,52 @@ def scores_of(
     if not bool(finite):
         check_logits(logits.cpu().numpy())
     return torch.cat(values).cpu().numpy(), torch.cat(greedy).cpu().numpy()
+
+
+class TensorRunner(ABC):
+    """refmamba.backend.Runner's `prefill` and `step`, and its `scores`, of a model whose `run` gives logits on a device."""
+
+    config: MambaConfig
+
+    @abstractmethod
+    def run(
+        self, sequences: Sequence[IntArray], state: State | None, logits: Positions, hook: Hook | None = None
+    ) -> tuple[Tensor, list[int], State]:
+        """The forward of a call that `check_call` has passed; state: None for the first token's.
+
+        Returns float32 logits on the device (rows, vocabulary), those of a sequence together; how many rows are each
+        sequence's; and the new state. Raises NonFiniteError for a NaN or an infinity that has no codes.
+        """
+
+    @abstractmethod
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """The backend's own, eq. (25): float32 (rows, vocabulary)."""
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        sequences: Sequence[IntArray],
+        state: State | None = None,
+        *,
+        logits: Positions = "last",
+        hook: Hook | None = None,
+    ) -> tuple[list[F32Array], State]:
+        """Run each sequence from its state on; see `refmamba.backend.Runner.prefill`."""
+        y, rows, after = self.run(check_call(sequences, state, logits, hook, self.config), state, logits, hook)
+        arrays = y.cpu().numpy()
+        check_logits(arrays)
+        return np.split(arrays, np.cumsum(rows)[:-1]), after
+
+    @torch.inference_mode()
+    def scores(
+        self, sequences: Sequence[IntArray], state: State | None, logits: Positions, targets: Targets
+    ) -> tuple[F32Array, NDArray[np.bool_], State]:
+        """See `refmamba.backend.Scores`."""
+        y, rows, after = self.run(check_call(sequences, state, logits, None, self.config), state, logits)
+        values, greedy = scores_of(y, rows, targets, self.log_softmax)
+        return values, greedy, after
+
+    def step(self, tokens: IntArray, state: State, *, hook: Hook | None = None) -> tuple[F32Array, State]:
+        """One token for each sequence; see `refmamba.backend.Runner.step`."""
+        logits, state = self.prefill(one_each(tokens), state, hook=hook)
+        return np.concatenate(logits), state

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from refmamba.errors import BackendError, DataError, FileError
 from refmamba.eval_tasks.evaluate import Block, Job, score_block
 from refmamba.eval_tasks.results import Result
+from refmamba.formats.hub import SMALL
 from refmamba.formats.reading import TEXT_BYTES, read_bytes
 
 WAIT_SECONDS = 5.0  # until it is asked whether there are workers at all
@@ -147,7 +148,7 @@ def _finished(client: Any, futures: list[Any]) -> Iterator[list[Result]]:
 def _absolute(job: Job) -> Job:
     """The job with paths that hold in another working directory."""
     choice, scheme = job.choice, job.choice.scheme
-    model = str(Path(choice.model).resolve()) if Path(choice.model).is_dir() else choice.model
+    model = str(Path(choice.model).resolve()) if choice.model != SMALL and Path(choice.model).exists() else choice.model
     scheme = str(Path(scheme).resolve()) if isinstance(scheme, str) and Path(scheme).is_file() else scheme
     calibrate = choice.calibrate and choice.calibrate.resolve()
     return replace(job, choice=replace(choice, model=model, scheme=scheme, calibrate=calibrate))

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -60,9 +61,7 @@ def numerics_of(backend: Backend) -> str:
 # A block's results as they come, in any order. A call may begin with the work; it does not wait for it.
 Scorer = Callable[[Job, Sequence[Block]], Iterator[list[Result]]]
 
-_ONE_AT_A_TIME = threading.Lock()  # a worker may have several threads, and a runner is for one
-
-
+_LOCK = threading.Lock()  # a worker may have several threads, and a runner is for one
 _HELD: list[tuple[Job, Session]] = []  # the last job's model
 
 
@@ -75,15 +74,17 @@ def session_of(job: Job) -> Session:
 
 def score_block(job: Job, block: Block) -> list[Result]:
     """Score some documents; the model is loaded once for each process and job. Raises RefmambaError."""
-    with _ONE_AT_A_TIME:
+    with _LOCK:
         return score_documents(session_of(job), job.max_length, block)
 
 
 def score_documents(session: Session, max_length: int, block: Block) -> list[Result]:
     """Score some documents. Raises RefmambaError."""
-    wanted = [requests(document, session.tokenizer, max_length) for _, document in block]
-    scores = iter(score(session.runner, session.backend, [one for many in wanted for one in many]))
-    return [Result(doc_id, tuple(next(scores) for _ in many)) for (doc_id, _), many in zip(block, wanted, strict=True)]
+    choices = [requests(document, session.tokenizer, max_length) for _, document in block]
+    scores = iter(score(session.runner, session.backend, list(itertools.chain.from_iterable(choices))))
+    return [
+        Result(doc_id, tuple(itertools.islice(scores, len(part)))) for (doc_id, _), part in zip(block, choices, strict=True)
+    ]
 
 
 def score_here(job: Job, blocks: Sequence[Block]) -> Iterator[list[Result]]:
@@ -167,12 +168,12 @@ def calibration_sha256(choice: ModelChoice) -> str:
 
 def finished_results(results: Results, key: Key, data: Dataset) -> dict[int, Result]:
     """What there is of a task's results, by doc_id. Raises DataError, JSONError where they are not those of its documents."""
-    found = results.load(key)
-    for doc_id, result in found.items():
+    finished = results.load(key)
+    for doc_id, result in finished.items():
         choices = len(data.documents[doc_id].continuations) if 0 <= doc_id < len(data.documents) else 0
         if len(result.scores) != choices:
             raise DataError(f"the result of document {doc_id} of {data.task.name} is broken; give another --results FILE")
-    return found
+    return finished
 
 
 def evaluate(subject: Subject, data: Dataset, limit: int | None, results: Results, scorer: Scorer, progress: Progress) -> None:
@@ -181,21 +182,21 @@ def evaluate(subject: Subject, data: Dataset, limit: int | None, results: Result
 
 
 def evaluate_all(
-    wanted: Iterable[tuple[Subject, Dataset]], limit: int | None, results: Results, scorer: Scorer, progress: Progress
+    pairs: Iterable[tuple[Subject, Dataset]], limit: int | None, results: Results, scorer: Scorer, progress: Progress
 ) -> None:
     """The same for several; the scorer is given all of them before the first is waited for, so that no worker idles."""
-    given = []
-    for subject, data in wanted:
+    started = []
+    for subject, data in pairs:
         key = subject.key(data)
-        documents, there = data.documents[:limit], finished_results(results, key, data)
-        missing = [(i, document) for i, document in enumerate(documents) if i not in there]
+        documents, finished = data.documents[:limit], finished_results(results, key, data)
+        missing = [(i, document) for i, document in enumerate(documents) if i not in finished]
         missing.sort(key=lambda item: len(item[1].contexts[0]) + sum(map(len, item[1].continuations)), reverse=True)
         size = sizes_of(subject.backend).documents
-        finished = scorer(subject.job, [missing[i : i + size] for i in range(0, len(missing), size)])
-        given.append((key, f"{subject.scheme.name} {data.task.name}", len(documents), len(missing), finished))
-    for key, name, count, left, finished in given:
+        blocks = scorer(subject.job, [missing[i : i + size] for i in range(0, len(missing), size)])
+        started.append((key, f"{subject.scheme.name} {data.task.name}", len(documents), len(missing), blocks))
+    for key, name, count, left, blocks in started:
         progress.start(name, count)
-        progress.found(count - left)
-        for block in finished:
+        progress.skip(count - left)
+        for block in blocks:
             results.save(key, block)
             progress.saved(len(block))

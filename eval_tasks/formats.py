@@ -7,7 +7,7 @@ from xml.parsers import expat
 
 from refmamba.errors import DataError, EncodingError, FileTooLargeError, printable
 from refmamba.eval_tasks.task import DataRow
-from refmamba.formats.reading import MARK, TEXT_BYTES, folder_there, parse_object, read_bytes, read_start, there
+from refmamba.formats.reading import MARK, TEXT_BYTES, exists, folder_exists, parse_object, read_bytes, read_start
 
 LABELS_SUFFIX = "-labels.lst"
 MOST_ROWS = 1_000_000  # of a parquet file, where a few bytes can stand for any number of equal rows
@@ -119,7 +119,7 @@ READERS: dict[str, Callable[[Path], Iterator[DataRow]]] = {
 
 def read_rows(file: Path, labels: str | None = None) -> list[DataRow]:
     """All rows of a file; `labels` names the field that a file of labels beside it may hold. Raises DataError."""
-    if folder_there(file):
+    if folder_exists(file):
         raise DataError(f"{file}: is a folder; give the file, or --data {file} for what is in it")
     if file.suffix.lower() not in READERS:
         raise DataError(f"{file}: unknown format '{file.suffix}'; there are {', '.join(READERS)}")
@@ -129,7 +129,7 @@ def read_rows(file: Path, labels: str | None = None) -> list[DataRow]:
     if labels is None or labels in rows[0].values:
         return rows
     beside = file.with_name(file.stem + LABELS_SUFFIX)
-    if not there(beside):
+    if not exists(beside):
         raise DataError(f"{rows[0].where}: no field '{labels}', and no {beside.name} beside the file")
     values = [text.strip() for _, text in lines(beside)]
     if len(values) != len(rows):

@@ -13,7 +13,7 @@ from refmamba.errors import DataError, HubError
 from refmamba.eval_tasks.formats import READERS, read_rows
 from refmamba.eval_tasks.task import Document, HubFile, Task
 from refmamba.eval_tasks.tasks import TASKS
-from refmamba.formats.reading import TEXT_BYTES, folder_there, listed, read_bytes
+from refmamba.formats.reading import TEXT_BYTES, folder_exists, listed, read_bytes
 
 SAMPLE, HUB = "sample", "hub"  # words that --data takes besides folders and TASK=FILE
 SAMPLE_NOTE = "20 rows written for this package: a sample, not the benchmark"
@@ -110,7 +110,7 @@ def load_tasks(names: Sequence[str], data: Iterable[str]) -> list[Dataset]:
         if name not in TASKS:
             raise DataError(f"unknown task '{name}'; there are {', '.join(TASKS)}")
     words = list(data) or [SAMPLE]
-    places = [word for word in words if word in (SAMPLE, HUB) or folder_there(Path(word))]
+    places = [word for word in words if word in (SAMPLE, HUB) or folder_exists(Path(word))]
     named = {}
     for word in words:
         name, equals, place = word.partition("=")

@@ -21,7 +21,7 @@ class Progress:
         self._task.close()
         self._task = _bar(total, name, 1)
 
-    def found(self, documents: int) -> None:
+    def skip(self, documents: int) -> None:
         """Count documents that an earlier run had finished: they are done, but no part of the speed."""
         for bar in (self._all, self._task):
             if not bar.disable:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from refmamba.errors import DataError, printable
 from refmamba.eval_tasks.score import Score
-from refmamba.formats.reading import parse_json, regular, there
+from refmamba.formats.reading import exists, parse_json, regular
 
 QUIET_SECONDS, WAIT_SECONDS = 2.0, 60.0  # for another writer's transaction: without a word, and at all
 APPLICATION = 0x72666D62  # marks the file as ours
@@ -69,7 +69,7 @@ class Results:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        if there(file):
+        if exists(file):
             regular(file)
         try:
             self._database = sqlite3.connect(file, timeout=0.5, isolation_level=None)

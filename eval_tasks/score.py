@@ -170,14 +170,14 @@ def _whole(i: int, request: Request) -> _Node:
 
 
 def _scores_of(runner: Runner, backend: Backend) -> Scores:
-    """ScoringRunner.scores of a runner that has only logits."""
+    """The `scores` of a runner that has only logits."""
     offered = backend.operations().get("log_softmax")
     log_softmax, at_once = (offered, SOFTMAX_ROWS) if offered else (ops.log_softmax, 1)  # one row of NumPy stays in the cache
 
     def scores(
         sequences: Sequence[IntArray], state: Any | None, logits: Positions, targets: Targets
     ) -> tuple[F32Array, NDArray[np.bool_], Any]:
-        """See `refmamba.backend.ScoringRunner.scores`."""
+        """See `refmamba.backend.Scores`."""
         outputs, after = runner.prefill(sequences, state, logits=logits)
         values, greedy = list[np.float32](), list[bool]()
         for rows, row_targets in zip(outputs, targets, strict=True):
@@ -215,7 +215,7 @@ class _Walk:
                 except NonFiniteError as error:
                     if len(batch) == 1:
                         raise NonFiniteError(f"{members[0].where}: {error}") from error
-                    for single in batch:  # one node of the batch is the cause: find it
+                    for single in batch:  # to name the node that is the cause
                         self.run([single], state)
                     continue
                 self.keep([target for node in members for target in node.targets], values, greedy)

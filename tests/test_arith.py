@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from refmamba.errors import NonFiniteError
 from refmamba.spec.arith import exp, log, silu, softplus, tree_sum
-from refmamba.spec.codes import code, dequantize, fixed_point, integer_product, pack4, quantize, rescale, unpack4
+from refmamba.spec.codes import FixedPoint, code, dequantize, fixed_point, integer_product, pack4, quantize, rescale, unpack4
 
 floats = st.floats(-(2.0**60), 2.0**60, width=32)
 bits = st.integers(2, 16)
@@ -72,6 +72,14 @@ def test_fixed_point_is_within_half_a_unit(values: list[float], magnitude: int) 
         assert abs(Fraction(q) / Fraction(2) ** int(fixed.exponent[0]) - Fraction(x)) <= max(
             Fraction(1, 2) / Fraction(2) ** int(fixed.exponent[0]), Fraction(1, 2**100)
         )
+
+
+def test_fixed_point_reads_back_with_one_rounding() -> None:
+    """Below 2^24 exactly; above it by hand, half to even."""
+    q = np.array([[2**22, -3, 0], [2**24 + 1, 2**24 + 3, 2**30 - 1], [5, -(2**22), 1]], np.int32)
+    values = dequantize(FixedPoint(q, np.array([22, 0, -100], np.int32)))
+    assert values.dtype == np.float32
+    assert values.tolist() == [[1, -3 * 2.0**-22, 0], [2.0**24, 2.0**24 + 4, 2.0**30], [5 * 2.0**100, -(2.0**122), 2.0**100]]
 
 
 @given(st.lists(st.tuples(floats, floats), min_size=1, max_size=50))

@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 
 from refmamba.commands.main import refmamba
 from refmamba.errors import DataError
-from refmamba.eval_tasks.cluster import _inputs, _on_own_device, _on_worker
+from refmamba.eval_tasks.cluster import _absolute, _inputs, _on_own_device, _on_worker
 from refmamba.eval_tasks.evaluate import Job
 from refmamba.eval_tasks.tasks import TASKS
 from refmamba.formats.folder import open_checkpoint
@@ -452,6 +452,17 @@ def test_a_worker_with_another_scheme_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s.json").unlink()
     with pytest.raises(DataError, match=r"on .*: .*s\.json: no such file"):
         _on_worker(job, here, [])
+
+
+def test_a_worker_elsewhere_gets_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder or a GGUF file by its whole path; the package's model by its name, also beside a folder that is called so."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("mine", "small"):
+        Path(folder).mkdir()
+    Path("mine.gguf").touch()
+    names = ("mine", "mine.gguf", "small", "owner/name")
+    models = [_absolute(Job(ModelChoice(name), 2048, "model")).choice.model for name in names]
+    assert models == [str(tmp_path.resolve() / "mine"), str(tmp_path.resolve() / "mine.gguf"), "small", "owner/name"]
 
 
 @contextmanager

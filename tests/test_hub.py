@@ -22,13 +22,15 @@ from refmamba.run.session import ModelChoice, open_model
 HF = {
     "config.json": b'{"model_type": "mamba"}', "model.safetensors": b"weights of main" * 1000, "tokenizer.json": b"{}",
     "tokenizer_config.json": b"{ }", "generation_config.json": b"{  }", "pytorch_model.bin": b"not wanted",
-    "README.md": b"not wanted",
+    "README.md": b"not wanted", "hf-F16.gguf": b"not wanted",
 }  # fmt: skip
 SHARDED = {
     "config.json": b'{"model_type": "mamba"}', "model.safetensors.index.json": b"{}", "tokenizer.json": b"{}",
     "model-00001-of-00002.safetensors": b"one", "model-00002-of-00002.safetensors": b"two",
 }  # fmt: skip
-ORIGINAL = {"config.json": b'{"d_model": 768}', "pytorch_model.bin": b"zip", "README.md": b"not wanted"}
+ORIGINAL = {"config.json": b'{"d_model": 768}', "pytorch_model.bin": b"zip", "original.gguf": b"not wanted"}
+GGUF = {"gguf-F32.gguf": (Path(__file__).parent / "fuzz/seeds/gguf/model.gguf").read_bytes(), "README.md": b"not wanted"}
+SEVERAL = {"config.json": b"{}", "tokenizer.json": b"own", "a.gguf": b"not wanted", "b.gguf": b"b", "c/d.gguf": b"d"}
 SECRET = "hf_secretsecret"
 
 
@@ -37,6 +39,8 @@ def hub() -> Iterator[HubServer]:
     repositories = {
         "state/hf": Repository({"main": HF, "early": HF | {"model.safetensors": b"weights of early"}}),
         "state/sharded": Repository({"main": SHARDED}),
+        "state/gguf": Repository({"main": GGUF}),
+        "state/several": Repository({"main": SEVERAL}),
         "state/original": Repository({"main": ORIGINAL}),
         "state/no-tokenizer": Repository({"main": {name: HF[name] for name in ("config.json", "model.safetensors")}}),
         "state/private": Repository({"main": HF}, token=SECRET),
@@ -130,6 +134,40 @@ def test_shards(client: Client) -> None:
     assert contents(client.resolve("state/sharded").folder) == SHARDED
 
 
+def test_the_only_gguf_file_is_the_model_where_there_are_no_other_weights(hub: HubServer, client: Client) -> None:
+    done = client.refmamba("info", "state/gguf")
+    assert "GGUF file" in done.stdout, done.stderr
+    assert hub.downloads() == ["gguf-F32.gguf"]
+    hub.requests.clear()
+    files = client.resolve("state/gguf", HF_HUB_OFFLINE="1")
+    assert files.folder.read_bytes() == GGUF["gguf-F32.gguf"]
+    assert hub.requests == []
+    hub.down = True
+    assert client.resolve("state/gguf") == files
+
+
+def test_an_export_is_called_after_the_gguf_file(client: Client) -> None:
+    pytest.importorskip("gguf")
+    done = client.refmamba("export", "state/gguf:gguf-F32.gguf", "out", "--format", "gguf", "--type", "F16")
+    assert (done.returncode, done.stdout.strip()) == (0, str(Path("out", "gguf-F32-F16.gguf"))), done.stderr
+    assert [file.name for file in (client.home / "out").iterdir()] == ["gguf-F32-F16.gguf"]
+
+
+def test_of_several_gguf_files_one_is_named(hub: HubServer, client: Client) -> None:
+    message = client.error("state/several")
+    assert (
+        message == "model state/several: has 3 GGUF files; name one of them, as state/several:a.gguf: a.gguf, b.gguf, c/d.gguf"
+    )
+    assert hub.downloads() == ["config.json", "tokenizer.json"]
+    files = client.resolve("state/several:c/d.gguf")
+    assert (files.folder.read_bytes(), files.tokenizer.read_bytes()) == (b"d", b"own")
+    assert client.resolve("state/several:b.gguf", "main").folder.read_bytes() == b"b"
+    assert client.resolve("state/several:b.gguf", HF_HUB_OFFLINE="1").folder.read_bytes() == b"b"
+    assert hub.downloads() == ["b.gguf", "config.json", "d.gguf", "tokenizer.json"]
+    for file in ("e.gguf", "../b.gguf"):
+        assert f"model state/several:{file}: " in client.error(f"state/several:{file}")
+
+
 def test_original_repository_gets_the_tokenizer_of_neox(hub: HubServer, client: Client) -> None:
     files = client.resolve("state/original")
     assert contents(files.folder) == {name: ORIGINAL[name] for name in ("config.json", "pytorch_model.bin")}
@@ -188,7 +226,23 @@ def test_hub_that_fails_or_is_not_there(hub: HubServer, client: Client) -> None:
     assert "model state/hf" in client.error("state/hf", HF_ENDPOINT="nowhere")
 
 
-@pytest.mark.parametrize("name", ["nowhere", "./state/hf", "/state/hf", "~/hf", "a/b/c", "", "state/h f", "state/"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nowhere",
+        "./state/hf",
+        "/state/hf",
+        "~/hf",
+        "a/b/c",
+        "",
+        "state/h f",
+        "state/",
+        "state/hf.gguf",
+        "state/hf:config.json",
+        "state/hf:",
+        "a/b/c:d.gguf",
+    ],
+)
 def test_names_that_are_no_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(HubError, match="no such folder") as raised:

@@ -17,7 +17,7 @@ RULES: dict[str, set[str]] = {
     "backend": {"errors", "spec", "backends"},  # of backends the registry, which is names as text only
     "backends": set(),
     "backends.reference": {"errors", "spec", "backend"},
-    "backends.adapter": {"spec"},  # for the backends that compute on tensors
+    "backends.adapter": {"spec", "backend"},  # for the backends that compute on tensors
     "backends.torch_eager": {"errors", "spec", "backend", "backends.adapter"},
     "backends.triton": {"errors", "spec", "backend", "backends.adapter"},
     "backends.mamba_ssm": {"errors", "spec", "backend", "backends.adapter"},

@@ -209,9 +209,9 @@ def test_a_static_maximum_that_counts_as_zero_shows_in_a_whole_model(monkeypatch
 
 
 def test_the_generator_writes_the_same_models(tmp_path: Path) -> None:
-    code = f"import sys, pathlib; sys.path.insert(0, {str(ROOT / 'tools')!r}); import make_vectors as m; " \
-           f"m.FOLDER = pathlib.Path({str(tmp_path)!r}); m.write_edges(); " \
-           "[m.write_weights(m.FOLDER / name, model) for name, model in m.GENERATED.items()]"  # fmt: skip
+    code = f"import sys, pathlib; sys.path.insert(0, {str(ROOT / 'tools')!r}); import generated_models as m; " \
+           f"folder = pathlib.Path({str(tmp_path)!r}); m.write_edges(folder / 'edges'); " \
+           "[m.write_weights(folder / name, model) for name, model in m.GENERATED.items()]"  # fmt: skip
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     written = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(written) == 13
@@ -222,7 +222,7 @@ def test_the_generator_writes_the_same_models(tmp_path: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("mpmath") is None, reason="the generator needs mpmath")
 def test_the_generator_writes_the_same_operations(tmp_path: Path) -> None:
     code = f"import sys, pathlib; sys.path.insert(0, {str(ROOT / 'tools')!r}); import make_vectors as m; " \
-           f"m.FOLDER = pathlib.Path({str(tmp_path)!r}); m.write_operations()"  # fmt: skip
+           f"m.write_operations(pathlib.Path({str(tmp_path / 'operations')!r}))"  # fmt: skip
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     for file in (tmp_path / "operations").iterdir():
         ours = [v | {"source": ""} for v in json.loads(file.read_text("utf-8"))["vectors"]]  # sources name versions

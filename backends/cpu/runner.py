@@ -314,6 +314,19 @@ class CpuRunner:
         hook: Hook | None = None,
     ) -> tuple[list[F32Array], State]:
         """Run each sequence from its state on; see `refmamba.backend.Runner.prefill`."""
+        out, counts, after = self._call(sequences, state, logits, hook)
+        ends = list(itertools.accumulate(counts))
+        return [out[end - count : end] for end, count in zip(ends, counts, strict=True)], after
+
+    def step(self, tokens: IntArray, state: State, *, hook: Hook | None = None) -> tuple[F32Array, State]:
+        """One token for each sequence; see `refmamba.backend.Runner.step`."""
+        out, _, after = self._call(one_each(tokens), state, "last", hook)
+        return out, after
+
+    def _call(
+        self, sequences: Sequence[IntArray], state: State | None, logits: Positions, hook: Hook | None
+    ) -> tuple[F32Array, list[int], State]:
+        """`prefill`, with the logits of all sequences in one array, and how many rows of it each has."""
         sequences = check_call(sequences, state, logits, hook, self.config)
         state = state or self.initial_state(len(sequences))
         counts = [{"all": len(s), "last": 1, "none": 0}[logits] for s in sequences]
@@ -335,10 +348,4 @@ class CpuRunner:
             states[:2, members] = states[2:, members]  # from where a later pass goes on
             done += sum({"all": z - a, "last": 1, "none": 0}[p] for (_, a, z), p in zip(parts, positions, strict=True))
         check_logits(out)
-        ends = list(itertools.accumulate(counts))
-        return [out[end - count : end] for end, count in zip(ends, counts, strict=True)], after
-
-    def step(self, tokens: IntArray, state: State, *, hook: Hook | None = None) -> tuple[F32Array, State]:
-        """One token for each sequence; see `refmamba.backend.Runner.step`."""
-        logits, state = self.prefill(one_each(tokens), state, hook=hook)
-        return (logits[0] if len(logits) == 1 else np.concatenate(logits)), state
+        return out, counts, after

@@ -6,18 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from refmamba.backend import Targets
-from refmamba.backends.adapter import State, right_padded, scores_of, tensor
+from refmamba.backends.adapter import State, TensorRunner, right_padded, tensor, unpadded
 from refmamba.backends.mamba_ssm.kernels import Kernels
 from refmamba.backends.mamba_ssm.operations import conv1d, log_softmax, rms_norm, selective_scan
 from refmamba.spec import coders
 from refmamba.spec.arith import F32Array, IntArray
-from refmamba.spec.codes import Codes, Param, dequantize
-from refmamba.spec.mamba1 import Positions, check_call, check_logits, one_each
+from refmamba.spec.codes import Param, dequantize
+from refmamba.spec.mamba1 import Positions
 from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.trace import Hook
 
@@ -26,10 +24,8 @@ NEVER = -30000.0  # before softplus: a step of 0 in each dtype, which leaves the
 
 
 def value(param: Param) -> F32Array:
-    """A parameter read back to float32: eq. (9), eq. (10)."""
-    if isinstance(param, np.ndarray):
-        return param
-    return dequantize(param) if isinstance(param, Codes) else np.ldexp(param.q, -param.exponent[:, None]).astype(np.float32)
+    """A parameter as float32, read back where it is in codes or in fixed point."""
+    return param if isinstance(param, np.ndarray) else dequantize(param)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +46,7 @@ class Batch:
         return x if self.real is None else x.masked_fill(~self.real, padding)
 
 
-class Mamba:
+class Mamba(TensorRunner):
     """One model on one device: the forward of refmamba.spec.mamba1.Mamba, for a batch."""
 
     def __init__(self, model: QuantizedModel, kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
@@ -112,28 +108,12 @@ class Mamba:
         """The state whose `arrays` were these."""
         return State(tensor(conv, self.device).to(self.dtype), tensor(ssm, self.device))
 
-    @torch.inference_mode()
-    def prefill(
-        self,
-        sequences: Sequence[IntArray],
-        state: State | None = None,
-        *,
-        logits: Positions = "last",
-        hook: Hook | None = None,
-    ) -> tuple[list[F32Array], State]:
-        """Run each sequence from its state on; see `refmamba.backend.Runner.prefill`."""
-        parts, after = self.run(check_call(sequences, state, logits, hook, self.config), state, logits, hook)
-        rows = [part.cpu().numpy() for part in parts]
-        for row in rows:
-            check_logits(row)
-        return rows, after
-
     def run(
-        self, arrays: Sequence[IntArray], state: State | None, logits: Positions, hook: Hook | None = None
-    ) -> tuple[list[Tensor], State]:
-        """Logits on the device for each sequence, float32, and the new state."""
-        before, n = state or self.initial_state(len(arrays)), [len(a) for a in arrays]
-        tokens, lengths, real = right_padded(arrays, self.device)
+        self, sequences: Sequence[IntArray], state: State | None, logits: Positions, hook: Hook | None = None
+    ) -> tuple[Tensor, list[int], State]:
+        """See `TensorRunner.run`."""
+        before, n = state or self.initial_state(len(sequences)), [len(a) for a in sequences]
+        tokens, lengths, real = right_padded(sequences, self.device)
         batch = Batch(lengths, real, hook)
         x = self.params["embedding.weight"][tokens].float()
         batch.see("embedding", x)
@@ -144,23 +124,14 @@ class Mamba:
             ssm.append(ssm_state)
         after = State(torch.stack(conv, 1), torch.stack(ssm, 1))
         if logits == "none":
-            return [torch.empty(0, self.config.vocab_size, device=self.device) for _ in arrays], after
+            return torch.empty(0, self.config.vocab_size, device=self.device), [0] * len(n), after
         if logits == "last":
             x, n = x[torch.arange(len(n), device=self.device), lengths - 1][:, None], [1] * len(n)
+            real = None
         y = self.linear("lm_head", rms_norm(x, self.params["norm_f.weight"], self.config.norm_eps, self.dtype))
         batch.see("lm_head.out", y)
-        return [rows[:length].float() for rows, length in zip(y, n, strict=True)], after
+        return unpadded(y, real).float(), n, after
 
-    @torch.inference_mode()
-    def scores(
-        self, sequences: Sequence[IntArray], state: State | None, logits: Positions, targets: Targets
-    ) -> tuple[F32Array, NDArray[np.bool_], State]:
-        """See `refmamba.backend.Scores`."""
-        parts, after = self.run(check_call(sequences, state, logits, None, self.config), state, logits)
-        values, greedy = scores_of(torch.cat(parts), [len(part) for part in parts], targets, log_softmax)
-        return values, greedy, after
-
-    def step(self, tokens: IntArray, state: State, *, hook: Hook | None = None) -> tuple[F32Array, State]:
-        """One token for each sequence; see `refmamba.backend.Runner.step`."""
-        logits, state = self.prefill(one_each(tokens), state, hook=hook)
-        return np.concatenate(logits), state
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """See `TensorRunner.log_softmax`."""
+        return log_softmax(logits)

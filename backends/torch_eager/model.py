@@ -6,11 +6,9 @@ from typing import Protocol, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from refmamba.backend import Targets
-from refmamba.backends.adapter import Codes, FixedPoint, State, right_padded, scores_of, tensor
+from refmamba.backends.adapter import Codes, FixedPoint, State, TensorRunner, right_padded, tensor, unpadded
 from refmamba.backends.torch_eager.arithmetic import (
     Failures,
     code,
@@ -37,7 +35,7 @@ from refmamba.spec import coders, linear, transforms
 from refmamba.spec import codes as spec
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.linear import numbered
-from refmamba.spec.mamba1 import Positions, check_call, check_logits, one_each
+from refmamba.spec.mamba1 import Positions
 from refmamba.spec.parameters import QuantizedModel, linear_sites
 from refmamba.spec.trace import Hook
 
@@ -150,7 +148,7 @@ class Linear:
         return y
 
 
-class Mamba:
+class Mamba(TensorRunner):
     """One model on one device: the forward of refmamba.spec.mamba1.Mamba, for a batch."""
 
     def __init__(self, model: QuantizedModel, device: torch.device) -> None:
@@ -236,29 +234,13 @@ class Mamba:
         """The state whose `arrays` were these."""
         return State(tensor(conv, self.device), tensor(ssm, self.device))
 
-    @torch.inference_mode()
-    def prefill(
-        self,
-        sequences: Sequence[IntArray],
-        state: State | None = None,
-        *,
-        logits: Positions = "last",
-        hook: Hook | None = None,
-    ) -> tuple[list[F32Array], State]:
-        """Run each sequence from its state on; see `refmamba.backend.Runner.prefill`."""
-        parts, state = self.run(check_call(sequences, state, logits, hook, self.config), state, logits, hook)
-        rows = [part.cpu().numpy() for part in parts]
-        for row in rows:
-            check_logits(row)
-        return rows, state
-
     def run(
-        self, arrays: Sequence[IntArray], state: State | None, logits: Positions, hook: Hook | None = None
-    ) -> tuple[list[Tensor], State]:
-        """Logits on the device for each sequence, and the new state. Raises NonFiniteError for a code of a NaN."""
-        state = state or self.initial_state(len(arrays))
-        tokens, lengths, real = right_padded(arrays, self.device)
-        n, batch = [len(a) for a in arrays], Batch(lengths, real, hook)
+        self, sequences: Sequence[IntArray], state: State | None, logits: Positions, hook: Hook | None = None
+    ) -> tuple[Tensor, list[int], State]:
+        """See `TensorRunner.run`."""
+        state = state or self.initial_state(len(sequences))
+        tokens, lengths, real = right_padded(sequences, self.device)
+        n, batch = [len(a) for a in sequences], Batch(lengths, real, hook)
         x = embed(tokens, self.params["embedding.weight"])
         batch.see("embedding", x)
         conv, ssm = [], []
@@ -269,7 +251,7 @@ class Mamba:
         state = State(torch.stack(conv, 1), torch.stack(ssm, 1))
         if logits == "none":
             raise_first(batch.failures)
-            return [torch.empty(0, self.config.vocab_size, device=self.device) for _ in arrays], state
+            return torch.empty(0, self.config.vocab_size, device=self.device), [0] * len(n), state
         if logits == "last":
             x, n = x[torch.arange(len(n), device=self.device), lengths - 1][:, None], [1] * len(n)
             batch = replace(batch, real=None)
@@ -277,18 +259,8 @@ class Mamba:
         batch.see("norm_f", x)
         y = self.linear("lm_head", x, batch)
         raise_first(batch.failures)
-        return [rows[:length] for rows, length in zip(y, n, strict=True)], state
+        return unpadded(y, batch.real), n, state
 
-    @torch.inference_mode()
-    def scores(
-        self, sequences: Sequence[IntArray], state: State | None, logits: Positions, targets: Targets
-    ) -> tuple[F32Array, NDArray[np.bool_], State]:
-        """See `refmamba.backend.Scores`."""
-        parts, state = self.run(check_call(sequences, state, logits, None, self.config), state, logits)
-        values, greedy = scores_of(torch.cat(parts), [len(part) for part in parts], targets, log_softmax)
-        return values, greedy, state
-
-    def step(self, tokens: IntArray, state: State, *, hook: Hook | None = None) -> tuple[F32Array, State]:
-        """One token for each sequence; see `refmamba.backend.Runner.step`."""
-        logits, state = self.prefill(one_each(tokens), state, hook=hook)
-        return np.concatenate(logits), state
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """See `TensorRunner.log_softmax`."""
+        return log_softmax(logits)

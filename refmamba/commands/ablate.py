@@ -41,7 +41,9 @@ from refmamba.spec.scheme import LINEAR_LAYERS
 @text_option("Where the outliers are looked for.")
 @click.option("--score", "scored", type=InputFile(), help="The text that is scored.  [default: the same]")
 @click.option("--sigma", default=SIGMA, show_default=True, type=Number(0), help="As in `refmamba outliers`.")
-@click.option("--over", default="channels", show_default=True, type=click.Choice(get_args(Over)), help="As there.")
+@click.option(
+    "--over", default="channels", show_default=True, type=click.Choice(get_args(Over)), help="As in `refmamba outliers`."
+)
 @click.option("--draws", default=3, show_default=True, type=click.IntRange(0, 10_000), help="Random controls of each site.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, SEEDS), help="Of the controls.")
 @tasks_option(default=None)
@@ -57,11 +59,11 @@ def command(
     scored_text = text.text if scored is None else read_text(scored)
     datasets = load_tasks(tasks, data) if tasks is not None else []
     open_model(choice, "fp32").float_checkpoint()
-    who = subject(replace(choice, scheme=choice.scheme or "fp32"), MAX_LENGTH)
-    described = session_of(who.job).describe()
+    baseline = subject(replace(choice, scheme=choice.scheme or "fp32"), MAX_LENGTH)
+    described = session_of(baseline.job).describe()
     with Results(results) if datasets else nullcontext() as store:  # opened before the work: it may not be ours
-        report = report_on(session_of(who.job), text.text, sigma, over)
-        ablation = Ablation(who, scored_text, datasets, limit, store, score_here)
+        report = report_on(session_of(baseline.job), text.text, sigma, over)
+        ablation = Ablation(baseline, scored_text, datasets, limit, store, score_here)
         where, rows = sites or (*LINEAR_LAYERS, "all"), []
         with bar(1 + len(where) * (1 + draws), "ablations", "row") as done:
             for row in ablate(ablation, report, where, draws, seed):

@@ -62,15 +62,15 @@ def command(
         raise click.UsageError("give either --schemes, or --scheme, --bits and --act-bits")
     datasets = load_tasks(tasks, data)
     subjects = [subject(replace(choice, scheme=name), max_length) for name in schemes or (choice.scheme,)]
-    if len({who.scheme.name for who in subjects}) < len(subjects):
+    if len({evaluated.scheme.name for evaluated in subjects}) < len(subjects):
         raise DataError(f"--schemes {','.join(schemes or ())}: two of them have the same name; give each scheme file its own")
-    counts = [min(limit or len(one.documents), len(one.documents)) for one in datasets]
+    counts = [len(dataset.documents[:limit]) for dataset in datasets]
 
     def show() -> None:
         """What there is, on stdout and in the samples' file."""
         outcomes = [
-            report.Outcome(who, one, count, finished_results(store, who.key(one), one))
-            for who, (one, count) in itertools.product(subjects, zip(datasets, counts, strict=True))
+            report.Outcome(evaluated, dataset, count, finished_results(store, evaluated.key(dataset), dataset))
+            for evaluated, (dataset, count) in itertools.product(subjects, zip(datasets, counts, strict=True))
         ]
         if as_json:
             print_json(report.as_json(outcomes))

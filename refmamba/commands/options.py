@@ -126,7 +126,7 @@ class OutputFile(click.Path):
 
 def claim(ctx: click.Context | None, option: str, file: Path | None, *, written: bool) -> None:
     """Raise DataError where two options of a command name one file, which it would write for one of them."""
-    from refmamba.formats.writing import reason
+    from refmamba.formats.reading import reason
 
     if ctx is None or file is None:
         return
@@ -169,7 +169,11 @@ def json_file_option(name: str, *parameter: str, help: str) -> Decorator:
 
 
 model_option = option(
-    "Model", "--model", default="small", show_default=True, help="`small`, a folder, a GGUF file, or OWNER/NAME on the hub."
+    "Model",
+    "--model",
+    default="small",
+    show_default=True,
+    help="`small`, a folder, a GGUF file, or OWNER/NAME[:FILE.gguf] on the hub.",
 )
 revision_option = option("Model", "--revision", help="Branch, tag or commit of a model on the hub.")
 scheme_option = option(

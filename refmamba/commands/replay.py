@@ -27,7 +27,7 @@ its_model_option = option(
     "Model",
     "--model",
     default="",
-    help="The receipt's model: `small`, a folder, or OWNER/NAME.  [default: as the receipt says]",
+    help="The receipt's model: `small`, a folder, a GGUF file, or OWNER/NAME[:FILE.gguf].  [default: as the receipt says]",
 )
 
 

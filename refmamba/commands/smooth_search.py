@@ -31,17 +31,17 @@ def command(choice: ModelChoice, text: TextFile, per_site: bool, out: Path | Non
         tried = replace(session, scheme=replace(scheme, smooth=alphas))
         return text_perplexity(tried, text.text).bits_per_byte
 
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     with bar(most_tries(per_site), "searching", "alpha") as tries:
         for alphas, value in search(bits, per_site):
-            found.append({"alpha": alphas, "bits_per_byte": value})
+            rows.append({"alpha": alphas, "bits_per_byte": value})
             tries.update()
             if not as_json:
                 say(f"{decimal(value)} bits a byte: {describe(alphas)}")
-    best = min(found, key=lambda one: one["bits_per_byte"])
+    best = min(rows, key=lambda row: row["bits_per_byte"])
     if out is not None:
         write_text(out, json.dumps(replace(scheme, name=out.stem, smooth=best["alpha"]).to_json(), indent=1) + "\n")
     if as_json:
-        print_json(session.describe() | {"text": str(text), "tried": found, "best": best})
+        print_json(session.describe() | {"text": str(text), "tried": rows, "best": best})
     else:
         click.echo(f"best, {decimal(best['bits_per_byte'])}: {describe(best['alpha'])}")

@@ -77,7 +77,7 @@ def summary(rows: Sequence[Row], tolerance: Tolerance | None) -> str:
         "refmamba verify --against theirs.npz --model small --tolerance float32",
     ],
 )
-@option("Model", "--model", help="Check this model too: `small`, a folder, a GGUF file, or OWNER/NAME on the hub.")
+@option("Model", "--model", help="Check this model too: `small`, a folder, a GGUF file, or OWNER/NAME[:FILE.gguf] on the hub.")
 @against_option
 @backend_option
 @click.option("--operations", help="Single operations instead of a backend: module:Class, or NAME=module:function.")

@@ -16,7 +16,7 @@ from refmamba.errors import NonFiniteError, TokenizerError
 from refmamba.run.session import Opened
 from refmamba.spec.arith import F32Array, IntArray
 from refmamba.spec.coders import Call
-from refmamba.spec.codes import WEIGHT_BITS, FixedPoint, fixed_point
+from refmamba.spec.codes import WEIGHT_BITS, FixedPoint, dequantize, fixed_point
 from refmamba.spec.config import MambaConfig, ParameterSource
 from refmamba.spec.linear import Linear
 from refmamba.spec.mamba1 import Mamba
@@ -112,8 +112,7 @@ def rounded_products(reference: Mamba, rounded: Callable[[F32Array], F32Array]) 
     def changed(linear: Linear) -> Linear:
         if not isinstance(linear.weight, FixedPoint):
             return linear
-        weight = np.ldexp(linear.weight.q.astype(np.float32), -linear.weight.exponent[:, None])
-        factor = fixed_point(rounded(weight), WEIGHT_BITS, linear.site)
+        factor = fixed_point(rounded(dequantize(linear.weight)), WEIGHT_BITS, linear.site)
         return replace(linear, weight=factor, transforms=(*linear.transforms, RoundedInput(rounded)))
 
     other = Mamba(reference.model)

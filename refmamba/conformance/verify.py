@@ -32,6 +32,7 @@ from refmamba.conformance.suspect import suspect
 from refmamba.conformance.tolerant import TolerantChecks
 from refmamba.conformance.vectors import GeneratedModel, generated_model, generated_models, vectors_folder
 from refmamba.errors import RefmambaError
+from refmamba.formats.hub import SMALL
 from refmamba.run.session import ModelChoice, open_model
 from refmamba.spec.operations import OPERATIONS
 from refmamba.spec.parameters import QuantizedModel, quantize_model
@@ -211,7 +212,7 @@ def run_model(
 ) -> Results:  # fmt: skip
     """A model of the user's."""
     file = vectors_folder() / "small.json"
-    frozen = json.loads(file.read_text("utf-8")) if model == "small" and file.exists() else None
+    frozen = json.loads(file.read_text("utf-8")) if model == SMALL and file.exists() else None
     sequences = [np.array(s) for s in generated_model("tiny").expected["sequences"]]
     default = [name for name, scheme in generated_model("tiny").schemes.items() if _by_default(scheme, tolerance)]
     for name in schemes or default:

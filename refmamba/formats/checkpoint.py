@@ -63,7 +63,7 @@ LARGEST = {
 
 
 class Checkpoint:
-    """A float model folder: a ParameterSource."""
+    """A float model folder: a ParameterSource. Raises FileError, CheckpointError."""
 
     def __init__(self, folder: Path, config: MambaConfig) -> None:
         self._tensors = open_weights(folder)

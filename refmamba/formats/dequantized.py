@@ -4,14 +4,12 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from refmamba.formats.checkpoint import HUGGING_FACE
 from refmamba.formats.tokenizer import TokenizerParts, save_parts
 from refmamba.formats.weights import file_shape
 from refmamba.formats.writing import new_folder, save_tensors
 from refmamba.spec.arith import F32Array
-from refmamba.spec.codes import Codes, dequantize
+from refmamba.spec.codes import dequantize
 from refmamba.spec.config import MambaConfig, ParameterSource
 from refmamba.spec.linear import Linear
 from refmamba.spec.parameters import QuantizedModel, linear_sites
@@ -43,11 +41,7 @@ class Dequantized:
 
 def _matrix(linear: Linear) -> F32Array:
     """The matrix (rows, K) that a linear layer multiplies its input by, before the input is transformed."""
-    weight = linear.weight
-    if isinstance(weight, Codes):
-        x = dequantize(weight)
-    else:
-        x = np.ldexp(weight.q.astype(np.float32), -weight.exponent[:, None])
+    x = dequantize(linear.weight)
     for transform in reversed(linear.transforms):  # the transforms' matrices are symmetric: on a row they do as on an input
         operation, arguments = transform.call(x, linear.site)
         x = operation(*arguments)

@@ -13,7 +13,7 @@ from refmamba.formats.foreign import what_is_there
 from refmamba.formats.gguf import is_gguf, open_gguf
 from refmamba.formats.hub import ModelFiles
 from refmamba.formats.quantized import arrays, open_quantized
-from refmamba.formats.reading import read_json, there
+from refmamba.formats.reading import exists, read_json
 from refmamba.formats.tokenizer import read_parts
 from refmamba.formats.weights import weight_files
 from refmamba.spec.config import ParameterSource
@@ -30,7 +30,7 @@ def open_checkpoint(folder: Path) -> ParameterSource | QuantizedModel:
     if is_gguf(folder):
         return open_gguf(folder)
     file = folder / "config.json"
-    if not there(file):
+    if not exists(file):
         foreign = what_is_there(folder)
         if isinstance(foreign, ForeignModelError):
             raise foreign
@@ -42,12 +42,12 @@ def open_checkpoint(folder: Path) -> ParameterSource | QuantizedModel:
 
 
 def opened_files(files: ModelFiles) -> list[Path]:
-    """Every file that is read of a model: what it is, and so its results, depend on these alone. Raises FileError."""
+    """Every file that is read of a model: what it is, and so its results, depend on these alone. Raises RefmambaError."""
     return [*_weights(files), *read_parts(files).files]
 
 
 def model_files(files: ModelFiles) -> list[Path]:
-    """The files that are there of those that are read of a model. Raises FileError."""
+    """Every file that is read of a model; of one without a tokenizer those of the weights alone. Raises RefmambaError."""
     try:
         return opened_files(files)
     except TokenizerError:

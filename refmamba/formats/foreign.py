@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from refmamba.errors import CheckpointError, ForeignModelError, printable
-from refmamba.formats.reading import folder_there, listed
+from refmamba.formats.reading import folder_exists, listed
 
 ONLY = "only Mamba-1 with RMS norms is implemented"
 # What Hugging Face's words for other models, model_type, stand for.
@@ -44,7 +44,7 @@ def what_is_there(folder: Path) -> CheckpointError:
 
     Raises UnreadableFileError for a folder that cannot be read.
     """
-    names = sorted(file.name for file in listed(folder)) if folder_there(folder) else []
+    names = sorted(file.name for file in listed(folder)) if folder_exists(folder) else []
     if adapters := [name for name in names if name.startswith("adapter_")]:
         return ForeignModelError(_adapter(folder / adapters[0], None))
     for ending, advice in {
@@ -54,8 +54,8 @@ def what_is_there(folder: Path) -> CheckpointError:
         ".pth": "weights of another name; rename them to pytorch_model.bin, beside the model's config.json",
         ".pt": "weights of another name; rename them to pytorch_model.bin, beside the model's config.json",
     }.items():
-        if found := [name for name in names if name.endswith(ending) and name != "model.safetensors"]:
-            return ForeignModelError(f"{folder}: holds {_short(found[0])}: {advice}")
+        if others := [name for name in names if name.endswith(ending) and name != "model.safetensors"]:
+            return ForeignModelError(f"{folder}: holds {_short(others[0])}: {advice}")
     return CheckpointError(f"{folder}: no weights; a model folder has a model.safetensors or a pytorch_model.bin")
 
 

@@ -29,12 +29,8 @@ NUMBERS: dict[int, np.dtype[Any]] = {
     6: np.dtype("<f4"), 7: np.dtype("?"), 10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8"),
 }  # fmt: skip
 TEXT, ARRAY = 8, 9
-PLAIN: dict[int, np.dtype[Any]] = {
-    0: FLOAT32,
-    1: FLOAT16,
-    28: FLOAT64,
-    30: BFLOAT16,
-}  # the types of a tensor whose numbers stand one by one
+# The types of a tensor whose numbers stand one by one.
+PLAIN: dict[int, np.dtype[Any]] = {0: FLOAT32, 1: FLOAT16, 28: FLOAT64, 30: BFLOAT16}
 PLAIN_NAMES = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
 MOST_AXES = 4
 # Where each parameter stands. A stands there itself, where other files have A_log.
@@ -287,10 +283,8 @@ def _config(gguf: GGUF) -> MambaConfig:
         norm_eps=float(str(np.float32(entry(EPS, float, 1)))), states_A=True,
         use_conv_bias=file_name("layers.0.conv1d.bias") in gguf.tensors, tie_embeddings=head is None,
     )  # fmt: skip
-    same = head is not None and (head.kind, head.shape) == (embedding.kind, embedding.shape)
-    if (
-        head is not None and same and np.array_equal(head.data, embedding.data)
-    ):  # a tied head may have been written all the same
+    # A tied head may have been written all the same, with the embedding's type and shape.
+    if head is not None and head[:2] == embedding[:2] and np.array_equal(head.data, embedding.data):
         del gguf.tensors[NAMES["lm_head.weight"]]
         return replace(config, tie_embeddings=True)
     return config

@@ -19,8 +19,6 @@ TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7}  # general.file_type by name
 CONTEXT = 2**20  # tokens; llama.cpp's converter writes this for every Mamba
 # The matrices, whose type is chosen. llama.cpp takes every other tensor as float32 alone.
 MATRICES = ("embedding.weight", "lm_head.weight", "in_proj.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight")
-
-
 LARGEST_HALF = float(np.finfo(np.float16).max)
 
 

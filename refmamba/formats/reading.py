@@ -32,14 +32,14 @@ SPECIAL = {
 }  # fmt: skip
 
 
-def there(file: Path) -> bool:
+def exists(file: Path) -> bool:
     """Whether there is something of this name. Raises UnreadableFileError where the system does not say."""
     try:
         os.stat(file)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError) as error:
-        raise UnreadableFileError(f"{file}: cannot be read: {_reason(error)}") from None
+        raise UnreadableFileError(f"{file}: cannot be read: {reason(error)}") from None
     return True
 
 
@@ -48,7 +48,7 @@ def regular(file: Path) -> Path:
 
     Raises MissingFileError, UnreadableFileError, SpecialFileError.
     """
-    if not there(file):
+    if not exists(file):
         raise MissingFileError(f"{file}: no such file")
     mode = stat.S_IFMT(file.stat().st_mode)
     if mode != stat.S_IFREG:
@@ -56,9 +56,9 @@ def regular(file: Path) -> Path:
     return file
 
 
-def folder_there(folder: Path) -> bool:
+def folder_exists(folder: Path) -> bool:
     """Whether there is a folder of this name. Raises UnreadableFileError where the system does not say."""
-    return there(folder) and stat.S_ISDIR(folder.stat().st_mode)
+    return exists(folder) and stat.S_ISDIR(folder.stat().st_mode)
 
 
 def listed(folder: Path) -> list[Path]:
@@ -66,7 +66,7 @@ def listed(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
     except OSError as error:
-        raise UnreadableFileError(f"{folder}: cannot be read: {_reason(error)}") from None
+        raise UnreadableFileError(f"{folder}: cannot be read: {reason(error)}") from None
 
 
 def read_start(file: Path, count: int) -> bytes:
@@ -75,7 +75,7 @@ def read_start(file: Path, count: int) -> bytes:
         with regular(file).open("rb") as stream:
             return stream.read(count)
     except OSError as error:
-        raise UnreadableFileError(f"{file}: cannot be read: {_reason(error)}") from None
+        raise UnreadableFileError(f"{file}: cannot be read: {reason(error)}") from None
 
 
 def read_bytes(file: Path, largest: int) -> bytes:
@@ -87,7 +87,7 @@ def read_bytes(file: Path, largest: int) -> bytes:
                 raise FileTooLargeError(f"{file}: has more than {largest // MEGABYTE} MB, too many for what it should hold")
             return stream.read(size)
     except OSError as error:
-        raise UnreadableFileError(f"{file}: cannot be read: {_reason(error)}") from None
+        raise UnreadableFileError(f"{file}: cannot be read: {reason(error)}") from None
 
 
 def read_utf8(file: Path, largest: int) -> str:
@@ -103,7 +103,7 @@ def read_standard_input(largest: int) -> str:
     try:
         content = sys.stdin.buffer.read(largest + 1)
     except OSError as error:
-        raise UnreadableFileError(f"{where}: cannot be read: {_reason(error)}") from None
+        raise UnreadableFileError(f"{where}: cannot be read: {reason(error)}") from None
     if len(content) > largest:
         raise FileTooLargeError(f"{where}: has more than {largest // MEGABYTE} MB, too many for what it should hold")
     return _utf8(content, where)
@@ -179,5 +179,6 @@ def _whole_number(digits: str) -> int:
     return int(digits)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """What the system says, in its words."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)

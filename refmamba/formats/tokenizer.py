@@ -16,7 +16,7 @@ from refmamba.errors import TokenizerError, printable
 from refmamba.formats.gguf import is_gguf, read_gguf
 from refmamba.formats.gguf_tokenizer import token_ids, tokenizer_json
 from refmamba.formats.hub import ModelFiles
-from refmamba.formats.reading import TABLE_BYTES, read_json, there
+from refmamba.formats.reading import TABLE_BYTES, exists, read_json
 from refmamba.spec.config import MambaConfig
 
 END = "<|endoftext|>"  # GPT-NeoX's begin and end token
@@ -159,16 +159,16 @@ def read_parts(files: ModelFiles) -> TokenizerParts:
         try:
             return TokenizerParts(tokenizer_json(gguf), {}, ids, config, {}, config, [])
         except TokenizerError:
-            if not there(files.tokenizer):
+            if not exists(files.tokenizer):
                 raise
-    elif not there(files.tokenizer):
+    elif not exists(files.tokenizer):
         raise TokenizerError(f"{files.tokenizer}: no such file; put the model's tokenizer.json there")
     else:
         ids = _object(config)
     beside, generation = files.tokenizer.with_name("tokenizer_config.json"), config.with_name("generation_config.json")
     return TokenizerParts(
         as_it_works(read_json(files.tokenizer, TABLE_BYTES)), _object(beside), ids, config, _object(generation), generation,
-        [file for file in (files.tokenizer, beside, generation) if there(file)],
+        [file for file in (files.tokenizer, beside, generation) if exists(file)],
     )  # fmt: skip
 
 
@@ -198,12 +198,12 @@ def load_tokenizer(files: ModelFiles, config: MambaConfig, add_bos: bool | None 
 
     def by_id(where: Path, values: dict[str, Any], key: str) -> list[int]:
         value = values.get(key)
-        found = value if isinstance(value, list) else [] if value is None else [value]
-        for index in found:
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        for index in ids:
             if type(index) is not int or not 0 <= index < config.vocab_size:
                 name = printable(repr(index), 40)
                 raise TokenizerError(f"{where}: {key} has {name}, which is no token of the model; correct it")
-        return found
+        return ids
 
     def special(kind: str) -> list[int]:
         token = names.get(f"{kind}_token")
@@ -238,7 +238,7 @@ def as_it_works(tokenizer: dict[str, Any]) -> dict[str, Any]:
 
 def _object(file: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no such file."""
-    return read_json(file) if there(file) else {}
+    return read_json(file) if exists(file) else {}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from refmamba.errors import CheckpointError, TensorError, WeightFileError, printable
 from refmamba.formats.foreign import what_is_there
-from refmamba.formats.reading import MEGABYTE, parse_object, read_json, read_start, there
+from refmamba.formats.reading import MEGABYTE, exists, parse_object, read_json, read_start
 
 FLOAT32, FLOAT16, FLOAT64, BFLOAT16 = np.dtype("<f4"), np.dtype("<f2"), np.dtype("<f8"), np.dtype("<u2")
 INT8, UINT8, INT32 = np.dtype("i1"), np.dtype("u1"), np.dtype("<i4")
@@ -49,9 +49,9 @@ def weight_files(folder: Path) -> WeightFiles:
     formats = {"model.safetensors": open_safetensors, "pytorch_model.bin": _open_torch}
     for name, open_file in formats.items():
         file, index = folder / name, folder / f"{name}.index.json"
-        if there(file):
+        if exists(file):
             return WeightFiles(None, [file], open_file)
-        if there(index):
+        if exists(index):
             return WeightFiles(index, [folder / shard for shard in _shards(index)], open_file)
     raise what_is_there(folder)
 

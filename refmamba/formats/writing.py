@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from refmamba.errors import CheckpointError, DataError
+from refmamba.formats.reading import reason
 
 
 def write_file(file: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -182,11 +183,6 @@ def is_special(file: Path) -> bool:
         return not stat.S_ISREG(file.stat().st_mode)
     except FileNotFoundError:
         return False
-
-
-def reason(error: Exception) -> str:
-    """What the system says, in its words."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _target(path: Path) -> Path:

@@ -54,11 +54,11 @@ class Ablated:
 def random_channels(report: Report, outliers: Channels, seed: Sequence[int]) -> dict[str, IntArray]:
     """As many channels a site as there are outliers, none of them one. Raises DataError where there are not so many."""
     rng, drawn = np.random.default_rng(seed), {}
-    for site, found in outliers.items():
-        others = np.setdiff1d(np.arange(len(report.sites[site].maxima)), found)
-        if len(others) < len(found):
+    for site, channels in outliers.items():
+        candidates = np.setdiff1d(np.arange(len(report.sites[site].maxima)), channels)
+        if len(candidates) < len(channels):
             raise DataError(f"{site}: more than half of the channels are outliers; give a larger --sigma")
-        drawn[site] = np.sort(rng.choice(others, len(found), replace=False))
+        drawn[site] = np.sort(rng.choice(candidates, len(channels), replace=False))
     return drawn
 
 
@@ -96,7 +96,7 @@ class AblatedSubject(Subject):
 
 def without(subject: Subject, channels: Channels) -> Subject:
     """The subject less these channels; itself where there are none."""
-    zeroed = tuple((site, tuple(found.tolist())) for site, found in sorted(channels.items()) if len(found))
+    zeroed = tuple((site, tuple(indices.tolist())) for site, indices in sorted(channels.items()) if len(indices))
     values = {field.name: getattr(subject, field.name) for field in fields(subject)}
     return AblatedSubject(**values, zeroed=zeroed) if zeroed else subject
 
@@ -135,35 +135,39 @@ class Ablation:
 
     def row(self, site: str, which: str, channels: Channels) -> Row:
         """Zero the channels and score."""
-        who, zeroed = without(self.subject, channels), sum(map(len, channels.values()))
-        bits = text_perplexity(session_of(who.job), self.text).bits_per_byte
+        ablated, zeroed = without(self.subject, channels), sum(map(len, channels.values()))
+        bits = text_perplexity(session_of(ablated.job), self.text).bits_per_byte
         if not self.datasets:
             return Row(site, which, zeroed, bits, {}, None)
         with progress(sum(self.count(data) for data in self.datasets)) as bars:
-            outcomes = [self.task(who, data, bars) for data in self.datasets]
-        tasks = {one.data.task.name: {m.name: (m.value, known(m.stderr)) for m in one.metrics()} for one in outcomes}
-        lost = [mean_stderr(self.lost(one)) for one in outcomes]
+            outcomes = [self.task(ablated, data, bars) for data in self.datasets]
+        tasks = {
+            outcome.data.task.name: {metric.name: (metric.value, finite(metric.stderr)) for metric in outcome.metrics()}
+            for outcome in outcomes
+        }
+        lost = [mean_stderr(self.lost(outcome)) for outcome in outcomes]
         stderr = math.sqrt(sum(error**2 for _, error in lost)) / len(lost)
-        return Row(site, which, zeroed, bits, tasks, (float(np.mean([mean for mean, _ in lost])), known(stderr)))
+        return Row(site, which, zeroed, bits, tasks, (float(np.mean([mean for mean, _ in lost])), finite(stderr)))
 
     def count(self, data: Dataset) -> int:
         """Documents of a task to score."""
         return len(data.documents[: self.limit])
 
-    def task(self, who: Subject, data: Dataset, bars: Progress) -> Outcome:
+    def task(self, ablated: Subject, data: Dataset, bars: Progress) -> Outcome:
         """One task; documents that the results file has are not scored again."""
         assert self.store is not None
-        evaluate(who, data, self.limit, self.store, self.scorer, bars)
-        return Outcome(who, data, self.count(data), finished_results(self.store, who.key(data), data))
+        evaluate(ablated, data, self.limit, self.store, self.scorer, bars)
+        return Outcome(ablated, data, self.count(data), finished_results(self.store, ablated.key(data), data))
 
-    def lost(self, one: Outcome) -> list[float]:
+    def lost(self, ablated: Outcome) -> list[float]:
         """For each document 1 where only the baseline is right, -1 where only the ablated model is, else 0."""
         assert self.store is not None
-        baseline, documents = finished_results(self.store, self.subject.key(one.data), one.data), one.data.documents
-        return [acc(documents[r.doc_id], baseline[r.doc_id]) - acc(documents[r.doc_id], r) for r in one.finished]
+        data = ablated.data
+        baseline, documents = finished_results(self.store, self.subject.key(data), data), data.documents
+        return [acc(documents[r.doc_id], baseline[r.doc_id]) - acc(documents[r.doc_id], r) for r in ablated.finished]
 
 
-def known(stderr: float) -> float | None:
+def finite(stderr: float) -> float | None:
     """A standard error for JSON: None for NaN."""
     return None if math.isnan(stderr) else stderr
 

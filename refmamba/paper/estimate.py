@@ -140,7 +140,7 @@ def plan(
     lines = ["| model | parameters | download at most | memory |", "|---|---|---|---|"]
     for model, config in configs.items():
         count = parameters(config)
-        download = f"{4 * count / 1e9:.2f} GB" if "/" in model and not Path(model).is_dir() else "none"
+        download = f"{4 * count / 1e9:.2f} GB" if "/" in model and not Path(model).exists() else "none"
         lines.append(f"| {model} | {count / 1e6:.0f} M | {download} | {(BYTES_A_PARAMETER * count + MEMORY) / 1e9:.1f} GB |")
     lines += ["", f"Time for {work.documents} documents:", "", "| scheme | " + " | ".join(models) + " |"]
     lines.append("|---|" + "---|" * len(models))

@@ -14,7 +14,8 @@ from refmamba.eval_tasks.progress import progress
 from refmamba.eval_tasks.report import Outcome
 from refmamba.eval_tasks.results import Results
 from refmamba.eval_tasks.score import MAX_LENGTH
-from refmamba.formats.writing import check_file, json_text, reason, write_text
+from refmamba.formats.reading import reason
+from refmamba.formats.writing import check_file, json_text, write_text
 from refmamba.paper import ablation as ablate
 from refmamba.paper import planted
 from refmamba.paper.estimate import parameters

@@ -26,10 +26,10 @@ def search(bits: Callable[[Alphas], float], per_site: bool) -> Iterator[tuple[di
             tried = others if alpha is None else others | dict.fromkeys(layers, alpha)
             if tried == start:
                 continue
-            found = bits(tried)
-            yield tried, found
-            if best is None or found < best[0]:
-                best = found, tried
+            value = bits(tried)
+            yield tried, value
+            if best is None or value < best[0]:
+                best = value, tried
 
 
 def describe(alphas: Alphas) -> str:

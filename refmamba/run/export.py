@@ -46,7 +46,7 @@ def export_gguf(choice: ModelChoice, folder: Path, kind: str = "F32") -> Path:
     the tokenizer's files lie beside it. Raises RefmambaError.
     """
     opened = open_model(choice)
-    name = Path(choice.model.rstrip("/")).name.removesuffix(SUFFIX)
+    name = Path(choice.model.rstrip("/")).name.rpartition(":")[2].removesuffix(SUFFIX)  # of OWNER/NAME:FILE.gguf, FILE
     file = folder / f"{name}-{kind}{SUFFIX}"
     source, parts = floats(opened), _parts(opened)
     check_gguf(source.config, file)

@@ -12,7 +12,7 @@ from refmamba.errors import BackendError, DataError, FileError, TokenizerError, 
 from refmamba.formats.folder import content_hash, model_files
 from refmamba.formats.gguf import GGUFCheckpoint, is_gguf
 from refmamba.formats.hub import SMALL
-from refmamba.formats.reading import read_json, there
+from refmamba.formats.reading import exists, read_json
 from refmamba.formats.scheme import scheme_in
 from refmamba.formats.state import BOUND, read_entry
 from refmamba.formats.weights import TYPE_NAMES, open_weights
@@ -30,7 +30,7 @@ FLOAT_BYTES = 4
 def describe(choice: ModelChoice) -> dict[str, Any]:
     """What a model's name or a file of `refmamba` stands for, as JSON values. Raises RefmambaError."""
     file = Path(choice.model)
-    if choice.model != SMALL and not is_gguf(file) and there(file) and not file.is_dir():
+    if choice.model != SMALL and not is_gguf(file) and exists(file) and not file.is_dir():
         if file.suffix == ".json":
             return describe_receipt(file)
         if file.suffix == ".safetensors":
@@ -132,12 +132,12 @@ def needs(config: MambaConfig, scheme: Scheme) -> dict[str, Any]:
     """
     from refmamba.spec.jit import SETTINGS
 
-    codes = weight_bytes(QuantizedModel(config, scheme, {}))
+    model = QuantizedModel(config, scheme, {})  # its sizes alone
+    codes = weight_bytes(model)
     matrices = ("in_proj.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight", "lm_head.weight")
-    shared = QuantizedModel(config, scheme, {}).shares_codes
     floats = sum(
         math.prod(shape) for name, shape in config.shapes().items()
-        if not name.endswith(matrices) and not (shared and name == "embedding.weight")
+        if not name.endswith(matrices) and not (model.shares_codes and name == "embedding.weight")
     )  # fmt: skip
     state = config.n_layer * config.d_inner * (config.d_conv - 1 + config.d_state)
     bandwidth = read_bandwidth(int(SETTINGS.NUMBA_NUM_THREADS))

@@ -204,8 +204,8 @@ class Model:
 
         Raises DataError, TokenizerError, NonFiniteError.
 
-        >>> found = refmamba.load("small", scheme="int8").perplexity("The old man went out of the house.")
-        >>> round(found.bits_per_byte, 2)
+        >>> result = refmamba.load("small", scheme="int8").perplexity("The old man went out of the house.")
+        >>> round(result.bits_per_byte, 2)
         1.22
         """
         return text_perplexity(self._session, text)
@@ -272,14 +272,14 @@ def load(
     bits: int | None = None, act_bits: int | None = None, calibrate: StrPath | None = None,
     percentile: float = 1.0, backend: str = DEFAULT_BACKEND, device: str | None = None, add_bos: bool | None = None,
 ) -> Model:  # fmt: skip
-    """Load a model: `small` (inside the package), a folder, a GGUF file, or OWNER/NAME on the hub.
+    """Load a model: `small` (inside the package), a folder, a GGUF file, or OWNER/NAME or OWNER/NAME:FILE.gguf on the hub.
 
     revision: branch, tag or commit on the hub. scheme: a name (`int8`), a file (`mine.json`) or a Scheme; else bits=N for
     `wN-all`, and with act_bits=M for `wNaM-all`; else the one that the folder was saved under; else `w8-all`. calibrate: a
     text, or maxima in a .json, for static scales (None: the passage inside the package); percentile: the share of all
-    magnitudes on the text at which the maxima are cut (1: not). backend: `reference`, `cpu`,
-    `torch`, or `package.module:Class`; device: where that has several, as `cuda`. add_bos: whether a text's tokens begin
-    with the begin token (None: as the tokenizer's file says). Raises RefmambaError.
+    magnitudes on the text at which the maxima are cut (1: not). backend: a name of `refmamba.backends.BACKENDS`, or
+    `package.module:Class`; device: where that has several, as `cuda`. add_bos: whether a text's tokens begin with the begin
+    token (None: as the tokenizer's file says). Raises RefmambaError.
 
     >>> import refmamba
     >>> refmamba.load("small", scheme="int8")

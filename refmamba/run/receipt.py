@@ -120,9 +120,9 @@ def read_receipt(file: Path) -> tuple[Receipt, Scheme]:
     Raises FileError, and DataError or SchemeError for a file that no run under this specification has made.
     """
     values = read_json(file, TABLE_BYTES)
-    needed, there = {*BOUND, "tokens", "chain"}, values.keys() - {"about"}
-    if wrong := sorted(needed ^ there):
-        raise DataError(f"{file}: a receipt has {'no' if wrong[0] in there else 'an'} entry {wrong[0]}")
+    needed, entries = {*BOUND, "tokens", "chain"}, values.keys() - {"about"}
+    if wrong := sorted(needed ^ entries):
+        raise DataError(f"{file}: a receipt has {'no' if wrong[0] in entries else 'an'} entry {wrong[0]}")
     if values["format"] != FORMAT:
         raise DataError(f"{file}: a receipt of format {values['format']!r}; this program reads {FORMAT}")
     if values["spec_version"] != SPEC_VERSION:

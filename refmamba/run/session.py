@@ -19,7 +19,7 @@ from refmamba.backends import DEFAULT_BACKEND
 from refmamba.errors import DataError, SchemeError
 from refmamba.formats.calibration import SUFFIX, Calibration, load_calibration, save_calibration
 from refmamba.formats.folder import content_hash, open_checkpoint
-from refmamba.formats.hub import ModelFiles, resolve_model
+from refmamba.formats.hub import SMALL, ModelFiles, resolve_model
 from refmamba.formats.quantized import save_quantized
 from refmamba.formats.scheme import open_scheme
 from refmamba.formats.text import read_text
@@ -34,7 +34,7 @@ from refmamba.spec.parameters import QuantizedModel, quantize_model
 from refmamba.spec.scheme import Scheme
 
 ROUNDINGS = ("search", "gptq")
-DEFAULT_MODEL, DEFAULT_SCHEME = "small", "w8-all"
+DEFAULT_MODEL, DEFAULT_SCHEME = SMALL, "w8-all"
 
 
 @dataclass(frozen=True)

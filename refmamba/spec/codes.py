@@ -94,8 +94,11 @@ def quantize(x: F32Array, scale: F32Array, bits: int) -> IntArray:
     return q
 
 
-def dequantize(x: Codes) -> F32Array:
-    """q / scale, eq. (9), with q times its step where there are steps: float32, the shape of q."""
+def dequantize(x: Codes | FixedPoint) -> F32Array:
+    """Codes read back, float32, the shape of q: q / scale, eq. (9), with q times its step where there are steps; or
+    q * 2^-exponent, eq. (10)."""
+    if isinstance(x, FixedPoint):
+        return np.ldexp(x.q, -x.exponent[:, None], out=np.empty(x.q.shape, np.float32))  # rounds once
     return x.integers().astype(np.float32) / x.scale
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from refmamba.conformance.vectors import read_vectors, vectors_folder
 from refmamba.formats.calibration import load_calibration
 from refmamba.formats.folder import open_checkpoint
+from refmamba.formats.hub import SMALL
 from refmamba.formats.reading import TABLE_BYTES, read_json
 from refmamba.run.session import Opened
 from refmamba.spec.arith import F32Array
@@ -143,7 +144,7 @@ def page_data(opened: Opened, schemes: Sequence[Scheme]) -> dict[str, Any]:
     source, tokenizer = opened.float_checkpoint(), opened.tokenizer
     absmax = opened.calibration if any(scheme.needs_calibration for scheme in schemes) else {}
     expected = None
-    if opened.choice.model == "small":
+    if opened.choice.model == SMALL:
         expected = json.loads((vectors_folder() / "small.json").read_text("utf-8"))
     return {
         "name": opened.choice.model,

@@ -106,8 +106,7 @@ def tile(packed: bool, strips: int, columns: int, unroll: int) -> Any:
             for s in range(strips):
                 address = b.add(b.add(w_at, ir.Constant(i64, 64 * u)), b.mul(w_stride, ir.Constant(i64, s)))
                 raw = load(b, address, code, 64)
-                if columns <= 4:  # bound by memory
-                    _prefetch(b, address, AHEAD_OF_BYTES if columns == 1 and not packed else AHEAD)
+                _prefetch(b, address, AHEAD if packed or columns == 4 else AHEAD_OF_BYTES)
                 if packed:
                     low = ir.Constant(code, [15] * 64)
                     digits.append([b.and_(raw, low), b.lshr(raw, ir.Constant(code, [4] * 64))])
@@ -271,8 +270,7 @@ def grouped_tile(strips: int, columns: int, unroll: int) -> Any:
             for s in range(strips):
                 address = b.add(b.add(w_at, number(64 * line)), times(w_stride, s))
                 raw = load(b, address, code, 64)
-                if columns <= 4:  # bound by memory
-                    _prefetch(b, address, AHEAD)
+                _prefetch(b, address, AHEAD if columns == 1 else AHEAD_OF_BYTES)
                 for half, digits in enumerate((b.and_(raw, low), b.lshr(raw, ir.Constant(code, [4] * 64)))):
                     for c in range(columns):
                         part = s, c, (2 * line + half) % unroll

@@ -306,6 +306,23 @@ def fetch(b: Any, address: Any) -> Any:
     return b.load_atomic(to_pointer(b, address, i64), "seq_cst", 8)
 
 
+def _ask(b: Any, address: Any, write: int) -> None:
+    arguments = (ir.Constant(i32, value) for value in (write, 2, 1))  # for the second cache, of data
+    call(b, "llvm.prefetch.p0", ir.VoidType(), to_pointer(b, address, i8), *arguments)
+
+
+@machine(types.void, types.int64)
+def ask_read(b: Any, address: Any) -> None:
+    """Ask for a cache line that is read soon. No address is a fault."""
+    _ask(b, address, 0)
+
+
+@machine(types.void, types.int64)
+def ask_write(b: Any, address: Any) -> None:
+    """Ask for a cache line that is written soon."""
+    _ask(b, address, 1)
+
+
 @machine(types.void, types.int64)
 def pause(b: Any, _: Any) -> Any:
     """Tell the core that it waits in a loop."""

@@ -365,8 +365,8 @@ function embed(tokens, embedding) {
   const rows = embedding.q ? integers(embedding) : embedding, n = columns_of(rows), x = floats([tokens.length, n]);
   tokens.forEach((token, t) => x.data.set(rows.data.subarray(token * n, (token + 1) * n), t * n));
   if (!embedding.q) return x;
-  const { scale } = embedding, one = !scale.shape.length;
-  return dequantize({ q: x, scale: one ? scale : tensor([tokens.length, 1], Float32Array.from(tokens, (t) => scale.data[t])) });
+  const { scale } = embedding, per_tensor = !scale.shape.length;
+  return dequantize({ q: x, scale: per_tensor ? scale : tensor([tokens.length, 1], Float32Array.from(tokens, (t) => scale.data[t])) });
 }
 
 // (16): x (L, d), weight (d,) -> (L, d)
@@ -723,8 +723,8 @@ function block(model, i, x, conv_state, ssm_state, run) {
 
 // A state is a value: {conv: a tensor for each layer, ssm: likewise}.
 function initial_state({ n_layer, d_inner, d_conv, d_state }) {
-  const each = (width) => Array.from({ length: n_layer }, () => floats([d_inner, width]));
-  return { conv: each(d_conv - 1), ssm: each(d_state) };
+  const of_layers = (width) => Array.from({ length: n_layer }, () => floats([d_inner, width]));
+  return { conv: of_layers(d_conv - 1), ssm: of_layers(d_state) };
 }
 
 // tokens (L,) from a state on -> {logits (L or 1, vocabulary), state}. positions: "all" or "last".

@@ -79,11 +79,11 @@ function terms_of(recording, site) {
 }
 
 // The site of another forward with which a value can be compared; null where none is in the same terms.
-function counterpart(other, recording, site) {
+function counterpart(baseline, recording, site) {
   const layer = site.slice(0, site.lastIndexOf("."));
   let name = site;
-  if (!other.made.has(site)) name = /transformed/.test(site) ? `${layer}.in_codes` : /(result|sum|out_codes|out_value)$/.test(site) ? other.output(layer) : null;
-  return name && terms_of(other, name) === terms_of(recording, site) ? name : null;
+  if (!baseline.made.has(site)) name = /transformed/.test(site) ? `${layer}.in_codes` : /(result|sum|out_codes|out_value)$/.test(site) ? baseline.output(layer) : null;
+  return name && terms_of(baseline, name) === terms_of(recording, site) ? name : null;
 }
 
 // What each operation did for element (t, c): {symbols, inputs, exact, and what is its own}. symbols: the values of the
@@ -108,7 +108,7 @@ const STORIES = {
 
   code({ step, site, recording, t, c }) {
     const [x, bits, , granularity] = step.arguments, codes = step.result, n = columns_of(x);
-    const one = granularity === "per_tensor", from = one ? 0 : t * n, to = one ? x.data.length : from + n;
+    const per_tensor = granularity === "per_tensor", from = per_tensor ? 0 : t * n, to = per_tensor ? x.data.length : from + n;
     return coding(recording, site, x, codes, bits, t, c, from, to);
   },
 
@@ -276,7 +276,7 @@ function residual_before(recording, site) {
 function input_of(recording, site) {
   const at = layer_of(site), [layer, side] = kind_of(site).split(".");
   if (side === "out_codes") return recording.sites[recording.sites.indexOf(site) - 1];
-  const transformed = recording.sites.findLast((other) => other.startsWith(`${at}.${layer}.transformed`));
+  const transformed = recording.sites.findLast((earlier) => earlier.startsWith(`${at}.${layer}.transformed`));
   if (side.startsWith("in_codes") && transformed) return transformed;
   const inputs = { in_proj: `${at}.norm`, x_proj: `${at}.u`, out_proj: `${at}.gate`, lm_head: "norm_f" };
   return inputs[layer] ?? recording.output(`${at}.x_proj`);
@@ -287,8 +287,8 @@ function scan_of(step, t, c) {
   const [u, delta, A, B, C, D, ssm_state] = step.arguments, e = columns_of(u), n = columns_of(A);
   let states = Array.from({ length: n }, (_, s) => ({ A: A.data[c * n + s], after: ssm_state.data[c * n + s] }));
   for (let at = 0; at <= t; at++) {
-    const one = (x) => tensor([1, 1], Float32Array.of(x.data[at * e + c])), part = (x) => tensor([1, n], x.data.slice(at * n, (at + 1) * n));
-    const [A_bar, B_bar_u] = discretize(one(delta), tensor([1, n], A.data.slice(c * n, (c + 1) * n)), part(B), one(u));
+    const value_of = (x) => tensor([1, 1], Float32Array.of(x.data[at * e + c])), part = (x) => tensor([1, n], x.data.slice(at * n, (at + 1) * n));
+    const [A_bar, B_bar_u] = discretize(value_of(delta), tensor([1, n], A.data.slice(c * n, (c + 1) * n)), part(B), value_of(u));
     states = states.map(({ A: a, after }, s) => ({
       A: a, B: B.data[at * n + s], C: C.data[at * n + s], before: after, A_bar: A_bar.data[s], B_bar_u: B_bar_u.data[s],
       after: f(f(A_bar.data[s] * after) + B_bar_u.data[s]),
@@ -302,12 +302,13 @@ function explain(recording, baseline, site, t, c) {
   const { step, value } = recording.made.get(site);
   const story = STORIES[step.operation]({ step, site, recording, t, c });
   const result = recording.element(site, t, c), meant = stands_for(recording, site, t, c);
-  const x = recording.numbers(site), n = columns_of(x), other = counterpart(baseline, recording, site), plain = other && stands_for(baseline, other, t, c);
+  const x = recording.numbers(site), n = columns_of(x), site_of_baseline = counterpart(baseline, recording, site);
+  const plain = site_of_baseline && stands_for(baseline, site_of_baseline, t, c);
   const unscaled = two_to(-smoothing_of(recording, site, c)), exact = story.exact;
   const bits = x.data instanceof Float32Array && !value.q && !value.exponent ? bits_of(result) >>> 0 : null;
   return {
     form: step.operation, ...story, site, operation: step.operation, token: t, channel: c, channels: n, result, bits,
-    row: Array.from(x.data.subarray(t * n, (t + 1) * n)), stands_for: meant, plain, so_far: other && meant - plain,
+    row: Array.from(x.data.subarray(t * n, (t + 1) * n)), stands_for: meant, plain, so_far: site_of_baseline && meant - plain,
     added: exact === null || value.exponent ? 0 : meant * unscaled - exact,
   };
 }

@@ -26,11 +26,11 @@ function histogram({ q, high }) {
 }
 
 // The error of an approximation, relative to a signal.
-function relative_error(exact, approximate, beside = exact) {
+function relative_error(exact, approximate, reference = exact) {
   let error = 0, signal = 0;
   for (let i = 0; i < exact.length; i++) {
     error += (exact[i] - approximate[i]) ** 2;
-    signal += beside[i] ** 2;
+    signal += reference[i] ** 2;
   }
   return Math.sqrt(error / signal);
 }
@@ -62,8 +62,8 @@ function outlier(x, w, { channel, power, remedy, bits }) {
   }
   if (remedy === "hadamard") [left, right] = [rotate(grown, "x"), rotated(w)];
   const a = coded(left, bits, remedy === "per_token" ? "per_row" : "per_tensor"), b = coded(right, bits, "per_row");
-  const others = real_matrix(tensor(x.shape, x.data.map((value, i) => (i % n === channel ? 0 : value))), w);
-  return { ...histogram(a), row: Array.from(a.q.slice(-n)), error: relative_error(exact, real_matrix(a.value, b.value), others) };
+  const ordinary = real_matrix(tensor(x.shape, x.data.map((value, i) => (i % n === channel ? 0 : value))), w);
+  return { ...histogram(a), row: Array.from(a.q.slice(-n)), error: relative_error(exact, real_matrix(a.value, b.value), ordinary) };
 }
 
 // x wᵀ in float64, rounding aside.
@@ -76,8 +76,8 @@ function real_matrix(x, w) {
 // The state h of one layer after token t: (e, n), and how much of it each channel keeps, the mean of its Ā.
 function state_of(recording, layer, t) {
   const [u, delta, A, B, C, D, ssm_state] = recording.made.get(`layers.${layer}.scan`).step.arguments;
-  const until = (x) => tensor([t + 1, columns_of(x)], x.data.slice(0, (t + 1) * columns_of(x)));
-  const [, h] = selective_scan(until(u), until(delta), A, until(B), until(C), D, ssm_state);
+  const first_tokens = (x) => tensor([t + 1, columns_of(x)], x.data.slice(0, (t + 1) * columns_of(x)));
+  const [, h] = selective_scan(first_tokens(u), first_tokens(delta), A, first_tokens(B), first_tokens(C), D, ssm_state);
   const e = columns_of(u), n = columns_of(A), keeps = [];
   for (let c = 0; c < e; c++) {
     let sum = 0;
@@ -91,12 +91,12 @@ function state_of(recording, layer, t) {
 function compare(a, b) {
   const rows = [];
   for (const site of b.sites) {
-    const other = counterpart(a, b, site);
-    if (!other) continue;
-    const x = a.numbers(other), y = b.numbers(site), n = columns_of(x);
+    const site_of_a = counterpart(a, b, site);
+    if (!site_of_a) continue;
+    const x = a.numbers(site_of_a), y = b.numbers(site), n = columns_of(x);
     let error = 0, signal = 0, first = null, p0 = null, q0 = null;
     for (let i = 0; i < x.data.length; i++) {
-      const [t, c] = [Math.floor(i / n), i % n], p = stands_for(a, other, t, c), q = stands_for(b, site, t, c);
+      const [t, c] = [Math.floor(i / n), i % n], p = stands_for(a, site_of_a, t, c), q = stands_for(b, site, t, c);
       if (first === null && p !== q) [first, p0, q0] = [i, p, q];
       error += (p - q) ** 2;
       signal += p ** 2;
@@ -108,9 +108,9 @@ function compare(a, b) {
 
 // The checkpoint with one bit of one float16 weight turned over.
 function flipped(source, name, index, bit) {
-  const read = (other) => {
-    const x = source.read(other);
-    if (other === name) x.data[index] = HALVES[half_bits(x.data[index]) ^ (1 << bit)];
+  const read = (parameter) => {
+    const x = source.read(parameter);
+    if (parameter === name) x.data[index] = HALVES[half_bits(x.data[index]) ^ (1 << bit)];
     return x;
   };
   return { ...source, read };
@@ -119,7 +119,7 @@ function flipped(source, name, index, bit) {
 // float32 -> the bits of the same float16.
 const half_bits = (value) => HALVES.findIndex((half) => Object.is(half, value));
 
-// Where bits first differ between two recordings: {site, token, channel}, and how many sites do.
+// Where bits first differ between two recordings: {site, token, channel}, in how many sites they do, and of how many.
 function first_break(a, b) {
   let first = null, broken = 0;
   for (const site of a.sites) {
@@ -127,5 +127,5 @@ function first_break(a, b) {
     if (at >= 0) first ??= { site, token: Math.floor(at / columns_of(x)), channel: at % columns_of(x) };
     broken += at >= 0;
   }
-  return { first, broken, of: a.sites.length };
+  return { first, broken, sites: a.sites.length };
 }

@@ -28,14 +28,14 @@ function answered({ data: { id, result, error, progress } }) {
 
 // Only the last call within a moment counts, and only the last answer is shown.
 function latest(work, delay = 150) {
-  let timer, turn = 0;
+  let timer, calls = 0;
   return (...values) => {
     clearTimeout(timer);
-    const mine = ++turn;
+    const call = ++calls;
     return new Promise((resolve) => {
       timer = setTimeout(async () => {
         try {
-          await work(() => mine === turn, ...values);
+          await work(() => call === calls, ...values);
         } catch (error) {
           say(error.message);
         }
@@ -56,14 +56,14 @@ const say = (words) => { $("status").textContent = words; };
 // ------------------------------------------------------------------------------------------------------- pieces
 
 function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
+  const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (name === "html") made.innerHTML = value;
-    else if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else made.setAttribute(name, value);
+    if (name === "html") node.innerHTML = value;
+    else if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else node.setAttribute(name, value);
   }
-  made.append(...children.filter((child) => child !== null));
-  return made;
+  node.append(...children.filter((child) => child !== null));
+  return node;
 }
 
 const whole = (id, low, high) => Math.min(high, Math.max(low, Math.trunc(Number($(id).value)) || 0));
@@ -302,10 +302,10 @@ function draw_number(e) {
   const formulas = element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "The formula, and the same with this element's numbers", html: written.symbols + written.numbers.replace("<math", '<math class="numbers"') });
   const strip = element("canvas", { role: "img", "aria-label": `All ${e.channels} channels of this value at this token; the followed one is ${e.channel}.` });
   const body = element("div", { class: "panes" });
-  const asked = $("predict").checked && question(e, () => reveal(e, body, formulas));
-  $("number").replaceChildren(heading, says, ...(asked ? [asked] : []), formulas, strip, body);
+  const quiz = $("predict").checked && question(e, () => reveal(e, body, formulas));
+  $("number").replaceChildren(heading, says, ...(quiz ? [quiz] : []), formulas, strip, body);
   draw_strip(strip, e);
-  if (asked) formulas.hidden = true;
+  if (quiz) formulas.hidden = true;
   else reveal(e, body, formulas);
 }
 
@@ -338,8 +338,8 @@ function rounding(e) {
   if (e.saturates) words.push(["beyond the last code", element("span", { class: "warn" }, "it saturates")]);
   else words.push(["distance to the tie", `${short(tie)} of a step of ${short(unit)}`]);
   if (e.widest) {
-    const mine = e.widest.channel === e.channel && e.widest.token === e.token;
-    words.push(["the scale is taken by", mine ? "this very value" : `token ${e.widest.token}, channel ${e.widest.channel}: ${digits(e.widest.value)}, ${short(Math.abs(e.widest.value / (e.symbols.x || Infinity)))} times this one`]);
+    const is_widest = e.widest.channel === e.channel && e.widest.token === e.token;
+    words.push(["the scale is taken by", is_widest ? "this very value" : `token ${e.widest.token}, channel ${e.widest.channel}: ${digits(e.widest.value)}, ${short(Math.abs(e.widest.value / (e.symbols.x || Infinity)))} times this one`]);
   }
   if (e.calibrated !== undefined) words.push(["calibrated largest magnitude", digits(e.calibrated)]);
   return element("div", {}, element("h4", {}, "Rounding"), facts(words));
@@ -372,15 +372,15 @@ function draw_strip(canvas, e) {
   };
 }
 
-// Step to another operation, layer, token or channel.
-function step(what, by) {
+// Step to another operation, layer, token or channel: so many places of an axis on.
+function step(axis, places) {
   const { sites } = recorded, at = sites.indexOf(view.site);
-  if (what === "site") follow({ site: sites[Math.min(sites.length - 1, Math.max(0, at + by))] });
-  else if (what === "layer") {
-    const layer = Math.min(opened.config.n_layer - 1, Math.max(0, (layer_of_site(view.site) ?? (by > 0 ? -1 : opened.config.n_layer)) + by));
+  if (axis === "site") follow({ site: sites[Math.min(sites.length - 1, Math.max(0, at + places))] });
+  else if (axis === "layer") {
+    const layer = Math.min(opened.config.n_layer - 1, Math.max(0, (layer_of_site(view.site) ?? (places > 0 ? -1 : opened.config.n_layer)) + places));
     const name = layer_of_site(view.site) === null ? "norm" : name_of_site(view.site);
     follow({ site: `layers.${layer}.${name}` });
-  } else follow({ [what]: Math.max(0, view[what] + by) });
+  } else follow({ [axis]: Math.max(0, view[axis] + places) });
 }
 
 const KEYS = {
@@ -396,22 +396,22 @@ function judge(right, words) {
   return element("span", { class: right ? "right" : "warn" }, `${right ? "Right" : "No"}: ${words}`);
 }
 
-// A question about an element; null where there is none to ask. then: called when it is answered.
-function question(e, then) {
+// A question about an element; null where there is none to ask. on_answer: called when it is answered.
+function question(e, on_answer) {
   const form = element("form", { class: "buttons", id: "question" }), answer = element("span", { "aria-live": "polite" });
-  const done = (right, words) => {
+  const finish = (right, words) => {
     form.querySelectorAll("input, button").forEach((control) => { control.disabled = true; });
     answer.replaceChildren(judge(right, words));
-    then();
+    on_answer();
   };
   form.addEventListener("submit", (event) => event.preventDefault());
   if (e.sum) {
     const sign = Math.sign(e.result);
-    const press = (words, value) => element("button", { type: "button", onclick: () => done(sign === value, `the sum is ${digits(e.result)}.`) }, words);
+    const press = (words, value) => element("button", { type: "button", onclick: () => finish(sign === value, `the sum is ${digits(e.result)}.`) }, words);
     form.append("Is the sum below or above zero?", press("below", -1), press("above", 1), answer);
   } else if (e.code && e.symbols.s !== undefined) {
     const guess = element("input", { type: "number", required: "", "aria-label": "Your code" });
-    const check = () => guess.value !== "" && done(Math.abs(Number(guess.value) - e.code.q) <= 1, `${digits(e.symbols.x)} · ${digits(e.symbols.s)} is ${digits(e.rounding.before)}, so the code is ${e.code.q}.`);
+    const check = () => guess.value !== "" && finish(Math.abs(Number(guess.value) - e.code.q) <= 1, `${digits(e.symbols.x)} · ${digits(e.symbols.s)} is ${digits(e.rounding.before)}, so the code is ${e.code.q}.`);
     form.append(`x is ${digits(e.symbols.x)} and s is ${digits(e.symbols.s)}. Which code is it, to within 1?`, guess, element("button", { type: "submit" }, "Check"), answer);
     form.addEventListener("submit", check);
   } else return null;
@@ -438,7 +438,7 @@ const show_codes = latest(async (current) => {
 }, 40);
 
 const show_paragraph = latest(async (current) => {
-  if (!show_paragraph.wanted) return;
+  if (!show_paragraph.started) return;
   $("paragraph-words").textContent = "Measuring …";
   const request = lab_request(), { value, plain } = await ask("paragraph", { text: $("paragraph").value, ...request });
   if (current()) $("paragraph-words").textContent = `${value.toFixed(3)} bits a byte with the ${request.part === "weight" ? "weights" : "inputs"} of all four linear layers in every block coded so, in ${request.bits} bits; ${plain.toFixed(3)} without quantization.`;
@@ -467,8 +467,8 @@ async function compare_two() {
   $("two-words").textContent = first ? `They part at ${first.site} (${first.operation}), token ${first.first[0]}, channel ${first.first[1]}: ${digits(first.a)} under A, ${digits(first.b)} under B. At the logits the relative difference is ${percent(rows.at(-1).error)}.` : "Every value of every operation is the same.";
   const top = Math.max(...rows.map((row) => row.error)) || 1;
   const lines = rows.map((row) => {
-    const go = element("button", { type: "button", onclick: () => { set_scheme(b); record().then(() => follow({ site: row.site, token: row.first?.[0] ?? view.token, channel: row.first?.[1] ?? 0 }, true)); } }, row.site);
-    return element("tr", row === first ? { class: "first" } : {}, element("td", {}, go), element("td", {}, row.operation), element("td", {}, row.first ? percent(row.error) : "same"), element("td", {}, element("span", { class: "bar", style: `width:${(8 * row.error) / top}rem` })));
+    const button = element("button", { type: "button", onclick: () => { set_scheme(b); record().then(() => follow({ site: row.site, token: row.first?.[0] ?? view.token, channel: row.first?.[1] ?? 0 }, true)); } }, row.site);
+    return element("tr", row === first ? { class: "first" } : {}, element("td", {}, button), element("td", {}, row.operation), element("td", {}, row.first ? percent(row.error) : "same"), element("td", {}, element("span", { class: "bar", style: `width:${(8 * row.error) / top}rem` })));
   });
   const head = element("tr", {}, ...["value", "operation", "difference", ""].map((name) => element(name ? "th" : "td", {}, name)));
   $("two-table").replaceChildren(element("div", { class: "scroll", style: "max-height:26rem;overflow:auto", tabindex: "0", role: "region", "aria-label": "Differences, operation by operation" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...lines))));
@@ -485,7 +485,7 @@ async function guess_loser(guess) {
 // ---------------------------------------------------------------------------------------------------- 6 · flip
 
 const show_weight = latest(async (current) => {
-  const name = $("flip-name").value, shape = opened.tensors.find(([other]) => other === name)[1], columns = shape.at(-1);
+  const name = $("flip-name").value, shape = opened.tensors.find(([parameter]) => parameter === name)[1], columns = shape.at(-1);
   const rows = shape.length > 1 ? shape[0] : 1, row = whole("flip-row", 0, rows - 1), column = whole("flip-column", 0, columns - 1), index = row * columns + column;
   [$("flip-row").max, $("flip-column").max, $("flip-row").value, $("flip-column").value] = [rows - 1, columns - 1, row, column];
   const { value, bits, flips } = await ask("weight", { name, index });
@@ -505,8 +505,8 @@ const show_weight = latest(async (current) => {
 async function flip(name, index, bit, value, flipped) {
   $("flip-words").textContent = `${digits(value)} becomes ${digits(flipped)}: running …`;
   try {
-    const { first, broken, of, before, after } = await ask("flip", request_of({ name, index, bit }));
-    const words = first ? `the first other bits are in ${first.site} [token ${first.token}, channel ${first.channel}]; ${broken} of ${of} values differ. The logits' hash was ${before.slice(0, 12)}… and is ${after.slice(0, 12)}….` : "no bit of any value differs: the code stayed the same, and so does the hash.";
+    const { first, broken, sites, before, after } = await ask("flip", request_of({ name, index, bit }));
+    const words = first ? `the first other bits are in ${first.site} [token ${first.token}, channel ${first.channel}]; ${broken} of ${sites} values differ. The logits' hash was ${before.slice(0, 12)}… and is ${after.slice(0, 12)}….` : "no bit of any value differs: the code stayed the same, and so does the hash.";
     $("flip-words").replaceChildren(`${digits(value)} becomes ${digits(flipped)} under ${recorded.scheme}: ${words} `, first ? element("button", { type: "button", onclick: () => follow({ site: first.site, token: first.token, channel: first.channel }, true) }, "Go there") : "");
   } catch (error) {
     $("flip-words").textContent = `${digits(value)} becomes ${digits(flipped)}: the call fails, as it must. ${error.message}`;
@@ -566,10 +566,10 @@ function listen() {
   on("tiles", "pointermove", point_tile);
   on("tiles", "click", point_tile);
   on("tiles", "keydown", (event) => {
-    const by = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
-    if (!by || !shown) return;
+    const move = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+    if (!move || !shown) return;
     event.preventDefault();
-    move_tile(view.tile[0] + by[0], view.tile[1] + by[1]);
+    move_tile(view.tile[0] + move[0], view.tile[1] + move[1]);
   });
   on("layer", "change", () => step("layer", whole("layer", 0, opened.config.n_layer - 1) - (layer_of_site(view.site) ?? -1)));
   on("site", "change", () => follow({ site: $("site").value }));
@@ -584,8 +584,8 @@ function listen() {
     step(...KEYS[event.key]);
     $("number").focus({ preventScroll: true });
   });
-  on("bits-part bits-layer bits-bits bits-scale", "input", () => { show_paragraph.wanted = true; show_codes(); });
-  on("paragraph", "input", () => { show_paragraph.wanted = true; show_paragraph(); });
+  on("bits-part bits-layer bits-bits bits-scale", "input", () => { show_paragraph.started = true; show_codes(); });
+  on("paragraph", "input", () => { show_paragraph.started = true; show_paragraph(); });
   on("outlier-layer outlier-channel outlier-power outlier-bits", "input", show_outlier);
   document.querySelectorAll("[name=remedy]").forEach((radio) => radio.addEventListener("change", show_outlier));
   on("two-run", "click", compare_two);
@@ -608,7 +608,7 @@ async function play() {
 }
 
 async function start() {
-  const asked = location.hash.slice(1); // what is shown rewrites the address
+  const fragment = location.hash.slice(1); // what is shown rewrites the address
   worker = new Worker(URL.createObjectURL(new Blob([$("worker").textContent], { type: "text/javascript" })));
   worker.onmessage = answered;
   const ready = ask("open", { data: $("data").textContent, weights: Array.from(document.querySelectorAll(".weights"), (piece) => piece.textContent).join("") });
@@ -636,6 +636,6 @@ async function start() {
     await write();
   } else say(`Recorded: ${opened.recorded} tokens of this prompt.`);
   await record();
-  document.getElementById(asked.includes("op=") ? "follow" : asked)?.scrollIntoView(); // now: what is drawn above it moves it
+  document.getElementById(fragment.includes("op=") ? "follow" : fragment)?.scrollIntoView(); // now: what is drawn above it moves it
   document.body.dataset.ready = "yes";
 }
