@@ -461,7 +461,7 @@ def test_a_worker_elsewhere_gets_the_same_model(tmp_path: Path, monkeypatch: pyt
         Path(folder).mkdir()
     Path("mine.gguf").touch()
     names = ("mine", "mine.gguf", "small", "owner/name")
-    models = [_absolute(Job(ModelChoice(name), 2048, "model")).choice.model for name in names]
+    models = [_absolute(Job(ModelChoice(name), 2048, "model", "")).choice.model for name in names]
     assert models == [str(tmp_path.resolve() / "mine"), str(tmp_path.resolve() / "mine.gguf"), "small", "owner/name"]
 
 
