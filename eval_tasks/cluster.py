@@ -104,7 +104,10 @@ def _on_worker(job: Job, inputs: str, block: Block) -> list[Result]:
         raise DataError(f"{socket.gethostname()} has another {job.choice.scheme} or {job.choice.calibrate}")
     if job.choice.device == "cuda":
         job = _on_own_device(job, _distributed().get_worker().name)
-    return score_block(job, block)
+    try:
+        return score_block(job, block)
+    except BackendError as error:  # of the machine, and not of the documents: the command's own has what the backend needs
+        raise BackendError(f"on {socket.gethostname()}: {error}") from error
 
 
 def _on_own_device(job: Job, worker: Any) -> Job:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from refmamba.backend import Backend, numerics
-from refmamba.errors import DataError
+from refmamba.errors import BackendError, DataError
 from refmamba.eval_tasks.load import Dataset
 from refmamba.eval_tasks.progress import Progress
 from refmamba.eval_tasks.results import Key, Result, Results
@@ -31,19 +31,31 @@ Block = list[tuple[int, Document]]
 
 @dataclass(frozen=True)
 class Job:
-    """What a process needs to score documents, and what it must find."""
+    """What a process needs to score documents, and what it must find. numerics: of the backend, as `numerics_of` has it."""
 
     choice: ModelChoice
     max_length: int
     model_sha256: str
+    numerics: str
     spec_version: str = SPEC_VERSION
 
     def open(self) -> Session:
-        """The model, which is loaded when it first runs. Raises RefmambaError, so DataError where its files are others."""
+        """The model, which is loaded when it first runs.
+
+        Raises RefmambaError, so DataError where its files are others, and BackendError where the packages of a backend are that
+        is not exact.
+        """
         session = open_session(self.choice)
         if (model_sha256(session.opened.files), SPEC_VERSION) != (self.model_sha256, self.spec_version):
             raise DataError(f"{self.choice.model}: this process has other files of that name, or another refmamba")
+        if (numbers := numerics_of(session.backend)) != self.numerics:
+            raise BackendError(f"its kernels are {numbers}, and those of the command {self.numerics}; install the same")
         return session
+
+
+def numerics_of(backend: Backend) -> str:
+    """What tells the numbers of a backend that is not exact from those of another version of it; empty for an exact one."""
+    return "" if backend.exact else ", ".join(numerics(backend).values()) or "float32"
 
 
 # A block's results as they come, in any order. A call may begin with the work; it does not wait for it.
@@ -97,15 +109,14 @@ class Subject:
     def job(self) -> Job:
         """What scores it."""
         device = "cuda" if self.backend.device == "cuda" else self.choice.device  # also where the backend chose it
-        return Job(replace(self.choice, device=device), self.max_length, self.model_sha256)
+        return Job(replace(self.choice, device=device), self.max_length, self.model_sha256, numerics_of(self.backend))
 
     def key(self, data: Dataset) -> Key:
         """The name of a task's results."""
-        exact = ("", "", "")
-        inexact = (self.backend.name, self.backend.device, ", ".join(numerics(self.backend).values()) or "float32")
+        where = ("", "") if self.backend.exact else (self.backend.name, self.backend.device)
         return Key(
             self.model_sha256, json.dumps(self.scheme.to_json(), sort_keys=True), self.calibration, data.task.name,
-            data.sha256, SPEC_VERSION, self.max_length, self.choice.add_bos, *(exact if self.backend.exact else inexact),
+            data.sha256, SPEC_VERSION, self.max_length, self.choice.add_bos, *where, numerics_of(self.backend),
         )  # fmt: skip
 
     def describe(self) -> dict[str, Any]:

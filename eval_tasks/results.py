@@ -145,10 +145,10 @@ class Results:
     def save(self, key: Key, block: Iterable[Result]) -> None:
         """Write a block of results, whole or not at all. Raises DataError where the file cannot be written."""
         rows = [
-            (_text(key), r.doc_id, json.dumps([s.loglikelihood for s in r.scores]), json.dumps([s.greedy for s in r.scores]))
+            (r.doc_id, json.dumps([s.loglikelihood for s in r.scores]), json.dumps([s.greedy for s in r.scores]), _text(key))
             for r in block
         ]
-        insert = "INSERT INTO result SELECT id, ?2, ?3, ?4 FROM run WHERE key = ?1 ON CONFLICT (run, doc_id) DO NOTHING"
+        insert = "INSERT INTO result SELECT id, ?, ?, ? FROM run WHERE key = ? ON CONFLICT (run, doc_id) DO NOTHING"
         try:
             with self._transaction():
                 self._database.execute("INSERT INTO run (key) VALUES (?) ON CONFLICT (key) DO NOTHING", [_text(key)])

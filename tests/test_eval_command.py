@@ -78,6 +78,14 @@ def count(folder: Path) -> int:
     return found
 
 
+def saved(folder: Path) -> list[tuple[str, int, str, str]]:
+    """What the results file has of each document, and under which key; log-likelihoods are texts that lose no bit."""
+    with closing(sqlite3.connect(folder / "r.sqlite")) as database:
+        return database.execute(
+            "SELECT key, doc_id, loglikelihoods, greedy FROM result JOIN run ON run.id = run ORDER BY key, doc_id"
+        ).fetchall()
+
+
 def wait_until_more_than(folder: Path, before: int, process: "subprocess.Popen[str]") -> None:
     until = time.monotonic() + WAIT
     while count(folder) <= before and process.poll() is None:
@@ -436,7 +444,7 @@ def test_a_worker_of_our_own_that_dies_costs_its_block_only(whole: dict[str, Any
 def test_a_worker_with_another_scheme_file_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("distributed")
     (tmp_path / "s.json").write_text("{}")
-    job = Job(ModelChoice("small", str(tmp_path / "s.json")), 2048, "model")
+    job = Job(ModelChoice("small", str(tmp_path / "s.json")), 2048, "model", "")
     here = _inputs(job)
     (tmp_path / "s.json").write_text("{ }")
     with pytest.raises(DataError, match=r"has another .*s\.json"):
@@ -453,13 +461,13 @@ def test_a_worker_elsewhere_gets_the_same_model(tmp_path: Path, monkeypatch: pyt
         Path(folder).mkdir()
     Path("mine.gguf").touch()
     names = ("mine", "mine.gguf", "small", "owner/name")
-    models = [_absolute(Job(ModelChoice(name), 2048, "model")).choice.model for name in names]
+    models = [_absolute(Job(ModelChoice(name), 2048, "model", "")).choice.model for name in names]
     assert models == [str(tmp_path.resolve() / "mine"), str(tmp_path.resolve() / "mine.gguf"), "small", "owner/name"]
 
 
 @contextmanager
-def background(module: str, *words: str) -> Iterator["subprocess.Popen[bytes]"]:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "NUMBA_NUM_THREADS": "1"}
+def background(module: str, *words: str, **variables: str) -> Iterator["subprocess.Popen[bytes]"]:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "NUMBA_NUM_THREADS": "1"} | variables
     process = subprocess.Popen(
         [sys.executable, "-m", module, *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -471,18 +479,20 @@ def background(module: str, *words: str) -> Iterator["subprocess.Popen[bytes]"]:
 
 
 @contextmanager
-def scheduler_with_workers(folder: Path, workers: int) -> Iterator[tuple[str, list["subprocess.Popen[bytes]"]]]:
+def scheduler_with_workers(
+    folder: Path, workers: int, **variables: str
+) -> Iterator[tuple[str, list["subprocess.Popen[bytes]"]]]:
     """Its address, and the processes: the scheduler's, then the workers'."""
     file = folder / "scheduler.json"
     options = ("--scheduler-file", str(file), "--no-dashboard")
     worker = ("distributed.cli.dask_worker", *options, "--nthreads", "1", "--no-nanny", "--local-directory", str(folder))
     with ExitStack() as stack:
-        processes = [stack.enter_context(background("distributed.cli.dask_scheduler", *options, "--port", "0"))]
+        processes = [stack.enter_context(background("distributed.cli.dask_scheduler", *options, "--port", "0", **variables))]
         until = time.monotonic() + WAIT
         while not file.exists():
             assert time.monotonic() < until, "the scheduler did not start"
             time.sleep(0.05)
-        processes += [stack.enter_context(background(*worker)) for _ in range(workers)]
+        processes += [stack.enter_context(background(*worker, **variables)) for _ in range(workers)]
         yield json.loads(file.read_text())["address"], processes
 
 
@@ -527,6 +537,6 @@ def test_a_scheduler_without_workers_is_said_to_have_none(tmp_path: Path) -> Non
 def test_each_worker_has_a_cuda_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    job = Job(ModelChoice("model", device="cuda"), 10, "")
+    job = Job(ModelChoice("model", device="cuda"), 10, "", "")
     devices = [_on_own_device(job, worker).choice.device for worker in (0, 1, 2, "tcp://10.0.0.1:1")]
     assert devices == ["cuda:0", "cuda:1", "cuda:0", "cuda"]

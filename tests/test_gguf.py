@@ -22,7 +22,9 @@ from refmamba.commands.main import refmamba as command_line
 from refmamba.formats.checkpoint import Checkpoint
 from refmamba.formats.dequantized import Dequantized
 from refmamba.formats.folder import content_hash, open_checkpoint
-from refmamba.formats.gguf import GGUFCheckpoint, file_name, open_gguf
+from refmamba.formats.gguf import GGUF, GGUFCheckpoint, file_name, open_gguf
+from refmamba.formats.gguf_tokenizer import ADD_BOS, BEGIN, MERGES, MODEL, PRE, TOKENS, tokenizer_json
+from refmamba.formats.gguf_tokenizer import TYPES as TOKEN_TYPES
 from refmamba.formats.gguf_writing import TYPES, write_gguf
 from refmamba.formats.hub import resolve_model
 from refmamba.formats.quantized import save_quantized
@@ -290,6 +292,33 @@ def test_a_pre_tokenizer_that_is_not_known_is_told(folder: Path, tmp_path: Path)
     file.write_bytes(file.read_bytes().replace(b"gpt-2", b"dbrx2"))
     with pytest.raises(errors.TokenizerError, match="with the pre-tokenizer 'dbrx2'; gpt2 with gpt-2, mpt, olmo is read"):
         _ = open_model(ModelChoice(str(file), "fp32")).tokenizer
+
+
+TOKENIZER: dict[str, Any] = {
+    MODEL: "gpt2", PRE: "gpt-2", TOKENS: ["b", "a", "aa", "x"], MERGES: ["a a"], BEGIN: 0, ADD_BOS: True,
+    TOKEN_TYPES: np.array([3, 1, 1, 5], np.int32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({TOKENS: ["b", "a", "aa", "aa"], TOKEN_TYPES: np.ones(4, np.int32)}, "tokenizer.ggml.tokens has 'aa' twice"),
+        ({TOKEN_TYPES: np.ones(4, np.float32)}, "tokenizer.ggml.token_type is not one number a token"),
+        ({TOKEN_TYPES: np.ones(3, np.int32)}, "tokenizer.ggml.token_type is not one number a token"),
+        ({ADD_BOS: "true"}, "tokenizer.ggml.add_bos_token is 'true', and tokenizer.ggml.bos_token_id 0"),
+        ({ADD_BOS: 1}, "tokenizer.ggml.add_bos_token is 1, and"),
+        ({BEGIN: 3}, "tokenizer.ggml.add_bos_token is True, and tokenizer.ggml.bos_token_id 3"),  # which is not used
+        ({BEGIN: None}, "tokenizer.ggml.add_bos_token is True, and tokenizer.ggml.bos_token_id None"),
+        ({MERGES: ["aa"]}, "tokenizer.ggml.merges has 'aa', which is no pair"),
+    ],
+)  # fmt: skip
+def test_keys_of_a_tokenizer_that_cannot_be_are_told(change: dict[str, Any], words: str) -> None:
+    template = tokenizer_json(GGUF(Path("m.gguf"), TOKENIZER, {}))["post_processor"]
+    assert template["single"][0] == {"SpecialToken": {"id": "b", "type_id": 0}}
+    assert tokenizer_json(GGUF(Path("m.gguf"), TOKENIZER | {TOKENS: ["b", "a", "aa", "aa"]}, {}))  # the last is not used
+    with pytest.raises(errors.TokenizerError, match=words):
+        tokenizer_json(GGUF(Path("m.gguf"), TOKENIZER | change, {}))
 
 
 # --- exported codes ---------------------------------------------------------------------------------------------------

@@ -4,11 +4,14 @@ missing."""
 import importlib.util
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +21,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import RandomSource
+from eval_model import write_small
+from test_eval_command import run as run_eval
+from test_eval_command import saved, scheduler_with_workers
 from test_eval_score import questions
 
 torch = pytest.importorskip("torch")
@@ -28,7 +34,10 @@ from refmamba.conformance.comparison import parse_tolerance  # noqa: E402
 from refmamba.conformance.operations import check_operations  # noqa: E402
 from refmamba.conformance.verify import run_models  # noqa: E402
 from refmamba.errors import BackendError, DataError  # noqa: E402
+from refmamba.eval_tasks.cluster import _inputs, _on_worker  # noqa: E402
+from refmamba.eval_tasks.evaluate import subject  # noqa: E402
 from refmamba.eval_tasks.score import score  # noqa: E402
+from refmamba.run.session import ModelChoice  # noqa: E402
 from refmamba.spec.parameters import quantize_model  # noqa: E402
 from refmamba.spec.scheme import Quantizer, Scheme, parse_scheme  # noqa: E402
 
@@ -277,6 +286,38 @@ def test_tasks_are_scored_and_the_results_say_by_what(stand_ins: None, tmp_path:
     assert perplexity[0] != perplexity[1]
     assert abs(perplexity[1] / perplexity[0] - 1) < 0.05
     assert abs(perplexity[2] / perplexity[0] - 1) < 1e-4
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("spread", ["--workers", "--dask"])
+def test_workers_have_the_results_of_one_process(spread: str, tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    path = {"PYTHONPATH": f"{STAND_INS}{os.pathsep}{ROOT}"}
+    words = ("--model", str(write_small(tmp_path / "model")), "--scheme", "fp32", "--tasks", "lambada,copa", "--limit", "2",
+             "--backend", "mamba-ssm", "--device", "cpu")  # fmt: skip
+    folders = [tmp_path / name for name in ("alone", "spread", "scheduler")]
+    for folder in folders:
+        folder.mkdir()
+    with ExitStack() as stack:
+        where = "2"
+        if spread == "--dask":
+            where, _ = stack.enter_context(scheduler_with_workers(folders[2], 1, **path))
+        for folder, more in ((folders[0], ()), (folders[1], (spread, where))):
+            done = run_eval(folder, *words, *more, **path)
+            assert done.returncode == 0, done.stderr
+    alone = saved(folders[0])
+    assert len(alone) == 4
+    assert all(KERNELS in key for key, *_ in alone)
+    assert saved(folders[1]) == alone
+
+
+def test_a_worker_with_other_packages_is_refused(stand_ins: None, tmp_path: Path) -> None:
+    job = subject(ModelChoice(str(write_small(tmp_path / "m")), "fp32", "mamba-ssm", device="cpu"), 2048).job
+    assert _on_worker(job, _inputs(job), []) == []
+    other = replace(job, numerics="bfloat16, mamba_ssm 9")
+    line = f"on {socket.gethostname()}: its kernels are bfloat16, {KERNELS}, and those of the command bfloat16, mamba_ssm 9;"
+    with pytest.raises(BackendError, match=re.escape(line)):
+        _on_worker(other, _inputs(other), [])
 
 
 @pytest.mark.skipif(

@@ -3,6 +3,7 @@
 Triton decides at its import whether it interprets, so these tests run in a process of their own: the last one here starts it.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TINY, RandomSource, assert_bits
+from eval_model import write_small
+from test_eval_command import run as run_eval
+from test_eval_command import saved
 
 pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -34,6 +38,7 @@ from refmamba.spec.scheme import parse_scheme
 
 pytestmark = pytest.mark.ci
 ROOT = Path(__file__).resolve().parents[1]
+EVAL = ("--scheme", "int8", "--tasks", "lambada,copa", "--limit", "2", "--samples", "s.jsonl")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that the last test starts")
 SEQUENCES = [np.array([3, 1, 4, 1, 5, 9, 2, 6, 5]), np.array([9]), np.array([2, 6])]
@@ -210,3 +215,31 @@ def test_verify_in_the_interpreter() -> None:
     result = in_interpreter("-m", "refmamba", "verify", "--quick", "--backend", "triton", "--schemes", "int8,w8-all")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "every bit is the specification's" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, and with the results that the cpu backend has of four documents."""
+    folder = tmp_path_factory.mktemp("eval")
+    write_small(folder / "model")
+    done = run_eval(folder, *EVAL, "--model", "model", "--backend", "cpu")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
+@pytest.mark.parametrize("spread", [(), ("--workers", "2")], ids=["alone", "workers"])
+def test_eval_has_the_cpu_s_results(spread: tuple[str, ...], on_the_cpu: Path, tmp_path: Path) -> None:
+    if spread:
+        pytest.importorskip("distributed")
+    words = ("--model", str(on_the_cpu / "model"), "--backend", "triton", "--device", "cpu", *spread)
+    done = run_eval(tmp_path, *EVAL, *words, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    assert len(saved(tmp_path)) == 4
+    assert saved(tmp_path) == saved(on_the_cpu)
+    samples, expected = ((folder / "s.jsonl").read_text("utf-8") for folder in (tmp_path, on_the_cpu))
+    assert samples.count('"backend": "triton"') == 4
+    names = {'"triton"': '"cpu"', f'"model": {json.dumps(str(on_the_cpu / "model"))}': '"model": "model"'}
+    for name, other in names.items():
+        samples = samples.replace(name, other)
+    assert samples == expected

@@ -1,5 +1,6 @@
 """The tokenizer of a GGUF file: byte-level BPE with GPT-2's pre-tokenizer, from and to a tokenizer.json."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -38,12 +39,15 @@ def tokenizer_json(gguf: GGUF) -> dict[str, Any]:
         raise TokenizerError(f"{file}: {TOKENS} or {MERGES} is missing or no list of texts; download it again")
     if types is None:
         types = np.full(len(tokens), NORMAL)
-    if not isinstance(types, np.ndarray) or len(types) != len(tokens):
+    if not isinstance(types, np.ndarray) or types.dtype.kind not in "iu" or len(types) != len(tokens):
         raise TokenizerError(f"{file}: {TYPES} is not one number a token; download it again")
     pairs = [merge[:1] + merge[1:].replace(" ", "\0", 1) for merge in merges]  # a token may begin with a space
     if bad := [merge for merge, pair in zip(merges, pairs, strict=True) if "\0" not in pair[1:]]:
         raise TokenizerError(f"{file}: {MERGES} has {printable(repr(bad[0]), 40)}, which is no pair; download it again")
     used = {i: token for i, token in enumerate(tokens) if types[i] != UNUSED}
+    if len(set(used.values())) < len(used):
+        twice = next(token for token, count in Counter(used.values()).items() if count > 1)
+        raise TokenizerError(f"{file}: {TOKENS} has {printable(repr(twice), 40)} twice; download it again")
     added = [
         {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
          "special": bool(types[i] == CONTROL)}
@@ -54,10 +58,13 @@ def tokenizer_json(gguf: GGUF) -> dict[str, Any]:
         "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
         "vocab": {token: i for i, token in used.items()}, "merges": [pair.split("\0", 1) for pair in pairs],
     }  # fmt: skip
-    begin = values.get(BEGIN)
+    begin, adds = values.get(BEGIN), values.get(ADD_BOS, False)
+    token = used.get(begin) if type(begin) is int else None
+    if not isinstance(adds, bool) or (adds and token is None):
+        told = f"{ADD_BOS} is {printable(repr(adds), 40)}, and {BEGIN} {printable(repr(begin), 40)}"
+        raise TokenizerError(f"{file}: {told}: the first must be true or false, and true only with a token; download it again")
     template = None
-    if values.get(ADD_BOS) is True and type(begin) is int and begin in used:
-        token = used[begin]
+    if adds:
         special = {"SpecialToken": {"id": token, "type_id": 0}}
         template = {
             "type": "TemplateProcessing", "single": [special, {"Sequence": {"id": "A", "type_id": 0}}],

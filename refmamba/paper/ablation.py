@@ -84,7 +84,8 @@ class AblatedSubject(Subject):
     @property
     def job(self) -> Job:
         """What scores it."""
-        return AblatedJob(self.choice, self.max_length, self.model_sha256, zeroed=self.zeroed)
+        job = super().job
+        return AblatedJob(job.choice, job.max_length, job.model_sha256, job.numerics, zeroed=self.zeroed)
 
     def key(self, data: Dataset) -> Key:
         """The name of a task's results."""

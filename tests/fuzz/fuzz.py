@@ -10,17 +10,19 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -41,11 +43,12 @@ from refmamba.eval_tasks.results import Key, Result, Results
 from refmamba.eval_tasks.score import Score
 from refmamba.formats.calibration import load_calibration
 from refmamba.formats.folder import content_hash, open_checkpoint
+from refmamba.formats.gguf import ARRAY, NUMBERS, TEXT, GGUFCheckpoint, _Bytes, _entry
 from refmamba.formats.hub import ModelFiles
 from refmamba.formats.scheme import open_scheme
 from refmamba.formats.state import open_state
 from refmamba.formats.text import read_text
-from refmamba.formats.tokenizer import load_tokenizer
+from refmamba.formats.tokenizer import Tokenizer, load_tokenizer
 from refmamba.run.receipt import BOUND, first_link, read_receipt, replay
 from refmamba.run.session import ModelChoice, open_model, open_session
 from refmamba.spec.calibrate import calibrate
@@ -63,6 +66,30 @@ ODD: tuple[Any, ...] = (
     float("inf"), "", "a", "a" * 6000, "\ud800", "a\nb\x1b[31m", "../../etc/passwd", "\0", [], {}, [[]], {"": None}, [None],
     "NaN",
 )  # fmt: skip
+# Of a GGUF file: keys that are read and that the seed does not have, and values of texts and numbers that mean something.
+OTHER_KEYS = ("split.count", "general.alignment", "tokenizer.chat_template", "mamba.expert_count")
+OTHER_VALUES = (
+    "mamba",
+    "mamba2",
+    "jamba",
+    "llama",
+    "gpt2",
+    "none",
+    "gpt-2",
+    "mpt",
+    "a b",
+    " a",
+    "the",
+    2,
+    4,
+    6,
+    8,
+    16,
+    32,
+    64,
+    260,
+)
+ALIGNMENT = 32  # of its tensors
 BYTES = (b"\0", b"\xff", b"\xef\xbb\xbf", b"[" * 3000, b'{"a":' * 3000, b"9" * 5000, b"\r", b"\n\n", b"\t", b"NaN", b"\\ud800",
          b"<!DOCTYPE a [<!ENTITY b 'c'>]>", b"&b;", b"\x80\x02", b"PK\x03\x04", b"PAR1", b"\xc3", b"\xed\xa0\x80")  # fmt: skip
 
@@ -176,6 +203,78 @@ def array_changes(rng: Random, content: bytes) -> bytes:
     return file.getvalue()
 
 
+def gguf_changes(rng: Random, content: bytes) -> bytes:
+    """A GGUF file whose keys, values and table of tensors are changed, and whose lengths and counts are told rightly."""
+    start = _Bytes(Path("seed"), np.frombuffer(content, np.uint8))
+    start.take(8)
+    n_tensors, n_keys = start.number("<Q"), start.number("<Q")
+    keys = [(start.text(), kind := start.number("<I"), _plain(start.value(kind))) for _ in range(n_keys)]
+    tensors: list[tuple[str, int, Sequence[int], int]] = [_entry(start) for _ in range(n_tensors)]
+    data = content[-(-start.at // ALIGNMENT) * ALIGNMENT :]
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(len(keys))
+        key, kind, value = keys[at]
+        what = rng.choice(["value", "value", "type", "rename", "remove", "repeat", "tensor"])
+        if what == "value":
+            keys[at] = (key, kind, _changed_value(rng, value))
+        elif what == "type":
+            keys[at] = (key, rng.choice([*NUMBERS, TEXT, ARRAY, 13, 255]), rng.choice([value, *ODD]))
+        elif what == "rename":
+            names = [name for name, *_ in keys]
+            keys[at] = (rng.choice([*names, *OTHER_KEYS, *(odd for odd in ODD if isinstance(odd, str))]), kind, value)
+        elif what == "remove":
+            del keys[at]
+        elif what == "repeat":
+            keys.insert(rng.randrange(len(keys)), (rng.choice([key, *OTHER_KEYS]), kind, _changed_value(rng, value)))
+        else:
+            at = rng.randrange(len(tensors))
+            name, number, shape, offset = tensors[at]
+            sizes = [0, 1, 2**31, 2**63, 2**64 - 1, *shape]
+            tensors[at] = rng.choice([
+                (rng.choice([tensor[0] for tensor in tensors]), number, shape, offset),
+                (name, rng.randrange(45), shape, offset),
+                (name, number, rng.choice([shape[::-1], [*shape, 1], [], rng.choices(sizes, k=rng.randint(1, 5))]), offset),
+                (name, number, shape, rng.choice([0, 1, 32, 2**63, 2**64 - 32, tensors[0][3], len(data)])),
+            ])  # fmt: skip
+    out = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(keys))
+    out += b"".join(_packed(TEXT, key) + struct.pack("<I", kind) + _packed(kind, value) for key, kind, value in keys)
+    for name, number, shape, offset in tensors:
+        out += _packed(TEXT, name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], number, offset)
+    return out + b"\0" * (-len(out) % ALIGNMENT) + data
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def _changed_value(rng: Random, value: Any) -> Any:
+    """A key's value, or an element or the length of an array, changed."""
+    if isinstance(value, list) and value and rng.randrange(8):
+        at, other = rng.randrange(len(value)), rng.choice(value)
+        return rng.choice([
+            [*value[:at], _changed_value(rng, other), *value[at + 1 :]], [*value[:at], other, *value[at + 1 :]],
+            value[:at], value[at:], value + value[:at], value[::-1], [],
+        ])  # fmt: skip
+    return rng.choice([*ODD, *OTHER_VALUES, rng.randint(-300, 300), rng.gauss(0, 10), chr(rng.randrange(0x110000))])
+
+
+def _packed(kind: int, value: Any) -> bytes:
+    """A value's bytes as a type, as near as the type has it."""
+    if kind in NUMBERS:
+        number, dtype = value if isinstance(value, int | float) else len(str(value)), NUMBERS[kind]
+        if dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                return np.array(number, dtype).tobytes()
+        whole = int(number) if math.isfinite(number) else 0
+        return (whole % (1 << 8 * dtype.itemsize)).to_bytes(dtype.itemsize, "little")
+    if kind != ARRAY:
+        text = str(value).encode("utf-8", "surrogatepass")
+        return struct.pack("<Q", len(text)) + text
+    elements = value if isinstance(value, list) else [value]
+    element = TEXT if any(isinstance(x, str) for x in elements) else 6 if any(isinstance(x, float) for x in elements) else 5
+    return struct.pack("<IQ", element, len(elements)) + b"".join(_packed(element, x) for x in elements)
+
+
 def command_lines(rng: Random, content: bytes) -> bytes:
     """A command, its own options and odd words, one in a line."""
     name = rng.choice(COMMANDS)
@@ -206,11 +305,8 @@ def read_model(folder: Path) -> object:
     return Mamba(model).prefill([np.array([1, 2])]) if isinstance(model, QuantizedModel) else None
 
 
-def read_tokenizer(folder: Path) -> object:
-    """Load a tokenizer and let it work."""
-    tokenizer = load_tokenizer(
-        ModelFiles(folder, folder / "tokenizer.json"), MambaConfig(8, 1, 600, d_state=4, d_conv=4, expand=2)
-    )
+def work(tokenizer: Tokenizer) -> bytes:
+    """Let a tokenizer encode a text, decode it, and decode it piece by piece."""
     ids = tokenizer.encode("The old man,\nnaïve 中文 🙂 the.")
     stream = tokenizer.stream()
     text = "".join([*map(stream.put, ids), stream.flush()])
@@ -218,12 +314,22 @@ def read_tokenizer(folder: Path) -> object:
     return text.encode()
 
 
+def read_tokenizer(folder: Path) -> object:
+    """Load a tokenizer and let it work."""
+    config = MambaConfig(8, 1, 600, d_state=4, d_conv=4, expand=2)
+    return work(load_tokenizer(ModelFiles(folder, folder / "tokenizer.json"), config))
+
+
 def read_gguf_file(folder: Path) -> object:
-    """The same of a GGUF file, its tokenizer too."""
+    """The same of a GGUF file, its model too."""
     file = folder / "model.gguf"
     model = open_checkpoint(file)
-    tokenizer = load_tokenizer(ModelFiles(file, file.with_name("tokenizer.json")), model.config)
-    return tokenizer.decode(tokenizer.encode("The old man,\nnaïve.")), content_hash(model)
+    assert isinstance(model, GGUFCheckpoint)
+    return (
+        work(load_tokenizer(ModelFiles(file, file.with_name("tokenizer.json")), model.config)),
+        content_hash(model),
+        model.types(),
+    )
 
 
 def read_calibration(folder: Path) -> object:
@@ -323,6 +429,7 @@ TARGETS = {
     "tokenizer_config": Target("hf", "tokenizer_config.json", (JSON, ANY), read_tokenizer),
     "generation_config": Target("hf", "generation_config.json", (JSON, ANY), read_tokenizer),
     "gguf": Target("gguf", "model.gguf", (ANY,), read_gguf_file),
+    "gguf keys": Target("gguf", "model.gguf", (gguf_changes,), read_gguf_file),
     "calibration": Target("", "calibration.json", (JSON, JSON, ANY), read_calibration),
     **{f"scheme {name}": Target("", f"{name}.json", (JSON, JSON, ANY), read_scheme) for name in SCHEMES},
     **{f"task {name}": Target("", name, (ANY,), read_task) for name in TASKS},
