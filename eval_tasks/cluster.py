@@ -146,9 +146,9 @@ def _finished(client: Any, futures: list[Any]) -> Iterator[list[Result]]:
 
 
 def _absolute(job: Job) -> Job:
-    """The job with paths that hold in another working directory."""
+    """The job with paths that hold in another working directory. A link keeps its name, which says what kind of file it is."""
     choice, scheme = job.choice, job.choice.scheme
-    model = str(Path(choice.model).resolve()) if choice.model != SMALL and Path(choice.model).exists() else choice.model
-    scheme = str(Path(scheme).resolve()) if isinstance(scheme, str) and Path(scheme).is_file() else scheme
-    calibrate = choice.calibrate and choice.calibrate.resolve()
+    model = str(Path(choice.model).absolute()) if choice.model != SMALL and Path(choice.model).exists() else choice.model
+    scheme = str(Path(scheme).absolute()) if isinstance(scheme, str) and Path(scheme).is_file() else scheme
+    calibrate = choice.calibrate and choice.calibrate.absolute()
     return replace(job, choice=replace(choice, model=model, scheme=scheme, calibrate=calibrate))

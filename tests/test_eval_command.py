@@ -459,7 +459,8 @@ def test_a_worker_elsewhere_gets_the_same_model(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     for folder in ("mine", "small"):
         Path(folder).mkdir()
-    Path("mine.gguf").touch()
+    Path("blob").touch()
+    Path("mine.gguf").symlink_to("blob")  # as in the hub's cache
     names = ("mine", "mine.gguf", "small", "owner/name")
     models = [_absolute(Job(ModelChoice(name), 2048, "model", "")).choice.model for name in names]
     assert models == [str(tmp_path.resolve() / "mine"), str(tmp_path.resolve() / "mine.gguf"), "small", "owner/name"]
