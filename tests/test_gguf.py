@@ -22,7 +22,7 @@ from refmamba.commands.main import refmamba as command_line
 from refmamba.formats.checkpoint import Checkpoint
 from refmamba.formats.dequantized import Dequantized
 from refmamba.formats.folder import content_hash, open_checkpoint
-from refmamba.formats.gguf import GGUF, GGUFCheckpoint, file_name, open_gguf
+from refmamba.formats.gguf import GGUF, GGUFCheckpoint, file_name, open_gguf, read_gguf
 from refmamba.formats.gguf_tokenizer import ADD_BOS, BEGIN, MERGES, MODEL, PRE, TOKENS, tokenizer_json
 from refmamba.formats.gguf_tokenizer import TYPES as TOKEN_TYPES
 from refmamba.formats.gguf_writing import TYPES, write_gguf
@@ -284,6 +284,14 @@ def test_a_tokenizer_that_llama_cpp_lacks_lies_beside_the_file(
     assert model.logits([1, 2]).shape == (2, 4096)  # tokens as numbers need none
     with pytest.raises(errors.TokenizerError, match=r"m.*gguf: has no tokenizer; put the model's tokenizer.json beside it"):
         model.logits("The")
+
+
+def test_a_file_is_called_after_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write_small(tmp_path / "my:model"))
+    for name in (".", "../my:model/", str(tmp_path / "out" / "my:model-F32.gguf")):
+        file = export_gguf(ModelChoice(name), tmp_path / "out")
+        assert read_gguf(file).scalar("general.name") == file.name.removesuffix("-F32.gguf")
+    assert sorted(path.name for path in file.parent.glob("*.gguf")) == ["my:model-F32-F32.gguf", "my:model-F32.gguf"]
 
 
 def test_a_pre_tokenizer_that_is_not_known_is_told(folder: Path, tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """Models for other programs: GGUF for llama.cpp, and floats in Hugging Face's layout for transformers."""
 
 import json
+import os
 import sys
 from operator import methodcaller
 from pathlib import Path
 
 from refmamba.errors import TokenizerError
 from refmamba.formats.dequantized import Dequantized, save_hugging_face
-from refmamba.formats.gguf import SUFFIX
+from refmamba.formats.gguf import SUFFIX, is_gguf
 from refmamba.formats.gguf_tokenizer import why_not
 from refmamba.formats.gguf_writing import Vocabulary, check_gguf, write_gguf
 from refmamba.formats.tokenizer import TokenizerParts, read_parts
@@ -46,7 +47,8 @@ def export_gguf(choice: ModelChoice, folder: Path, kind: str = "F32") -> Path:
     the tokenizer's files lie beside it. Raises RefmambaError.
     """
     opened = open_model(choice)
-    name = Path(choice.model.rstrip("/")).name.rpartition(":")[2].removesuffix(SUFFIX)  # of OWNER/NAME:FILE.gguf, FILE
+    model = opened.files.folder
+    name = model.stem if is_gguf(model) else Path(os.path.abspath(choice.model)).name
     file = folder / f"{name}-{kind}{SUFFIX}"
     source, parts = floats(opened), _parts(opened)
     check_gguf(source.config, file)
