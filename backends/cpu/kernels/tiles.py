@@ -24,31 +24,29 @@ from refmamba.backends.cpu.kernels.instructions import (
     to_pointer,
 )
 from refmamba.backends.cpu.kernels.tables import PACKED_OFFSET, UNIT
-from refmamba.backends.cpu.kernels.vectors import DOUBLES
+from refmamba.backends.cpu.kernels.vectors import DOUBLES, ask
 
 LLVM = llvm_version_info[0]
 # Bytes that one VNNI instruction multiplies; 0: there is none.
 VNNI = 64 if {"+avx512vnni", "+avx512bw", "+avx512vl"} <= FEATURES else 32 if "+avxvnni" in FEATURES else 0
-# How far ahead a tile of few columns asks for codes, bytes, and for which cache: 3, the first, or 2. AMD's own prefetchers are
-# faster where they are left alone; only a tile of bytes with VNNI outruns them.
+# How far ahead a tile asks for codes, bytes, and for which cache. AMD's own prefetchers are faster where they are left alone;
+# with VNNI tiles of bytes of 1 or 8 columns outrun them, and tiles of groups of 4 or 8.
 AMD = get_host_cpu_name().startswith("znver")
 AHEAD = (0, 0) if AMD else (2048, 3)
-AHEAD_OF_BYTES = (4096, 2) if AMD and VNNI else AHEAD
+FAR_AHEAD = (4096, 2) if AMD and VNNI else AHEAD
 
 
 def _prefetch(b: Any, address: Any, ahead: tuple[int, int]) -> None:
-    """Ask for a cache line that is read soon. No address is a fault."""
+    """Ask for the cache line that lies so far ahead."""
     distance, cache = ahead
     if distance:
-        read, keep, data = (ir.Constant(i32, value) for value in (0, cache, 1))
-        place = to_pointer(b, b.add(address, ir.Constant(i64, distance)), i8)
-        call(b, "llvm.prefetch.p0", ir.VoidType(), place, read, keep, data)
+        ask(b, b.add(address, ir.Constant(i64, distance)), cache)
 
 
 @machine(types.void, types.int64)
 def ask_ahead(b: Any, address: Any) -> None:
-    """What a tile of bytes does beside each line that it reads."""
-    _prefetch(b, address, AHEAD_OF_BYTES)
+    """What a tile of bytes of 1 column does beside each line that it reads."""
+    _prefetch(b, address, FAR_AHEAD)
 
 
 def _dot(b: Any, total: Any, w: Any, x: Any) -> Any:
@@ -106,7 +104,7 @@ def tile(packed: bool, strips: int, columns: int, unroll: int) -> Any:
             for s in range(strips):
                 address = b.add(b.add(w_at, ir.Constant(i64, 64 * u)), b.mul(w_stride, ir.Constant(i64, s)))
                 raw = load(b, address, code, 64)
-                _prefetch(b, address, AHEAD if packed or columns == 4 else AHEAD_OF_BYTES)
+                _prefetch(b, address, AHEAD if packed or columns == 4 else FAR_AHEAD)
                 if packed:
                     low = ir.Constant(code, [15] * 64)
                     digits.append([b.and_(raw, low), b.lshr(raw, ir.Constant(code, [4] * 64))])
@@ -270,7 +268,7 @@ def grouped_tile(strips: int, columns: int, unroll: int) -> Any:
             for s in range(strips):
                 address = b.add(b.add(w_at, number(64 * line)), times(w_stride, s))
                 raw = load(b, address, code, 64)
-                _prefetch(b, address, AHEAD if columns == 1 else AHEAD_OF_BYTES)
+                _prefetch(b, address, AHEAD if columns == 1 else FAR_AHEAD)
                 for half, digits in enumerate((b.and_(raw, low), b.lshr(raw, ir.Constant(code, [4] * 64)))):
                     for c in range(columns):
                         part = s, c, (2 * line + half) % unroll

@@ -306,21 +306,22 @@ def fetch(b: Any, address: Any) -> Any:
     return b.load_atomic(to_pointer(b, address, i64), "seq_cst", 8)
 
 
-def _ask(b: Any, address: Any, write: int) -> None:
-    arguments = (ir.Constant(i32, value) for value in (write, 2, 1))  # for the second cache, of data
+def ask(b: Any, address: Any, cache: int, *, write: bool = False) -> None:
+    """Ask for a cache line that is read, or written, soon: into the first cache, 3, or the second, 2. No address is a fault."""
+    arguments = (ir.Constant(i32, value) for value in (int(write), cache, 1))  # 1: of data
     call(b, "llvm.prefetch.p0", ir.VoidType(), to_pointer(b, address, i8), *arguments)
 
 
 @machine(types.void, types.int64)
 def ask_read(b: Any, address: Any) -> None:
-    """Ask for a cache line that is read soon. No address is a fault."""
-    _ask(b, address, 0)
+    """Ask for a cache line that is read soon."""
+    ask(b, address, 2)
 
 
 @machine(types.void, types.int64)
 def ask_write(b: Any, address: Any) -> None:
     """Ask for a cache line that is written soon."""
-    _ask(b, address, 1)
+    ask(b, address, 2, write=True)
 
 
 @machine(types.void, types.int64)
