@@ -114,7 +114,7 @@ def scores_of(
 ) -> tuple[F32Array, NDArray[np.bool_]]:
     """refmamba.backend.Scores of logits (rows, vocabulary) on a device, some rows for each sequence. Raises NonFiniteError."""
     starts = [0, *np.cumsum(rows_of_each).tolist()][: len(targets)]
-    flat = [(first + row, token) for first, wanted in zip(starts, targets, strict=True) for row, token in wanted]
+    flat = [(first + row, token) for first, pairs in zip(starts, targets, strict=True) for row, token in pairs]
     at = torch.tensor(flat, dtype=torch.int64).reshape(-1, 2).to(logits.device)
     column = torch.arange(logits.shape[1], device=logits.device)
     finite = torch.ones((), dtype=torch.bool, device=logits.device)

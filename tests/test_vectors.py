@@ -224,7 +224,9 @@ def test_the_generator_writes_the_same_operations(tmp_path: Path) -> None:
     code = f"import sys, pathlib; sys.path.insert(0, {str(ROOT / 'tools')!r}); import make_vectors as m; " \
            f"m.write_operations(pathlib.Path({str(tmp_path / 'operations')!r}))"  # fmt: skip
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    for file in (tmp_path / "operations").iterdir():
+    written = sorted((tmp_path / "operations").iterdir())
+    assert [file.name for file in written] == sorted(file.name for file in (FOLDER / "operations").iterdir())
+    for file in written:
         ours = [v | {"source": ""} for v in json.loads(file.read_text("utf-8"))["vectors"]]  # sources name versions
         assert ours == [v | {"source": ""} for v in read_vectors(file.stem)]
 

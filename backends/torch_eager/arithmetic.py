@@ -203,8 +203,8 @@ def integer_product(x: Codes | FixedPoint, w: Codes | FixedPoint, int8: bool) ->
     if int8 and x.q.dtype == w.q.dtype == torch.int8:
         return int8_product(x.q.flatten(0, -2), w.q).double().reshape(*x.q.shape[:-1], len(w.q))
     both_fixed, wide = isinstance(x, FixedPoint) and isinstance(w, FixedPoint), x.q.double()
-    some = torch.split(w.q, max(PART // w.q.shape[1], 1))
-    return torch.cat([fixed_product(wide, rows) if both_fixed else wide @ rows.double().T for rows in some], -1)
+    parts = torch.split(w.q, max(PART // w.q.shape[1], 1))
+    return torch.cat([fixed_product(wide, rows) if both_fixed else wide @ rows.double().T for rows in parts], -1)
 
 
 def fixed_product(x: Tensor, w: Tensor) -> Tensor:

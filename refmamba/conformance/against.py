@@ -91,14 +91,14 @@ def compare_model(dump: Dump, opened: Opened, tokens: IntArray | None, tolerance
 
 
 def _tokens(dump: Dump, tokens: IntArray | None) -> NDArray[Any]:
-    there = dump.arrays.get("tokens")
-    if there is not None and there.ndim == 2 and len(there) == 1:
-        there = there[0]  # a batch of one
-    if there is None and tokens is None:
+    dumped = dump.arrays.get("tokens")
+    if dumped is not None and dumped.ndim == 2 and len(dumped) == 1:
+        dumped = dumped[0]  # a batch of one
+    if dumped is None and tokens is None:
         raise DataError(f"{dump.file}: has no tokens; name them with --tokens 1,2,3")
-    if there is not None and tokens is not None and not np.array_equal(there, tokens):
+    if dumped is not None and tokens is not None and not np.array_equal(dumped, tokens):
         raise DataError(f"{dump.file}: has other tokens than --tokens; leave those out")
-    chosen = there if tokens is None else tokens
+    chosen = dumped if tokens is None else tokens
     assert chosen is not None
     return chosen
 

@@ -85,8 +85,8 @@ def rounding_tracer(rounded: Callable[[F32Array], F32Array]) -> type[Tracer]:
 
     class Rounding(Tracer):
         def __call__(self, sites: str, operation: Callable[..., Any], *arguments: Any) -> Any:
-            def operation_rounded(*given: Any) -> Any:
-                result = operation(*given)
+            def operation_rounded(*operands: Any) -> Any:
+                result = operation(*operands)
                 return tuple(map(short, result)) if isinstance(result, tuple) else short(result)
 
             operation_rounded.__name__ = operation.__name__

@@ -37,16 +37,16 @@ def locate(reference: Mamba, runner: Runner, backend: Backend, tokens: Any) -> D
 
     Where a fused backend shows only some sites, its single operations are tried on the layer that differs.
     """
-    trace, expected, found = reference.trace(tokens), shown(reference, tokens), shown(runner, tokens)
+    trace, expected, computed = reference.trace(tokens), shown(reference, tokens), shown(runner, tokens)
     made = {site: step.operation for step in trace for site in step.sites}
     equal = "the tokens"
     for site, value in expected.items():
         if backend.sites is not None and last_site(site) not in backend.sites:
             continue
         operation = made.get(site, "input")
-        if site not in found:
+        if site not in computed:
             return Difference(operation, f"{site} is not shown")
-        first, _ = difference(operation, f"{site} (equal up to {equal})", value, found[site])
+        first, _ = difference(operation, f"{site} (equal up to {equal})", value, computed[site])
         if first and backend.sites is not None and site.startswith("layers."):
             return replay(trace.layer(int(site.split(".")[1])), backend.operations()) or first
         if first:

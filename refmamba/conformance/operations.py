@@ -56,17 +56,17 @@ def check_call(
     Whatever the function raises is a difference, and so is an argument that the call changes. Returns the first difference, and
     how far the results are apart.
     """
-    given = copy.deepcopy(list(arguments))
+    copies = copy.deepcopy(list(arguments))
     try:
         with np.errstate(all="ignore"):
-            result = function(*given)
+            result = function(*copies)
     except NonFiniteError as error:
         return (None if expected is NonFiniteError else Difference(operation, f"{where}: raised {error}")), Errors()
     except Exception as error:  # a stranger's function may raise anything
         return Difference(operation, f"{where}: {told(error)}", raised=True), Errors()
     if expected is NonFiniteError:
         return Difference(operation, f"{where}: a NaN or an infinity was not refused"), Errors()
-    for before, after in zip(arguments, given, strict=True):
+    for before, after in zip(arguments, copies, strict=True):
         if any(x.tobytes() != y.tobytes() for (_, x), (_, y) in zip(parts(before), parts(after), strict=True)):
             return Difference(operation, f"{where}: an argument was changed in place"), Errors()
     names, results = [name for name, _ in parts(expected)], parts(result)

@@ -96,16 +96,16 @@ def run_models(
     """Whole models under each scheme, in every way of calling. operation: leave out the models that never call it."""
     for name in ["tiny"] if quick else sorted(generated_models(), key=_order):
         generated = generated_model(name)
-        wanted = _schemes(generated, schemes, name)
+        selected = _schemes(generated, schemes, name)
         if schemes is None:
-            wanted = [scheme for scheme in wanted if _by_default(scheme, tolerance)]
+            selected = [scheme for scheme in selected if _by_default(scheme, tolerance)]
         expected = generated.expected
         refused = expected.get("raises", {})
-        for scheme in wanted:
+        for scheme in selected:
             if backend.supports(scheme):
                 yield Row("model", scheme.name, offered=False), None
-        wanted = [scheme for scheme in wanted if not backend.supports(scheme)]
-        runnable = [scheme for scheme in wanted if scheme.name not in refused]
+        selected = [scheme for scheme in selected if not backend.supports(scheme)]
+        runnable = [scheme for scheme in selected if scheme.name not in refused]
         models = {s.name: quantize_model(generated.source, s, generated.calibration) for s in runnable}
         sequences = [np.array(s) for s in expected["sequences"]]
         yield from _named(backend, models, _checks(backend, models, sequences, quick, tolerance, operation=operation))
@@ -115,7 +115,7 @@ def run_models(
         if operation is not None:
             frozen = {n: m for n, m in frozen.items() if runs(operation, m)}
         yield from check_frozen(backend, frozen, expected)
-        yield from check_errors(backend, generated, [s for s in wanted if s.name in refused])
+        yield from check_errors(backend, generated, [s for s in selected if s.name in refused])
         if name == "tiny":
             edges = {n: quantize_model(generated.source, parse_scheme(n), generated.calibration) for n in EDGE_SCHEMES}
             yield from check_refused(backend, edges, sequences[-1])
