@@ -30,7 +30,7 @@ LLVM = llvm_version_info[0]
 # Bytes that one VNNI instruction multiplies; 0: there is none.
 VNNI = 64 if {"+avx512vnni", "+avx512bw", "+avx512vl"} <= FEATURES else 32 if "+avxvnni" in FEATURES else 0
 # How far ahead a tile asks for codes, bytes, and for which cache. AMD's own prefetchers are faster where they are left alone;
-# with VNNI tiles of bytes of 1 or 8 columns outrun them, and tiles of groups of 4 or 8.
+# with VNNI tiles of bytes of 1 column, or 8 or more, outrun them, and tiles of groups of 4 or more.
 AMD = get_host_cpu_name().startswith("znver")
 AHEAD = (0, 0) if AMD else (2048, 3)
 FAR_AHEAD = (4096, 2) if AMD and VNNI else AHEAD
