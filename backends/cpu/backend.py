@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from refmamba.backend import check_support
 from refmamba.backends.cpu.cache import CACHE, alone
+from refmamba.backends.cpu.kernels.digits import COLUMNS
 from refmamba.backends.cpu.kernels.instructions import LANES
 from refmamba.backends.cpu.kernels.tables import LINE
 from refmamba.backends.cpu.memory import address, aligned, strips_of
@@ -90,10 +91,10 @@ def elementwise(which: int, x: F32Array) -> F32Array:
 
 def check_exact(threads: Threads) -> None:
     """Multiply the largest codes in the longest block. Raises BackendError."""
-    k = BLOCK
-    w, x, out = aligned((2, k // 4, LANES, 4), np.uint8), aligned((8, k), np.int8), aligned((8, 2, LANES), np.int32)
+    k, n = BLOCK, COLUMNS
+    w, x, out = aligned((2, k // 4, LANES, 4), np.uint8), aligned((n, k), np.int8), aligned((n, 2, LANES), np.int32)
     w.fill(255)
-    x[...] = np.where(np.arange(8) % 2, 127, -128)[:, None]
+    x[...] = np.where(np.arange(n) % 2, 127, -128)[:, None]
     threads.run(alone.probe, np.array([address(w), address(x), k, address(out)]))
     if not np.array_equal(out, np.broadcast_to(255 * k * x[:, :1, None].astype(np.int32), out.shape)):
         raise BackendError("this processor's integer product is not exact; use --backend reference and report its model")

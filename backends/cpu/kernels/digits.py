@@ -47,14 +47,15 @@ ROWS_OF_TILE = 64  # rows of one item of a product by digits
 # Rows from which on codes in groups become bytes once for all rows of an item, and the rows of such an item. Without VNNI a
 # product straight from the codes is faster than one of bytes: never.
 SPREAD, ROWS_OF_SPREAD = (32, 128) if VNNI else (2**31, ROWS_OF_TILE)
-COLUMNS = 8  # slices of rows that are multiplied together, at most
+COLUMNS = 16 if VNNI == LINE else 8  # slices of rows that are multiplied together, at most
 PLANE_BYTES = COLUMNS * 2 * FLOATS  # of the sums of a pair of strips
 # A thread's own: three planes of sums, and the float64 totals of one.
 DIGITS_SCRATCH = int(3 * PLANE_BYTES + COLUMNS * 2 * DOUBLE_FLOATS)
 AS_BYTES = int(Kind.BYTES)
 UNROLL = 2 if REGISTERS_32 else 1  # sums that a tile of 4 columns keeps apart
 # A tile of few columns is bound by memory, which is fastest as one stream: it has one strip. One of 8 columns shares what it
-# reads of them between two strips, where there are registers for their sums.
+# reads of them between two strips, where there are registers for their sums; one of 16 need not, as VNNI reads them in passing.
+BYTES_16, PACKED_16, GROUPED_16 = tile(False, 1, 16, 1), tile(True, 1, 16, 1), grouped_tile(1, 16, 1)
 BYTES_8, BYTES_4, BYTES_1 = tile(False, 2, 8, 1), tile(False, 1, 4, UNROLL), tile(False, 1, 1, 4)
 PACKED_8, PACKED_4, PACKED_1 = tile(True, 2, 8, 1), tile(True, 1, 4, UNROLL), tile(True, 1, 1, 2)
 GROUPED_8, GROUPED_4, GROUPED_1 = grouped_tile(2, 8, 1), grouped_tile(1, 4, 1), grouped_tile(1, 1, 4 if VNNI else 1)
@@ -69,13 +70,16 @@ def grouped_tiles(run, site, pair, row, columns, start, k, out):
     starts = at(run, Run.STARTS) + 4 * (row * at(site, Site.SLICES) * units + start // min(UNIT, 1 << bits))
     w = at(site, Site.CODES) + 2 * pair * plane_bytes + vector_bytes(kind) * start
     steps = steps_of(site, 2 * pair, start)
-    if REGISTERS_32 and columns == COLUMNS:
+    if REGISTERS_32 and columns == 8:
         GROUPED_8(w, plane_bytes, steps, step_bytes, bits, x, stride, starts, 4 * units, k, out)
         return
     for strip in range(2):
         w_at, steps_at, out_at = w + strip * plane_bytes, steps + strip * step_bytes, out + strip * FLOATS
         if columns == 1:
             GROUPED_1(w_at, plane_bytes, steps_at, step_bytes, bits, x, stride, starts, 4 * units, k, out_at)
+        if columns == 16:
+            GROUPED_16(w_at, plane_bytes, steps_at, step_bytes, bits, x, stride, starts, 4 * units, k, out_at)
+            continue
         for column in range(0, columns - 3, 4):
             x_at, first, sums_at = x + column * stride, starts + column * 4 * units, out_at + column * 2 * FLOATS
             GROUPED_4(w_at, plane_bytes, steps_at, step_bytes, bits, x_at, stride, first, 4 * units, k, sums_at)
@@ -83,10 +87,10 @@ def grouped_tiles(run, site, pair, row, columns, start, k, out):
 
 @kernel()
 def tiles(packed, planes, columns, w, plane_bytes, x, x_stride, k, out):
-    """The integer product of a pair of strips, each of some planes, with 1, 4 or 8 slices of rows. Planes follow each other in
-    memory, and strips too: what few columns multiply is read in that order."""
+    """The integer product of a pair of strips, each of some planes, with 1, 4, 8 or 16 slices of rows. Planes follow each other
+    in memory, and strips too: what few columns multiply is read in that order."""
     w_stride = planes * plane_bytes
-    if REGISTERS_32 and columns == COLUMNS:
+    if REGISTERS_32 and columns == 8:
         for plane in range(planes):
             w_at, out_at = w + plane * plane_bytes, out + plane * PLANE_BYTES
             if packed:
@@ -102,6 +106,12 @@ def tiles(packed, planes, columns, w, plane_bytes, x, x_stride, k, out):
                     PACKED_1(w_at, w_stride, x, x_stride, k, out_at)
                 else:
                     BYTES_1(w_at, w_stride, x, x_stride, k, out_at)
+            if columns == 16:
+                if packed:
+                    PACKED_16(w_at, w_stride, x, x_stride, k, out_at)
+                else:
+                    BYTES_16(w_at, w_stride, x, x_stride, k, out_at)
+                continue
             for column in range(0, columns - 3, 4):
                 x_at, sums_at = x + column * x_stride, out_at + column * 2 * FLOATS
                 if packed:
@@ -175,11 +185,11 @@ def product_item(rank, run, site, pair, first, last, out, strip_bytes, row_bytes
     blocks = (k + BLOCK - 1) // BLOCK
     row = first
     while row < last:
-        left = last - row
-        if slices == 1:
-            count = 8 if left >= 8 else (4 if left >= 4 else 1)
-        else:
-            count = 2 if left >= 2 else 1
+        count = COLUMNS // slices
+        while count > last - row:
+            count //= 2
+        if slices * count == 2:
+            count = 1
         if blocks == 1 and slices == 1 and kind != Kind.FIXED:
             # All in int32: |digits| |codes| k < 2^31, and its float32 is rounded once, as that of the float64 is.
             if kind == Kind.GROUPED:
