@@ -22,7 +22,8 @@ TYPES: dict[str, Any] = {
 ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "add.rn.f32": operator.add, "sub.rn.f32": operator.sub, "mul.rn.f32": operator.mul, "div.rn.f32": operator.truediv,
     "add.s32": operator.add, "sub.s32": operator.sub, "add.s64": operator.add, "sub.s64": operator.sub,
-    "mul.lo.s32": operator.mul, "mul.lo.s64": operator.mul, "min.s32": np.minimum, "max.s32": np.maximum, "min.s64": np.minimum,
+    "mul.lo.s16": operator.mul, "mul.lo.s32": operator.mul, "mul.lo.s64": operator.mul,
+    "min.s32": np.minimum, "max.s32": np.maximum, "min.s64": np.minimum,
 }  # fmt: skip
 LOGIC: dict[str, Callable[[Any, Any], Any]] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
@@ -80,7 +81,7 @@ class Block:
         elif operand.startswith("0f"):
             values = np.full(self.threads, int(operand[2:], 16), np.uint32)
         else:
-            values = np.full(self.threads, int(operand, 0), np.int64)
+            values = np.full(self.threads, int(operand.removesuffix("U"), 0), np.int64)
         if kind == "pred":
             return values.astype(bool)
         if values.dtype.itemsize > dtype.itemsize:
@@ -170,6 +171,13 @@ class Block:
             field = (get(1, "u32") >> get(2, "u32")) & ((np.uint32(1) << get(3, "u32")) - np.uint32(1))
             top = np.uint32(1) << (get(3, "u32") - np.uint32(1))
             return np.asarray(field if last == "u32" else (field ^ top) - top)
+        if s.operation == "prmt.b32":
+            chosen = get(3, "u32")
+            assert not np.any(chosen & 0x8888), s.text  # no byte's sign
+            high = get(2, "u32").astype(np.uint64) if np.any(chosen & 0x4444) else np.uint64(0)  # else it may be undefined
+            both = get(1, "u32") | high << np.uint64(32)
+            places = ((chosen[:, None] >> np.arange(0, 16, 4, dtype=np.uint32)) & 7).astype(np.intp)
+            return np.take_along_axis(both.view(np.uint8).reshape(-1, 8), places, 1).view(np.uint32)[:, 0]
         if name == "shfl":
             return self.shuffled(s)
         if s.operation in ("redux.sync.min.s32", "redux.sync.max.s32"):  # of whole warps
@@ -188,6 +196,8 @@ class Block:
             "cvt.u64.u32": lambda: get(1).astype(np.uint64),
             "cvt.u32.u64": lambda: get(1).astype(np.uint32),
             "cvt.u16.u32": lambda: get(1).astype(np.uint16),
+            "cvt.u32.u16": lambda: get(1).astype(np.uint32),
+            "cvt.s16.s8": lambda: get(1).astype(np.int16),
         }
         if s.operation in unary:
             return np.asarray(unary[s.operation]())

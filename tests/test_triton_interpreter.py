@@ -29,6 +29,7 @@ from refmamba.backend import load_backend
 from refmamba.backends.triton import backend, operations
 from refmamba.backends.triton.kernels import alone
 from refmamba.backends.triton.launch import launch
+from refmamba.backends.triton.model import Mamba as Runner
 from refmamba.errors import BackendError, NonFiniteError
 from refmamba.eval_tasks.score import score, token_request
 from refmamba.spec.arith import F32Array
@@ -66,6 +67,30 @@ def assert_same(model: QuantizedModel, sequences: Sequence[Any] = SEQUENCES) -> 
 def test_odd_sizes(scheme: str) -> None:
     config = replace(TINY, n_layer=1, use_bias=True, use_conv_bias=False, d_model=21, d_state=5, d_conv=1)
     assert_same(quantize_model(RandomSource(config), parse_scheme(scheme)))
+
+
+@interpreted
+@pytest.mark.parametrize("scheme", ["int4-all", "w3-all"])
+def test_a_packed_weight_is_unpacked_once_for_a_call_and_in_a_step_by_its_products(scheme: str) -> None:
+    config = replace(TINY, n_layer=1, d_model=75)  # rows of 75 and 150 columns: the last group of 64 is not whole
+    model = quantize_model(RandomSource(config), parse_scheme(scheme))
+    started: list[tuple[str, bool | None]] = []
+
+    def recorded(kernel: Any, *words: Any, **arguments: Any) -> None:
+        started.append((kernel.__name__, arguments.get("PACKED")))
+        launch(kernel, *words, **arguments)
+
+    runner, reference = Runner(model, torch.device("cpu"), recorded), Mamba(model)
+    expected, kept = reference.prefill([np.array([3, 1, 4])], logits="all")
+    found, state = runner.prefill([np.array([3, 1, 4])], logits="all")
+    assert_bits(expected[0], found[0])
+    products = [packed for name, packed in started if name == "linear_kernel"]
+    assert products == [False] * 5
+    assert [name for name, _ in started].count("spread_kernel") == 5
+    started.clear()
+    assert_bits(reference.step(np.array([1]), kept)[0], runner.step(np.array([1]), state)[0])
+    assert ("linear_kernel", True) in started
+    assert not any(name == "spread_kernel" for name, _ in started)
 
 
 @interpreted

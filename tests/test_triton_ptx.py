@@ -23,7 +23,7 @@ from compile_kernels import ARCHITECTURES, Configuration, compiled, configuratio
 from triton_faults import FAULTS, SHAPE, planted
 
 from refmamba.backends.triton.kernels import alone, layers
-from refmamba.backends.triton.table import row_blocks
+from refmamba.backends.triton.table import row_blocks, spread_block
 from refmamba.spec import arith, codes, ops
 from refmamba.spec.arith import F32Array
 
@@ -172,6 +172,20 @@ def test_the_scan_and_its_gate_have_their_bits(decays: bool, lanes: int, tile: i
             expected, state = ops.selective_scan(u[now], delta[now], A, bc[now, :n], bc[now, n:], D, h[b])
         assert_bits(ops.gate(expected, z[now]), y[now])
         assert_bits(state, new[b])
+
+
+@pytest.mark.parametrize("architecture", RUN)
+@pytest.mark.parametrize("group", [0, 64])
+@pytest.mark.parametrize("k", [151, 160])  # neither fills its last group
+def test_the_bytes_of_a_packed_weight_are_its_codes_times_their_steps(k: int, group: int, architecture: str) -> None:
+    n = 37
+    codes_, steps = RNG.integers(-7, 8, (n, k), np.int8), RNG.integers(1, 19, (n, 3), np.uint8)
+    codes_[0], steps[0] = np.resize([-7, 7], k), 18  # the largest products, 126
+    q, (columns, depth) = np.full((n, k), 99, np.int8), spread_block(k)
+    ptx = run(layers.spread_kernel, (-(-n // columns), -(-k // depth)), 4, architecture, w_ptr=codes.pack4(codes_),
+              steps_ptr=steps if group else None, q_ptr=q, N=n, K=k, GROUP=group, BN=columns, BK=depth)  # fmt: skip
+    assert faults(ptx) == []
+    assert np.array_equal(q, codes_.astype(int) * (steps.repeat(64, 1)[:, :k] if group else 1))
 
 
 @pytest.mark.parametrize("architecture", RUN)

@@ -136,7 +136,7 @@ def seconds(launch: Launch, code: Code, tokens: int) -> dict[str, float]:
     instructions = 0.0
     if name == "scan_kernel":
         instructions = code.loop * tokens / constant["LANES"]
-    elif name == "code_kernel":
+    elif name in ("code_kernel", "spread_kernel"):
         instructions = code.way
     elif constant.get("SOURCE") == "codes":
         instructions = code.way + (triton.cdiv(constant["K"], constant["BK"]) - 1) * code.loops

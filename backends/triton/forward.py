@@ -2,10 +2,10 @@
 
 A step of few sequences is four kernels a layer where the scheme has no `out` side: norm, codes and in_proj; convolution,
 codes and x_proj; codes, dt_proj, scan and gate; codes, out_proj and the residual. Any other call takes a kernel for the codes
-and one for the product of each linear layer, and one for each `out` side.
+and one for the product of each linear layer, one that makes bytes of a packed weight, and one for each `out` side.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,16 @@ from refmamba.backends.adapter import State, tensor
 from refmamba.backends.triton.call import NO_FAILURE, Batch
 from refmamba.backends.triton.kernels import layers
 from refmamba.backends.triton.launch import Launch
-from refmamba.backends.triton.parameters import Coding, Linear, linear_of, table_of
-from refmamba.backends.triton.table import power_of_two, product_blocks, row_blocks, scan_blocks, step_blocks, step_tile
+from refmamba.backends.triton.parameters import Coding, Linear, Weight, linear_of, table_of
+from refmamba.backends.triton.table import (
+    power_of_two,
+    product_blocks,
+    row_blocks,
+    scan_blocks,
+    spread_block,
+    step_blocks,
+    step_tile,
+)
 from refmamba.errors import NonFiniteError
 from refmamba.spec import transforms
 from refmamba.spec.parameters import QuantizedModel, linear_sites
@@ -100,6 +108,8 @@ class Forward:
     ) -> Tensor:
         """A linear layer, with eq. (18) after it for dt_proj and the residual's sum for out_proj: (rows, N)."""
         layer = self.layers[site]
+        if layer.weight.packed and not batch.stepwise:
+            layer = replace(layer, weight=self.spread(layer.weight))
         bias = layer.bias if dt_bias is None else dt_bias
         power: Tensor | None = None
         for exponents in layer.transforms:
@@ -124,6 +134,14 @@ class Forward:
                     bias_ptr=bias, residual_ptr=residual, out_ptr=out, rows=rows, N=n, largest=layer.output.largest,
                     CODER=layer.output.coder, SOFTPLUS=dt_bias is not None, M=blocks.rows, BK=blocks.depth)  # fmt: skip
         return out
+
+    def spread(self, weight: Weight) -> Weight:
+        """A packed weight as bytes, its steps multiplied in: each block of a product would unpack its part once more."""
+        n, k = weight.rows, weight.columns
+        q, (columns, depth) = self.empty(1, n, k, dtype=torch.int8), spread_block(k)
+        self.launch(layers.spread_kernel, (triton.cdiv(n, columns), triton.cdiv(k, depth)), 4, w_ptr=weight.digits,
+                    steps_ptr=weight.steps, q_ptr=q, N=n, K=k, GROUP=weight.group, BN=columns, BK=depth)  # fmt: skip
+        return Weight(q, weight.scale, n, k)
 
     def product(
         self, layer: Linear, coding: Coding, source: Source, power: Tensor | None, batch: Batch, before: Tensor | None,

@@ -48,6 +48,11 @@ def product_blocks(rows: int, n: int, k: int, digits: int, planes: int) -> Block
                   8 if tall == 128 else 4, 3)  # fmt: skip
 
 
+def spread_block(k: int) -> tuple[int, int]:
+    """Columns of the result and of K that four warps make bytes of, for the product of a packed weight."""
+    return 256 if INTERPRETED else 16, min(max(power_of_two(k), 32), 256)
+
+
 def step_blocks(rows: int, n: int) -> Blocks:
     """The fused kernels of decode. depth: less for many rows and few columns: those are x_proj's, after the convolution."""
     m = 1 if rows == 1 else 4 if rows <= 4 else FEW

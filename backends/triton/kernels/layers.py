@@ -295,7 +295,7 @@ def rotate_kernel(
 def weight_tile(
     w_ptr, steps_ptr, plane, c, k, N, K, PACKED: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    """Weight codes (BK, BN) int8 of digit `plane`, from (N, K), or from the packed bytes of eq. (14), times their steps where
+    """Weight codes (BN, BK) int8 of digit `plane`, from (N, K), or from the packed bytes of eq. (14), times their steps where
     a group of columns has its own, eq. (30)."""
     if PACKED:
         half = tl.min(k, 0) // 2 + tl.arange(0, BK // 2)
@@ -310,7 +310,16 @@ def weight_tile(
     if steps_ptr is not None:
         at = steps_ptr + c[:, None] * ((K + GROUP - 1) // GROUP) + (k // GROUP)[None, :]
         w = w * tl.load(at, mask=(c < N)[:, None] & (k < K)[None, :], other=1).to(tl.int8)
-    return tl.trans(w)
+    return w
+
+
+@triton.jit
+def spread_kernel(w_ptr, steps_ptr, q_ptr, N, K: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """The packed codes of a weight, times their steps where there are some: q (N, K) int8. Prefill only."""
+    c = tl.program_id(0) * BN + tl.arange(0, BN)
+    k = tl.program_id(1) * BK + tl.arange(0, BK)
+    q = weight_tile(w_ptr, steps_ptr, 0, c, k, N, K, True, GROUP, BN, BK)
+    tl.store(q_ptr + c[:, None] * K + k[None, :], q, mask=(c < N)[:, None] & (k < K)[None, :])
 
 
 @triton.jit
@@ -363,7 +372,7 @@ def product(
                                 root, factor, row, row_ok, sequence, position, k, K, largest, SOURCE, TAPS, PART, CODER,
                                 DIGITS, PLACES, M, BK)  # fmt: skip
             w = weight_tile(w_ptr, steps_ptr, 0, c, k, N, K, PACKED, GROUP, BN, BK)
-            acc = tl.dot(digits, w, acc, out_dtype=tl.int32)
+            acc = tl.dot(digits, tl.trans(w), acc, out_dtype=tl.int32)
         return acc if PLACES == 1 else tl.sum(tl.reshape(acc, [M, PLACES, BN]), 1)
     else:
         total = tl.zeros([M, BN], tl.float64)
@@ -377,7 +386,7 @@ def product(
                                         q_ptr, root, factor, row, row_ok, sequence, position, k, K, largest, SOURCE, TAPS,
                                         PART, CODER, DIGITS, PLACES, M, BK)  # fmt: skip
                     w = weight_tile(w_ptr, steps_ptr, plane, c, k, N, K, PACKED, GROUP, BN, BK)
-                    acc = tl.dot(digits, w, acc, out_dtype=tl.int32)
+                    acc = tl.dot(digits, tl.trans(w), acc, out_dtype=tl.int32)
                 low = joined(low, acc, plane, M, PLACES, True)
                 high = joined(high, acc, plane, M, PLACES, False)
             total = total + (high.to(tl.float64) * 16777216.0 + low.to(tl.float64))
