@@ -583,8 +583,8 @@ def scan_kernel(
         sums = ()
         for i in tl.static_range(LANES):
             u, delta = tl.load(u_at + i * E), tl.load(delta_at + i * E)
-            one, h = advance(u, delta, A, h, B_at + i * BC_STRIDE, C_at + i * BC_STRIDE, DECAYS, STATES, N, TILE)
-            sums = sums + (one,)  # noqa: RUF005
+            part, h = advance(u, delta, A, h, B_at + i * BC_STRIDE, C_at + i * BC_STRIDE, DECAYS, STATES, N, TILE)
+            sums = sums + (part,)  # noqa: RUF005
         sums = tl.reshape(side_by_side(sums, LANES), [BE, TILE, LANES])
         y = tl.reshape(tree(tl.reshape(tl.permute(sums, (0, 2, 1)), [BE * LANES, TILE]), BE * LANES, TILE), [BE, LANES])
         row = (start + t + tl.arange(0, LANES))[None, :]
