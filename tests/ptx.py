@@ -238,6 +238,11 @@ class Block:
             elif name == "atom":  # a failure is kept so; none is expected here
                 if active is None or active.any():
                     raise NotImplementedError(s.text)
+            elif name == "mov" and s.operands[0].startswith("{"):  # into parts, the low ones first; `_` is read by nobody
+                parts, whole = s.operands[0].strip("{} ").split(","), self.read(s.operands[1], s.operation.rpartition(".")[2])
+                halves = whole.view(f"u{whole.itemsize // len(parts)}").reshape(-1, len(parts))
+                for register, values in zip(parts, halves.T, strict=True):
+                    self.write(register.strip(), values, active)
             elif name not in ("bar", "membar", "fence"):  # in step anyway
                 self.write(s.operands[0], self.compute(s), active)
 
