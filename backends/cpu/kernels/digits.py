@@ -77,7 +77,7 @@ def grouped_tiles(run, site, pair, row, columns, start, k, out):
         w_at, steps_at, out_at = w + strip * plane_bytes, steps + strip * step_bytes, out + strip * FLOATS
         if columns == 1:
             GROUPED_1(w_at, plane_bytes, steps_at, step_bytes, bits, x, stride, starts, 4 * units, k, out_at)
-        if columns == 16:
+        if COLUMNS == 16 and columns == 16:
             GROUPED_16(w_at, plane_bytes, steps_at, step_bytes, bits, x, stride, starts, 4 * units, k, out_at)
             continue
         for column in range(0, columns - 3, 4):
@@ -106,7 +106,7 @@ def tiles(packed, planes, columns, w, plane_bytes, x, x_stride, k, out):
                     PACKED_1(w_at, w_stride, x, x_stride, k, out_at)
                 else:
                     BYTES_1(w_at, w_stride, x, x_stride, k, out_at)
-            if columns == 16:
+            if COLUMNS == 16 and columns == 16:
                 if packed:
                     PACKED_16(w_at, w_stride, x, x_stride, k, out_at)
                 else:
